@@ -1,0 +1,34 @@
+# Two commands need nothing but Python 3.11 to 3.13 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test lint types lock bench clean
+
+demo: $(READY)  ## the whole loop on a small drawn pool: two rounds and a learner trained between them
+	$(BIN)/python -m jobs.demo
+
+test: $(READY)  ## what CI runs: lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: $(READY)  ## time and memory of selection against a bare baseline and the paper's listing
+	$(BIN)/python -m benchmarks.selection
+
+lock: $(READY)  ## pin pyproject.toml's dependencies for every supported platform
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header \
+	  --generate-hashes --quiet --output-file requirements.lock pyproject.toml
+
+# uv itself is the one thing that plain pip installs; everything else comes from the lock, by hash.
+$(READY): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo
