@@ -23,8 +23,11 @@ class UserError(CurateError):
     exit_status = 2
 
     def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
+        super().__init__(*lines)  # as they are, so that the error survives pickling on its way from a worker
         self.lines = lines
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 class InputChangedError(CurateError):

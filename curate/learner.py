@@ -1,0 +1,107 @@
+"""Published learners: numbered, immutable, each pointing to a model in the root.
+
+learners/l000008/learner.json     put-if-absent; names models/<sha>/, which is there before it
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from curate.encoder import EncoderSpec, store_encoder, store_model
+from curate.errors import UserError
+from curate.recipe import EncoderSection
+from curate.storage import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerCheckpoint:
+    """One published learner."""
+
+    number: int
+    encoder: EncoderSpec
+    step: int
+    """Optimiser steps taken since the learner was made."""
+    next_batch: int
+    """State of the reader: the first batch that this learner has not been trained on."""
+
+
+def learner_name(number: int) -> str:
+    """Name of a learner's record within the root."""
+    return f"learners/l{number:06d}/learner.json"
+
+
+def read_learner(store: Store, number: int) -> LearnerCheckpoint:
+    """A published learner.
+
+    Raises:
+        FileNotFoundError: there is none of this number.
+    """
+    record = json.loads(store.read_bytes(learner_name(number)))
+    return LearnerCheckpoint(**record | {"encoder": EncoderSpec(**record["encoder"])})
+
+
+def newest_learner(store: Store) -> LearnerCheckpoint | None:
+    """The published learner with the highest number, or None."""
+    numbers = (re.fullmatch(r"learners/l(\d{6,})", name) for name in store.list("learners"))
+    for number in sorted((int(match[1]) for match in numbers if match), reverse=True):
+        if store.exists(learner_name(number)):
+            return read_learner(store, number)
+    return None
+
+
+def publish_learner(
+    root: str,
+    model: torch.nn.Module,
+    model_name: str,
+    *,
+    step: int,
+    next_batch: int,
+    number: int | None = None,
+) -> LearnerCheckpoint:
+    """Publish an open_clip model as the learner that the next round scores with.
+
+    Args:
+        root: the root of the curation.
+        model: as `open_clip.create_model(model_name)` makes it, trained; without wrappers such as DDP.
+        model_name: open_clip name or `local-dir:FOLDER`; tells configuration and tokenizer.
+        step: optimiser steps taken.
+        next_batch: `CuratedReader.state_dict()["next_batch"]`.
+        number: of the learner; the next free one if None.
+
+    Raises:
+        UserError: unknown `model_name`.
+        CommitConflictError: another learner was published under this number meanwhile.
+    """
+    store = Store(root)
+    config = open_clip.get_model_config(model_name)
+    if config is None:
+        raise UserError(f"model_name = {model_name!r}: not an open_clip model; give the name that made the model")
+    tokenizer = open_clip.get_tokenizer(model_name)
+    encoder = store_model(store, model, config, tokenizer, source=model_name)
+    return _publish(store, encoder, step=step, next_batch=next_batch, number=number)
+
+
+def first_learner(store: Store, section: EncoderSection, *, base: Path, seed: int) -> LearnerCheckpoint:
+    """The newest learner; where there is none, the recipe's own model is published as number 0."""
+    newest = newest_learner(store)
+    if newest is not None:
+        return newest
+    encoder = store_encoder(store, section, role="learner", base=base, seed=seed)
+    return _publish(store, encoder, step=0, next_batch=0, number=0)
+
+
+def _publish(
+    store: Store, encoder: EncoderSpec, *, step: int, next_batch: int, number: int | None
+) -> LearnerCheckpoint:
+    if number is None:
+        newest = newest_learner(store)
+        number = newest.number + 1 if newest else 0
+    learner = LearnerCheckpoint(number=number, encoder=encoder, step=step, next_batch=next_batch)
+    record: dict[str, Any] = asdict(learner)
+    store.put_if_absent(learner_name(number), (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    return learner

@@ -1,0 +1,120 @@
+"""The plan of a round: what it was begun with, pinned so that whoever finishes it does the same."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from curate.encoder import EncoderSpec, store_encoder
+from curate.errors import UserError
+from curate.learner import first_learner
+from curate.pool import take_inventory
+from curate.recipe import Recipe
+from curate.select import needs_learner
+from curate.storage import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that a round depends on and that may change under it while it runs."""
+
+    recipe: dict[str, Any]
+    """As `Recipe.of_round` gives it."""
+    recipe_fingerprint: str
+    pool: str
+    """Fingerprint; the inventory is `pools/<fingerprint>.json`."""
+    reference: EncoderSpec
+    learner: EncoderSpec | None
+    """None if selection does not look at it."""
+    learner_number: int | None
+
+    def to_bytes(self) -> bytes:
+        """JSON for the root."""
+        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Plan":
+        """The inverse of `to_bytes`."""
+        record = json.loads(data)
+        reference, learner = record.pop("reference"), record.pop("learner")
+        return cls(reference=EncoderSpec(**reference), learner=EncoderSpec(**learner) if learner else None, **record)
+
+
+def pin_plan(
+    store: Store,
+    recipe: Recipe,
+    *,
+    base: Path,
+    folder: str,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+) -> Plan:
+    """The plan that a round was begun with, else one made now from recipe, pool and newest learner.
+
+    Args:
+        store: the root.
+        recipe: the whole recipe.
+        base: the recipe's folder.
+        folder: the round's.
+        progress: as `take_inventory` takes it.
+
+    Raises:
+        UserError: mistakes in pool or models, all together; or another recipe than the round was begun with.
+        CommitConflictError: somebody else is beginning this round differently.
+    """
+    name = f"{folder}/plan.json"
+    if not store.exists(name):
+        store.put_if_absent(name, _make(store, recipe, base, progress).to_bytes())
+    plan = Plan.from_bytes(store.read_bytes(name))
+    if plan.recipe_fingerprint != recipe.fingerprint():
+        changed = "; ".join(_differences(plan.recipe, recipe.of_round()))
+        raise UserError(
+            f"{name}: this round was begun with another recipe ({changed}); finish it with that one, or delete "
+            f"{folder} to begin it anew"
+        )
+    return plan
+
+
+def _make(
+    store: Store, recipe: Recipe, base: Path, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None
+) -> Plan:
+    mistakes: list[str] = []
+    pool = reference = learner = None
+    try:
+        pool = take_inventory(recipe.pool, progress=progress)
+    except UserError as error:
+        mistakes += error.lines
+    try:
+        if recipe.reference is None:
+            raise UserError("reference: must be given for a round; add [reference] with model and pretrained")
+        reference = store_encoder(store, recipe.reference, role="reference", base=base, seed=recipe.seed)
+    except UserError as error:
+        mistakes += error.lines
+    try:
+        if needs_learner(recipe.selection):
+            learner = first_learner(store, recipe.learner, base=base, seed=recipe.seed)
+    except UserError as error:
+        mistakes += error.lines
+    if pool is None or reference is None or mistakes:
+        raise UserError(*mistakes)
+    store.put_bytes(f"pools/{pool.fingerprint}.json", pool.to_bytes())
+    return Plan(
+        recipe=recipe.of_round(),
+        recipe_fingerprint=recipe.fingerprint(),
+        pool=pool.fingerprint,
+        reference=reference,
+        learner=learner.encoder if learner else None,
+        learner_number=learner.number if learner else None,
+    )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`field: old → new` for every field that differs."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}: {before!r} → {after!r}")
+    return found

@@ -1,0 +1,346 @@
+"""The pool: an explicit, ordered, fingerprinted inventory of Parquet shards. Files are never modified."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curate import storage
+from curate.errors import InputChangedError, UserError
+from curate.recipe import PoolSection
+from curate.storage import FileInfo, Store
+
+# Column names as img2dataset, Hugging Face datasets, DataComp and LAION write them, most specific first.
+IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "img", "image_bytes")
+CAPTION_COLUMNS = ("caption", "txt", "text", "alt_text", "TEXT", "title")
+ADDED_COLUMN = "curate"
+"""The struct column that curated files carry beside the user's own."""
+
+FOOTER_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One Parquet file of the pool, as it was when the inventory was made."""
+
+    index: int
+    name: str
+    """Path within the pool: what people and manifests call it."""
+    path: str
+    size: int
+    version: str
+    """etag on an object store, modification time in ns on a local disk."""
+    rows: int
+
+    @property
+    def key(self) -> str:
+        """Names this version of this file in the root: `00000-1f2e3d4c5b6a`."""
+        identity = f"{self.path}\n{self.size}\n{self.version}"
+        return f"{PurePosixPath(self.name).stem}-{hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of the pool hold what."""
+
+    image: str
+    caption: str
+    uid: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """The inventory. `rows` counts every row of every shard that could be read."""
+
+    shards: tuple[Shard, ...]
+    columns: Columns
+    schema: pa.Schema
+    """Union of the shards' schemas: what a curated file's own columns look like before images are widened."""
+    ignored: tuple[str, ...]
+    """Files in the pool's folders that are not shards (hidden, temporary, other suffix)."""
+    skipped: tuple[str, ...]
+    """One line per bad shard that `on_bad_shard = "skip"` left out."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names, sizes and versions of the shards, and of the columns used."""
+        identity = [[s.name, s.size, s.version, s.rows] for s in self.shards] + [asdict(self.columns)]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+
+    def to_bytes(self) -> bytes:
+        """JSON for the root."""
+        record = {
+            "shards": [asdict(shard) for shard in self.shards],
+            "columns": asdict(self.columns),
+            "schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
+            "ignored": self.ignored,
+            "skipped": self.skipped,
+        }
+        return json.dumps(record, indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Pool":
+        """The inverse of `to_bytes`."""
+        record = json.loads(data)
+        return cls(
+            shards=tuple(Shard(**shard) for shard in record["shards"]),
+            columns=Columns(**record["columns"]),
+            schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["schema"]))),
+            ignored=tuple(record["ignored"]),
+            skipped=tuple(record["skipped"]),
+        )
+
+
+def load_pool(store: Store, fingerprint: str) -> Pool:
+    """The inventory that a round was planned on.
+
+    Raises:
+        FileNotFoundError: if the root does not hold it.
+    """
+    return Pool.from_bytes(store.read_bytes(f"pools/{fingerprint}.json"))
+
+
+def take_inventory(
+    section: PoolSection, *, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None
+) -> Pool:
+    """List the pool, read every footer once, and check every shard.
+
+    Args:
+        section: where the pool is and what its columns are called.
+        progress: wraps the iteration over footers, given it and its length.
+
+    Raises:
+        UserError: one line per bad shard or other mistake, all at once.
+    """
+    files: dict[str, FileInfo] = {}
+    ignored: list[str] = []
+    mistakes: list[str] = []
+    for url in [section.path] if isinstance(section.path, str) else section.path:
+        try:
+            found, passed_over = storage.list_parquet(url)
+        except UserError as error:
+            mistakes += error.lines
+            continue
+        files |= {file.path: file for file in found}
+        ignored += passed_over
+    if mistakes:
+        raise UserError(*mistakes)
+
+    ordered = [files[path] for path in sorted(files)]
+    with ThreadPoolExecutor(FOOTER_THREADS) as threads:
+        footers: Iterable[_Footer] = threads.map(_read_footer, ordered)
+        footers = list(progress(footers, len(ordered)) if progress else footers)
+
+    good = [(file, footer) for file, footer in zip(ordered, footers, strict=True) if footer.schema is not None]
+    bad = [footer.error for footer in footers if footer.schema is None]
+    columns: Columns | None = None
+    for file, footer in good:
+        try:
+            columns = _find_columns(section, footer.schema, file.path)
+            break
+        except UserError as error:
+            mistakes += error.lines
+    if columns is None:
+        raise UserError(*bad, *mistakes)
+    usable: list[tuple[FileInfo, _Footer]] = []
+    for file, footer in good:
+        lines = _shard_mistakes(file, footer, columns, section.max_row_group_bytes)
+        bad += lines
+        if not lines:
+            usable.append((file, footer))
+    if bad and section.on_bad_shard == "fail":
+        raise UserError(*bad)
+    if not usable:
+        raise UserError(*bad, f"pool.path = {section.path!r}: no shard of the pool can be used; mend the files above")
+    names = _relative_names([file.path for file, _ in usable])
+    return Pool(
+        shards=tuple(
+            Shard(index=i, name=name, path=file.path, size=file.size, version=file.version, rows=footer.rows)
+            for i, (name, (file, footer)) in enumerate(zip(names, usable, strict=True))
+        ),
+        columns=columns,
+        schema=_union([footer.schema for _, footer in usable]),
+        ignored=tuple(ignored),
+        skipped=tuple(bad),
+    )
+
+
+def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    """Rows of a shard in order, `batch_rows` at a time; all columns if `columns` is None.
+
+    Raises:
+        InputChangedError: if the file is not the one that the inventory recorded, or a page does not decode.
+    """
+    found = storage.file_info(shard.path)
+    if (found.size, found.version) != (shard.size, shard.version):
+        raise InputChangedError(
+            f"{shard.path}: expected {shard.size} bytes, version {shard.version}, found {found.size} bytes, version "
+            f"{found.version}; the shard changed while the round was running: run the command again to take it anew"
+        )
+    rows = 0
+    try:
+        with storage.open_input(shard.path) as file, pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=batch_rows, columns=columns):
+                rows += batch.num_rows
+                yield batch
+    except (pa.ArrowException, OSError) as error:
+        raise InputChangedError(
+            f"{shard.path}: expected {shard.rows} readable rows, found a damaged page after row {rows} ({error}); "
+            'replace the file, or set pool.on_bad_shard = "skip" after moving it away'
+        ) from error
+    if rows != shard.rows:
+        raise InputChangedError(
+            f"{shard.path}: the footer promises {shard.rows} rows but {rows} were read; replace the file"
+        )
+
+
+def image_bytes(column: pa.Array) -> pa.Array:
+    """The encoded bytes of an image column, whether plain binary or Hugging Face's struct<bytes, path>."""
+    if pa.types.is_struct(column.type):
+        # flatten() and not field(): it carries the struct's own nulls down to the child.
+        column = column.flatten()[column.type.get_field_index("bytes")]
+    return column.cast(pa.large_binary())
+
+
+def caption_bytes(column: pa.Array) -> pa.Array:
+    """UTF-8 of a caption column, unchecked: one invalid caption must not take its whole batch with it."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_binary())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Footer:
+    rows: int = 0
+    schema: pa.Schema | None = None
+    largest_row_group: int = 0
+    error: str = ""
+
+
+def _read_footer(file: FileInfo) -> _Footer:
+    if file.size == 0:
+        return _Footer(error=f"{file.path}: expected a Parquet file, found 0 bytes; remove or replace it")
+    try:
+        with storage.open_input(file.path) as handle, pq.ParquetFile(handle) as parquet:
+            metadata = parquet.metadata
+            groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+            return _Footer(
+                rows=metadata.num_rows, schema=parquet.schema_arrow, largest_row_group=max(groups, default=0)
+            )
+    except Exception as error:  # a fuzzed footer raises whatever it likes, ValueError and OverflowError included
+        reason = " ".join(str(error).split())[:200]
+        return _Footer(
+            error=f"{file.path}: expected a Parquet file, found a broken footer ({reason}); remove or replace it"
+        )
+
+
+def _find_columns(section: PoolSection, schema: pa.Schema, path: str) -> Columns:
+    """The pool's columns by the recipe, else by convention."""
+    mistakes: list[str] = []
+    found: dict[str, str] = {}
+    for role, given, known in (
+        ("image", section.image, IMAGE_COLUMNS),
+        ("caption", section.caption, CAPTION_COLUMNS),
+    ):
+        name = given or next((name for name in known if name in schema.names), None)
+        if name is None:
+            mistakes.append(
+                f"{path}: no {role} column; expected one of {', '.join(known)}, found {', '.join(schema.names)}; "
+                f"name it with pool.{role}"
+            )
+        else:
+            found[role] = name
+    if mistakes:
+        raise UserError(*mistakes)
+    return Columns(image=found["image"], caption=found["caption"], uid=section.uid)
+
+
+def _shard_mistakes(file: FileInfo, footer: _Footer, columns: Columns, max_row_group_bytes: int) -> list[str]:
+    """Why this shard cannot be used, one line each; an empty shard is fine."""
+    schema = footer.schema
+    assert schema is not None
+    lines = []
+    for role, name, accepts, expected in (
+        ("image", columns.image, _is_image, "binary or struct<bytes: binary, …>"),
+        ("caption", columns.caption, _is_caption, "string"),
+        ("uid", columns.uid, _is_uid, "string or integer"),
+    ):
+        if name is None:
+            continue
+        if name not in schema.names:
+            lines.append(
+                f"{file.path}: expected the {role} column {name!r}, found {', '.join(schema.names)}; "
+                f"mend the shard, or name the column with pool.{role}"
+            )
+        elif not accepts(schema.field(name).type):
+            lines.append(f"{file.path}: {role} column {name!r}: expected {expected}, found {schema.field(name).type}")
+    if ADDED_COLUMN in schema.names:
+        lines.append(
+            f"{file.path}: has a column {ADDED_COLUMN!r} already, the name of the one we add; rename or drop it"
+        )
+    if footer.largest_row_group > max_row_group_bytes:
+        lines.append(
+            f"{file.path}: largest row group is {footer.largest_row_group:,} bytes, the limit {max_row_group_bytes:,} "
+            f"(pool.max_row_group_bytes); run: curate reshard {file.path} --to FOLDER"
+        )
+    return lines
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _is_binary(kind.field(index).type)
+    return _is_binary(kind) or pa.types.is_null(kind)
+
+
+def _is_caption(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return _is_text(kind) or _is_binary(kind) or pa.types.is_null(kind)
+
+
+def _is_uid(kind: pa.DataType) -> bool:
+    return _is_text(kind) or pa.types.is_integer(kind)
+
+
+def _relative_names(paths: Sequence[str]) -> list[str]:
+    """Paths without the folder that all of them share."""
+    folders = [path.split("/")[:-1] for path in paths]
+    shared = 0
+    while all(len(folder) > shared and folder[shared] == folders[0][shared] for folder in folders):
+        shared += 1
+    return ["/".join(path.split("/")[shared:]) for path in paths]
+
+
+def _union(schemas: Iterable[pa.Schema]) -> pa.Schema:
+    """One schema for all shards; dictionaries become plain values first, or they would not unify."""
+    plain = []
+    for schema in schemas:
+        fields = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in schema]
+        plain.append(pa.schema(fields, metadata=schema.metadata))
+    try:
+        return pa.unify_schemas(plain, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise UserError(
+            f"pool.path: the shards' columns do not agree: {error}; give the column one type in all shards"
+        ) from None

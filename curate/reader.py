@@ -1,0 +1,266 @@
+"""CuratedReader: committed rounds as exact training batches, for one rank or many.
+
+A sub-batch was chosen as a whole, so a batch is exactly one sub-batch, its rows in the order drawn, never mixed with
+another's. On N ranks each rank reads its own slice. The whole state is one integer: the number, counted from the first
+row of round 0, of the next batch; so training may go on with another number of ranks and reads the same order.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from curate.errors import UserError
+from curate.images import clean_caption, decode_image
+from curate.manifest import CuratedFile, Manifest, manifest_name, read_manifest, round_folder
+from curate.pool import ADDED_COLUMN, caption_bytes, image_bytes
+from curate.storage import Store
+
+FIRST_WAIT_S = 0.5
+LONGEST_WAIT_S = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """This rank's slice of one sub-batch, b/W rows in the order drawn."""
+
+    number: int
+    """Of the batch, counted from round 0 on."""
+    round: int
+    sub_batch: int
+    uids: list[str]
+    images: Tensor | list[PIL.Image.Image]
+    """[b/W, 3, H, W] if the reader was given `preprocess`, else pictures."""
+    texts: Tensor | list[str]
+    """[b/W, L] if the reader was given `tokenize`, else captions."""
+
+    def pin_memory(self) -> "Batch":
+        """What `DataLoader(pin_memory=True)` calls."""
+        pinned = {
+            name: value.pin_memory() for name in ("images", "texts") if isinstance(value := getattr(self, name), Tensor)
+        }
+        return Batch(**self.__dict__ | pinned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where one batch lies: all that a worker process needs to read it."""
+
+    number: int
+    round: int
+    sub_batch: int
+    file: str
+    first_row: int
+    rows: int
+    image: str
+    caption: str
+
+
+class CuratedReader:
+    """Iterate over the batches of committed rounds, in order.
+
+    Args:
+        root: the root of the curation, as in the recipe.
+        rank: of this process.
+        world_size: number of ranks; must divide b.
+        preprocess: open_clip's transform of a picture; pictures are returned as they are if None.
+        tokenize: open_clip's tokenizer; captions are returned as they are if None.
+        workers: processes that read, decode and tokenise ahead; batches come in order all the same.
+        batch_size: global batch size that the trainer is about to use; refused unless it is b.
+        follow: wait for the next round where the committed ones end, rather than stop.
+        timeout_s: with `follow`, stop waiting after this long without a new round; for ever if None.
+        verify: hash each file when it is first opened; its size is compared always.
+
+    Raises:
+        UserError: no such root, b not divisible by `world_size`, another batch size, a damaged file or manifest.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        preprocess: Callable[[PIL.Image.Image], Tensor] | None = None,
+        tokenize: Callable[[list[str]], Tensor] | None = None,
+        workers: int = 0,
+        batch_size: int | None = None,
+        follow: bool = False,
+        timeout_s: float | None = None,
+        verify: bool = False,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank = {rank}: must be at least 0 and below world_size = {world_size}")
+        self.store = Store(root)
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = batch_size
+        self.follow = follow
+        self.timeout_s = timeout_s
+        self.verify = verify
+        self._next = 0
+        self._places = _Places()
+        self._loader: DataLoader[Batch] = DataLoader(
+            _Batches(self.store, preprocess, tokenize),
+            batch_size=None,
+            sampler=self._places,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """`{"next_batch": n}`: what has been handed out, whatever the workers have read ahead."""
+        return {"next_batch": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at the batch that a `state_dict` names, of this or any other number of ranks."""
+        self._next = state["next_batch"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        first = 0  # number of the round's first batch
+        parent: str | None = None
+        number = 0
+        while (found := self._wait_for(number)) is not None:
+            manifest, digest = found
+            self._check(manifest, parent)
+            if self._next < first + manifest.sub_batches:
+                self._places.places = self._of_round(manifest, first)[self._next - first :]
+                for batch in self._loader:
+                    self._next = batch.number + 1
+                    yield batch
+            first += manifest.sub_batches
+            parent = digest
+            number += 1
+        if self._next > first:
+            raise UserError(
+                f"{self.store.url}: the state says that batch {self._next} is next, but the committed rounds hold only "
+                f"{first}; the state belongs to another root"
+            )
+
+    def _wait_for(self, number: int) -> tuple[Manifest, str] | None:
+        """The manifest of a round; with `follow`, once it is there. Followers ask for it by name, never list."""
+        wait = FIRST_WAIT_S
+        until = None if self.timeout_s is None else time.monotonic() + self.timeout_s
+        while (found := read_manifest(self.store, number)) is None and self.follow:
+            if until is not None and time.monotonic() + wait > until:
+                return None
+            time.sleep(wait)
+            wait = min(2 * wait, LONGEST_WAIT_S)
+        if found is None and number == 0:
+            raise UserError(f"{self.store.url}: expected a committed round, found none; run: curate round RECIPE")
+        return found
+
+    def _check(self, manifest: Manifest, parent: str | None) -> None:
+        name = manifest_name(manifest.round)
+        if manifest.parent != parent:
+            raise UserError(
+                f"{name}: its parent is {manifest.parent}, but round {manifest.round - 1} as read here is {parent}; "
+                "the rounds of two roots are mixed: restore the root"
+            )
+        b = manifest.sub_batch_size
+        if b % self.world_size:
+            raise UserError(
+                f"{name}: {b} pairs per batch do not divide over {self.world_size} ranks; use a divisor of {b}"
+            )
+        if self.batch_size not in (None, b):
+            raise UserError(
+                f"{name}: its batches hold {b} pairs and were chosen as wholes, the trainer asked for "
+                f"{self.batch_size}; train with a global batch of {b}, or curate with selection.sub_batch_size = {self.batch_size}"
+            )
+        for file in manifest.files:
+            self._check_file(file, f"{round_folder(manifest.round)}/{file.name}")
+
+    def _check_file(self, file: CuratedFile, name: str) -> None:
+        size = self.store.size(name)
+        if size != file.size:
+            raise UserError(f"{name}: expected {file.size} bytes, found {size}; restore the file")
+        if self.verify:
+            with self.store.open_input(name) as handle:
+                found = hashlib.file_digest(handle, "sha256").hexdigest()
+            if found != file.sha256:
+                raise UserError(f"{name}: expected sha256 {file.sha256[:12]}, found {found[:12]}; restore the file")
+
+    def _of_round(self, manifest: Manifest, first: int) -> list[_Place]:
+        """This rank's slice of each sub-batch of a round."""
+        b = manifest.sub_batch_size
+        share = b // self.world_size
+        return [
+            _Place(
+                number=first + sub_batch,
+                round=manifest.round,
+                sub_batch=sub_batch,
+                file=f"{round_folder(manifest.round)}/{file.name}",
+                first_row=(sub_batch - file.first_sub_batch) * b + self.rank * share,
+                rows=share,
+                image=str(manifest.columns["image"]),
+                caption=str(manifest.columns["caption"]),
+            )
+            for file in sorted(manifest.files, key=lambda file: file.first_sub_batch)
+            for sub_batch in range(file.first_sub_batch, file.first_sub_batch + file.sub_batches)
+        ]
+
+
+class _Places(Sampler[_Place]):
+    """The places of one round. The loader keeps its workers from round to round and asks here what to read."""
+
+    def __init__(self) -> None:
+        self.places: Sequence[_Place] = ()
+
+    def __iter__(self) -> Iterator[_Place]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class _Batches(Dataset[Batch]):
+    """From a place to the batch that lies there: the work of a worker process."""
+
+    def __init__(
+        self,
+        store: Store,
+        preprocess: Callable[[PIL.Image.Image], Tensor] | None,
+        tokenize: Callable[[list[str]], Tensor] | None,
+    ) -> None:
+        self.store = store
+        self.preprocess = preprocess
+        self.tokenize = tokenize
+
+    def __getitem__(self, place: _Place) -> Batch:
+        rows = _read_rows(self.store, place)
+        # Published images were decoded once before, so this cannot fail but for damage on the way.
+        images = [decode_image(data) for data in image_bytes(rows.column(place.image)).to_pylist()]
+        captions = [clean_caption(raw) for raw in caption_bytes(rows.column(place.caption)).to_pylist()]
+        return Batch(
+            number=place.number,
+            round=place.round,
+            sub_batch=place.sub_batch,
+            uids=rows.column(ADDED_COLUMN).field("uid").to_pylist(),
+            images=torch.stack([self.preprocess(image) for image in images]) if self.preprocess else images,
+            texts=self.tokenize(captions) if self.tokenize else captions,
+        )
+
+
+def _read_rows(store: Store, place: _Place) -> Any:
+    """The rows of a place as one record batch; only the row groups that they lie in are read."""
+    try:
+        with store.open_input(place.file) as file, pq.ParquetFile(file) as parquet:
+            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+            ends = np.cumsum(sizes)
+            first, last = np.searchsorted(ends, [place.first_row, place.first_row + place.rows - 1], side="right")
+            table = parquet.read_row_groups(range(first, last + 1), columns=[place.image, place.caption, ADDED_COLUMN])
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{place.file}: cannot be read at sub-batch {place.sub_batch} ({error}); restore the file"
+        ) from error
+    start = place.first_row - int(ends[first] - sizes[first])
+    return table.slice(start, place.rows).combine_chunks().to_batches()[0]

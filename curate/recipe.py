@@ -1,0 +1,245 @@
+"""The recipe: one TOML file that says what to curate, with what, and how.
+
+Every field is checked before anything runs, all mistakes are reported at once, and any field can be set on the
+command line (`--set selection.filter_ratio=0.9`).
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from curate.errors import UserError
+from curate.jest import Criterion, Loss, Method
+
+
+class Section(BaseModel):
+    """A table of the recipe. Unknown fields are mistakes, values are never coerced from another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class PoolSection(Section):
+    """The raw pairs."""
+
+    path: str | list[str] = Field(description="folder, glob, file or fsspec URL of Parquet shards, or a list")
+    image: str | None = Field(None, description="image column; found by convention (jpg, image, …) if not given")
+    caption: str | None = Field(None, description="caption column; found by convention (caption, text, …)")
+    uid: str | None = Field(None, description="column that identifies a pair; else a hash of image and caption")
+    on_bad_shard: Literal["fail", "skip"] = Field(
+        "fail", description="a shard that cannot be read stops the round, or is skipped and listed in the manifest"
+    )
+    max_dropped_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of rows that may be unusable before the round stops: a bug looks like bad data",
+    )
+    max_row_group_bytes: int = Field(
+        2**29, ge=2**20, description="largest row group, uncompressed bytes, that a worker loads at once"
+    )
+
+
+class EncoderSection(Section):
+    """An open_clip model and its weights."""
+
+    model: str = Field(
+        description="open_clip model name, local-dir:FOLDER, hf-hub:NAME, or an open_clip JSON config beside the recipe"
+    )
+    pretrained: str | None = Field(
+        None, description="open_clip pretrained tag or checkpoint file; random weights from the seed if not given"
+    )
+    trusted: bool = Field(False, description="allow a checkpoint that is not safetensors (it is unpickled)")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward pass; bf16 on GPUs only")
+
+
+class EmbedSection(Section):
+    """The forward pass."""
+
+    batch_size: int = Field(256, ge=1, description="pairs per forward pass")
+    chunk_rows: int = Field(1024, ge=1, description="rows decoded ahead while the model runs")
+
+
+class SelectionSection(Section):
+    """How sub-batches are chosen; the words are those of arXiv 2406.17711."""
+
+    sub_batch_size: int = Field(ge=1, description="b, pairs per sub-batch: the batch that the learner trains on")
+    filter_ratio: float = Field(0.8, ge=0, lt=1, description="1 - b/B, share of each super-batch that is discarded")
+    n_chunks: int = Field(16, ge=1, description="draws per sub-batch")
+    loss: Loss = Field("sigmoid", description="the learner's training loss")
+    criterion: Criterion = Field("learnability", description="what makes a sub-batch worth training on")
+    method: Method = Field("joint", description="how a sub-batch is drawn")
+    # The paper uses 100; early in training that follows an untrained learner's noise, so the default is mild.
+    gain: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor on the scores: larger is greedier")
+    super_batches: int | None = Field(
+        None, ge=1, description="super-batches, and so sub-batches, per round; as many as the pool holds if not given"
+    )
+
+    @property
+    def super_batch_size(self) -> int:
+        """B, the smallest integer with 1 - b/B at least filter_ratio, computed without rounding error."""
+        return math.ceil(self.sub_batch_size / (1 - Fraction(str(self.filter_ratio))))
+
+    @model_validator(mode="after")
+    def _chunks_fit(self) -> Self:
+        if self.n_chunks > self.sub_batch_size:
+            raise PydanticCustomError(
+                "chunks",
+                "n_chunks = {n} must not exceed sub_batch_size = {b}: each chunk draws at least one; lower n_chunks",
+                {"n": self.n_chunks, "b": self.sub_batch_size},
+            )
+        return self
+
+
+class OutputSection(Section):
+    """The curated files."""
+
+    file_rows: int = Field(8192, ge=1, description="rows per curated file, rounded to whole sub-batches (at least one)")
+
+
+class ResourcesSection(Section):
+    """What to use of the machine; changes the speed of a round and never its result."""
+
+    workers: int | None = Field(None, ge=1, description="embedding actors; one per GPU, else one per CPU but one")
+    threads: int = Field(1, ge=1, description="decoding threads, and CPU threads of the model, per worker")
+    address: str = Field("local", description="Ray cluster: local, auto or ray://host:port")
+
+
+class TrainSection(Section):
+    """`curate train`."""
+
+    data: Literal["rounds", "pool"] = Field("rounds", description="committed rounds, or uniform batches of the pool")
+    steps: int | None = Field(None, ge=1, description="steps to train; every committed sub-batch if data is rounds")
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak of the cosine schedule")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up linearly")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW's")
+    beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's; 0.999 spikes at high filter ratios (paper, A.2)")
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    workers: int = Field(0, ge=0, description="decoding processes; 0 decodes in the trainer's own")
+
+    @model_validator(mode="after")
+    def _pool_needs_steps(self) -> Self:
+        if self.data == "pool" and self.steps is None:
+            raise PydanticCustomError(
+                "steps", 'steps is not set: with data = "pool" there is no natural end; set train.steps', {}
+            )
+        return self
+
+
+class Recipe(Section):
+    """The whole recipe, resolved: every default filled in."""
+
+    root: str = Field(description="where everything is written: a local folder or s3://bucket/prefix")
+    seed: int = Field(0, ge=0, description="every random draw derives from it")
+    pool: PoolSection
+    reference: EncoderSection | None = Field(None, description="the fixed model; needed by rounds, not by train")
+    learner: EncoderSection
+    embed: EmbedSection = EmbedSection()
+    selection: SelectionSection
+    output: OutputSection = OutputSection()
+    resources: ResourcesSection = ResourcesSection()
+    train: TrainSection = TrainSection()
+
+    def of_round(self) -> dict[str, Any]:
+        """The fields that decide what a round contains, as stored in its plan and its manifest."""
+        return self.model_dump(mode="json", exclude={"root", "resources", "train"})
+
+    def fingerprint(self) -> str:
+        """Hash of `of_round`: two recipes with the same fingerprint choose the same rounds."""
+        return hashlib.sha256(json.dumps(self.of_round(), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    Args:
+        path: the TOML file.
+        overrides: `section.field=value`, the value in TOML; a bare word is a string.
+
+    Raises:
+        UserError: one line per mistake, all of them at once.
+    """
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: expected a recipe, found none ({error.strerror}); give the path of a TOML file"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}; mend that line") from None
+    mistakes = [line for text in overrides if (line := _override(data, text))]
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        mistakes += [_line(path, details) for details in error.errors(include_url=False)]
+    if mistakes:
+        raise UserError(*mistakes)
+    return recipe
+
+
+def _override(data: dict[str, Any], text: str) -> str | None:
+    """Set one field in `data`; return a line if the text is not an override."""
+    name, equals, value = text.partition("=")
+    *tables, field = name.strip().split(".")
+    if not equals or not field:
+        return f"--set {text}: expected section.field=value, as in --set selection.filter_ratio=0.9"
+    for table in tables:
+        data = data.setdefault(table, {})
+        if not isinstance(data, dict):
+            return f"--set {text}: {table} is a field, not a section; name the field itself"
+    try:
+        data[field] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        data[field] = value.strip()
+    return None
+
+
+def _line(path: Path, details: ErrorDetails) -> str:
+    """One mistake: field, value, law and the way out."""
+    names = [str(part) for part in details["loc"] if not str(part).startswith(("str", "list["))]
+    where = f"{path}: {'.'.join(names)}"
+    section = _section(names[:-1])
+    kind = details["type"]
+    if kind in {"chunks", "steps"}:
+        return f"{where}: {details['msg']}"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(names[-1], section.model_fields, n=1)
+        way_out = f"did you mean {near[0]}?" if near else f"the fields here are {', '.join(section.model_fields)}"
+        return f"{where}: unknown field; {way_out}"
+    field = section.model_fields.get(names[-1])
+    law = details["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
+    found = "" if kind == "missing" else f" = {details['input']!r}"
+    meaning = f" ({field.description})" if field and field.description else ""
+    default = field.get_default() if field and not field.is_required() else None
+    way_out = f"; the default is {default!r}" if isinstance(default, str | int | float) else ""
+    if kind == "missing":
+        law, way_out = "must be given", f"; add it to the recipe or use --set {'.'.join(names)}=…"
+    return f"{where}{found}: {law}{meaning}{way_out}"
+
+
+def _section(names: Sequence[str]) -> type[Section]:
+    """The model class of the table that `names` leads to."""
+    section: type[Section] = Recipe
+    for name in names:
+        field = section.model_fields.get(name)
+        options = typing.get_args(field.annotation) if field else ()
+        found = [
+            o
+            for o in (*options, field.annotation if field else None)
+            if isinstance(o, type) and not isinstance(o, types.GenericAlias) and issubclass(o, Section)
+        ]
+        if not found:
+            break
+        section = found[0]
+    return section

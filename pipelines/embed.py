@@ -1,0 +1,152 @@
+"""Embed, scaled out: Ray Data over the inventory's shards, actors that hold the models, one file per encoder and shard.
+
+Ray Data is handed shards, not files to read: its own reader skips empty files silently, and its checkpoints score
+dropped rows again. Here what remains to do is the set of shards whose file is missing.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+from tqdm import tqdm
+
+from curate.embed import Wanted, embed_shard, embedding_name
+from curate.encoder import EncoderSpec, load_encoder
+from curate.pool import Columns, Pool, Shard
+from curate.recipe import EmbedSection, ResourcesSection
+from curate.storage import Store
+from curate.walk import END, walk_keys
+from pipelines.cluster import device, free_cpus, gpus
+
+# A shard is one task. A slow CPU may spend hours on one, so Ray's guard of 30 minutes would stop healthy work.
+NO_PROGRESS_S = 6 * 3600
+MOST_BLOCKS = 1000
+# Without limits Ray restarts an actor for ever on a row that kills it.
+RETRIES = {"max_restarts": 4, "max_task_retries": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyRange:
+    """Rows to score: those whose key in this epoch's walk is at least `low` and below `high`."""
+
+    seed: int
+    epoch: int
+    low: int
+    high: int
+
+    @property
+    def scope(self) -> str:
+        """Names the folder of files that score these rows only."""
+        return f"walk-{self.seed}-{self.epoch}-{self.low:016x}-{self.high:016x}"
+
+    def wanted(self, content: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Whether each content [n, 2] is in the range: [n]."""
+        keys = walk_keys(content, seed=self.seed, epoch=self.epoch)
+        below = np.ones(len(keys), bool) if self.high == END else keys < np.uint64(self.high)
+        return np.asarray((keys >= np.uint64(self.low)) & below)
+
+
+def missing_shards(store: Store, pool: Pool, spec: EncoderSpec, scope: str = "") -> set[int]:
+    """Indices of the shards that lack an embedding file by this encoder, found by listing."""
+    folder = embedding_name(spec.sha, pool.shards[0], scope).rpartition("/")[0]
+    there = set(store.list(folder))
+    return {shard.index for shard in pool.shards if embedding_name(spec.sha, shard, scope) not in there}
+
+
+def embed_pool(
+    store: Store,
+    pool: Pool,
+    encoders: Sequence[EncoderSpec],
+    settings: EmbedSection,
+    resources: ResourcesSection,
+    *,
+    key_range: KeyRange | None = None,
+) -> None:
+    """Write every embedding file that is missing; a pair that several encoders want is decoded once.
+
+    Args:
+        store: the root.
+        pool: the inventory.
+        encoders: whose files are wanted.
+        settings: sizes.
+        resources: number of actors and their threads.
+        key_range: score only these rows, into files of their own.
+
+    Raises:
+        InputChangedError: a shard is not the file that was inventoried.
+    """
+    scope = key_range.scope if key_range else ""
+    missing = {spec.sha: missing_shards(store, pool, spec, scope) for spec in encoders}
+    todo = [shard for shard in pool.shards if any(shard.index in left for left in missing.values())]
+    if not todo:
+        return
+    items = [
+        {"shard": shard.__dict__, "encoders": [spec.sha for spec in encoders if shard.index in missing[spec.sha]]}
+        for shard in todo
+    ]
+    workers = min(resources.workers or gpus() or max(1, free_cpus() // resources.threads), len(todo))
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts rows
+    context.execution_no_progress_timeout_s = NO_PROGRESS_S
+    receipts = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
+        EmbedShards,
+        fn_constructor_args=(store, list(encoders), pool.columns, settings, resources.threads, key_range),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(size=workers),
+        # Below one per thread, so that the tasks which feed the actors find a CPU (ray#44687).
+        num_cpus=None if gpus() else 0.9 * resources.threads,
+        num_gpus=1 if gpus() else None,
+        **RETRIES,
+    )
+    names = " and ".join(spec.source for spec in encoders)
+    with tqdm(total=sum(shard.rows for shard in todo), desc=f"embed with {names}", unit="row", disable=None) as bar:
+        for receipt in receipts.iter_rows():
+            bar.update(receipt["rows"])
+
+
+class EmbedShards:
+    """The actor: holds the encoders, embeds the shards that it is given one at a time."""
+
+    def __init__(
+        self,
+        store: Store,
+        encoders: Sequence[EncoderSpec],
+        columns: Columns,
+        settings: EmbedSection,
+        threads: int,
+        key_range: KeyRange | None,
+    ) -> None:
+        logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every load on the root logger
+        torch.set_num_threads(threads)
+        self.store = store
+        self.columns = columns
+        self.settings = settings
+        self.threads = threads
+        self.scope = key_range.scope if key_range else ""
+        self.wanted: Wanted | None = key_range.wanted if key_range else None
+        self.encoders = {spec.sha: load_encoder(store, spec, device()) for spec in encoders}
+
+    def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
+        """Embed the shards of a batch; yields one receipt per shard."""
+        for item in batch.to_pylist():
+            shard = Shard(**item["shard"])
+            encoders = {embedding_name(sha, shard, self.scope): self.encoders[sha] for sha in item["encoders"]}
+            embed_shard(
+                shard,
+                self.columns,
+                encoders,
+                self.store,
+                self.settings,
+                threads=self.threads,
+                wanted=self.wanted,
+            )
+            yield {"shard": [shard.index], "rows": [shard.rows]}

@@ -1,0 +1,204 @@
+"""One curation round, from the pool to the manifest, on one page."""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from curate.errors import UserError
+from curate.manifest import Manifest, commit, last_round, read_manifest, round_folder
+from curate.plan import Plan, pin_plan
+from curate.pool import Pool, load_pool
+from curate.recipe import Recipe
+from curate.storage import Store
+from curate.tally import Tally
+from curate.walk import WalkRange, next_range
+from pipelines.cluster import connect
+from pipelines.embed import KeyRange, embed_pool
+from pipelines.select import select_round
+from pipelines.walk import Walk, lay_walk
+from pipelines.write import write_round
+
+RECORDED_LIBRARIES = ("curate", "torch", "open_clip_torch", "pyarrow", "ray", "pillow", "numpy")
+
+
+def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manifest:
+    """Run a round, or finish one that was interrupted, or return one that is committed.
+
+    Args:
+        recipe: the whole recipe.
+        base: the recipe's folder.
+        number: of the round; the next one if None. A committed round is returned as it is.
+
+    Raises:
+        UserError: in recipe, pool or models; all that are found together.
+        CommitConflictError: somebody else committed another round under this number.
+    """
+    store = Store(recipe.root)
+    newest = last_round(store)
+    number = newest + 1 if number is None else number
+    if number > newest + 1:
+        raise UserError(
+            f"--round {number}: rounds are contiguous and the newest is {newest}; run round {newest + 1} first"
+        )
+    if (committed := read_manifest(store, number)) is not None:
+        return committed[0]
+    store.probe()
+    connect(recipe.resources.address)
+
+    folder = round_folder(number)
+    plan = pin_plan(store, recipe, base=base, folder=folder, progress=_footers_bar)
+    pool = load_pool(store, plan.pool)
+    parent = read_manifest(store, number - 1)
+    selection = recipe.selection
+
+    embed_all(store, pool, plan, recipe)
+    walk, walk_range = place_round(store, pool, plan, recipe, parent[0] if parent else None)
+    boundaries = walk.boundaries[walk_range.start : walk_range.stop + 1]
+    scope = embed_learner(store, pool, plan, recipe, walk.epoch, boundaries)
+    stats = select_round(
+        store,
+        pool,
+        selection=selection,
+        reference=plan.reference,
+        learner=plan.learner,
+        learner_scope=scope,
+        walk_range=walk_range,
+        boundaries=boundaries,
+        seed=recipe.seed,
+        round_number=number,
+        folder=folder,
+    )
+    files = write_round(
+        store,
+        pool,
+        sub_batches=walk_range.super_batches,
+        sub_batch_size=selection.sub_batch_size,
+        file_rows=recipe.output.file_rows,
+        round_number=number,
+        folder=folder,
+    )
+
+    taken = walk_range.super_batches * selection.super_batch_size
+    waiting = Tally(
+        step="walk",
+        rows_in=walk.candidates,
+        kept=taken,
+        dropped={"other_round": walk.candidates - taken},
+    )
+    selected = sum((s.tally for s in stats[1:]), stats[0].tally)
+    manifest = Manifest(
+        round=number,
+        parent=parent[1] if parent else None,
+        sub_batch_size=selection.sub_batch_size,
+        sub_batches=walk_range.super_batches,
+        columns=pool.columns.__dict__,
+        files=tuple(files),
+        pool_rows=pool.rows,
+        tallies=(walk.embedded, walk.deduplicated, waiting, selected),
+        learnability=tuple(s.learnability for s in stats),
+        uniform_learnability=tuple(s.uniform_learnability for s in stats),
+        lineage=lineage(plan, pool, walk_range, recipe),
+    )
+    commit(store, manifest)
+    return manifest
+
+
+def embed_all(store: Store, pool: Pool, plan: Plan, recipe: Recipe) -> None:
+    """The reference's embeddings of the whole pool, and the learner's in the same pass where that pays.
+
+    A round over at least half of the pool decodes each picture once for both models and keeps the few learner's
+    embeddings that it does not need; a smaller one runs the learner on its own candidates alone, later.
+    """
+    encoders = [plan.reference]
+    if plan.learner is not None and _whole_pool(pool, recipe):
+        encoders.append(plan.learner)
+    embed_pool(store, pool, encoders, recipe.embed, recipe.resources)
+
+
+def embed_learner(store: Store, pool: Pool, plan: Plan, recipe: Recipe, epoch: int, boundaries: tuple[int, ...]) -> str:
+    """The learner's embeddings of this round's candidates, unless `embed_all` made them; returns their scope."""
+    if plan.learner is None or _whole_pool(pool, recipe):
+        return ""
+    keys = KeyRange(seed=recipe.seed, epoch=epoch, low=boundaries[0], high=boundaries[-1])
+    embed_pool(store, pool, [plan.learner], recipe.embed, recipe.resources, key_range=keys)
+    return keys.scope
+
+
+def place_round(
+    store: Store, pool: Pool, plan: Plan, recipe: Recipe, parent: Manifest | None
+) -> tuple[Walk, WalkRange]:
+    """Where this round walks: on from its parent, or into a new epoch.
+
+    Raises:
+        UserError: the pool holds too few candidates, or too many of its rows cannot be used.
+    """
+    selection = recipe.selection
+    size = selection.super_batch_size
+    previous = WalkRange(**parent.lineage["walk"]["range"]) if parent else None
+    epoch = previous.epoch if previous else 0
+    while True:
+        walk = lay_walk(store, pool, plan.reference, seed=recipe.seed, epoch=epoch, super_batch_size=size)
+        _check_dropped(walk.embedded, recipe)
+        walk_range = next_range(
+            previous,
+            candidates=walk.candidates,
+            super_batch_size=size,
+            super_batches=selection.super_batches,
+            same_pool=parent is not None and parent.lineage["walk"]["through"] == _through(plan, recipe),
+        )
+        if walk_range is None:
+            wanted = size * (selection.super_batches or 1)
+            raise UserError(
+                f"selection: a round wants {wanted:,} candidates ({selection.super_batches or 1} super-batches of "
+                f"{size:,}), the pool holds {walk.candidates:,} distinct usable pairs; lower sub_batch_size, filter_ratio or "
+                "super_batches, or add shards"
+            )
+        if walk_range.epoch == epoch:
+            return walk, walk_range
+        epoch = walk_range.epoch
+
+
+def lineage(plan: Plan, pool: Pool, walk_range: WalkRange, recipe: Recipe) -> dict[str, Any]:
+    """All that made this round, from the manifest alone."""
+    return {
+        "recipe": plan.recipe,
+        "recipe_fingerprint": plan.recipe_fingerprint,
+        "pool": {"fingerprint": pool.fingerprint, "shards": len(pool.shards), "skipped_shards": list(pool.skipped)},
+        "reference": plan.reference.to_json(),
+        "learner": plan.learner.to_json() | {"number": plan.learner_number} if plan.learner else None,
+        "walk": {
+            "range": walk_range.to_json(),
+            "through": _through(plan, recipe),
+        },
+        "python": platform.python_version(),
+        "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
+    }
+
+
+def _footers_bar(footers: Iterable[Any], total: int) -> Iterable[Any]:
+    return tqdm(footers, total=total, desc="inventory", unit="shard", disable=None)
+
+
+def _whole_pool(pool: Pool, recipe: Recipe) -> bool:
+    """Whether one pass for both models is cheaper than a second one over this round's candidates."""
+    wanted = recipe.selection.super_batches
+    return wanted is None or 2 * wanted * recipe.selection.super_batch_size >= pool.rows
+
+
+def _through(plan: Plan, recipe: Recipe) -> list[Any]:
+    """What a walk depends on: a round that differs in it from its parent begins a new epoch."""
+    return [plan.pool, plan.reference.sha, recipe.seed, recipe.selection.super_batch_size]
+
+
+def _check_dropped(embedded: Tally, recipe: Recipe) -> None:
+    lost = embedded.rows_in - embedded.kept
+    if lost > recipe.pool.max_dropped_share * embedded.rows_in:
+        reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in embedded.dropped.items())
+        raise UserError(
+            f"pool: {lost:,} of {embedded.rows_in:,} rows cannot be used ({reasons}), more than the share "
+            f"pool.max_dropped_share = {recipe.pool.max_dropped_share} allows; see to the rows, or raise it"
+        )

@@ -1,0 +1,108 @@
+"""Select, scaled out: embeddings travel from shards to super-batches, one Ray task draws each sub-batch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from curate.embed import contents, embedding_name, read_embeddings, vectors
+from curate.encoder import EncoderSpec
+from curate.pool import Pool, Shard
+from curate.recipe import SelectionSection
+from curate.select import (
+    Candidates,
+    Scale,
+    SubBatchStats,
+    read_selected,
+    select_sub_batch,
+    selected_name,
+    write_selected,
+)
+from curate.storage import Store
+from curate.walk import WalkRange, super_batch_of, walk_rows
+from pipelines.cluster import device, exchange, fetch, gpus, groups
+
+
+def select_round(
+    store: Store,
+    pool: Pool,
+    *,
+    selection: SelectionSection,
+    reference: EncoderSpec,
+    learner: EncoderSpec | None,
+    learner_scope: str,
+    walk_range: WalkRange,
+    boundaries: Sequence[int],
+    seed: int,
+    round_number: int,
+    folder: str,
+) -> list[SubBatchStats]:
+    """Draw every sub-batch of a round that has not been drawn yet.
+
+    Args:
+        store: the root.
+        pool: the inventory.
+        selection: sizes, criterion and method.
+        reference: its embedding files are complete.
+        learner: likewise for the rows of this round; None if selection does not look at it.
+        learner_scope: of the learner's files.
+        walk_range: the round's place in the walk.
+        boundaries: of the round's super-batches, one more than there are.
+        seed: of the recipe.
+        round_number: of the round.
+        folder: the round's.
+
+    Returns:
+        Statistics by sub-batch, those of sub-batches drawn before included.
+    """
+    names = [selected_name(folder, i) for i in range(walk_range.super_batches)]
+    there = set(store.list(f"{folder}/steps"))
+    todo = [i for i, name in enumerate(names) if name not in there]
+
+    def split(shards: list[Shard]) -> list[Candidates]:
+        loaded = Candidates.concatenate(
+            [_load(store, shard, reference, learner, learner_scope, seed, walk_range.epoch) for shard in shards]
+        )
+        number = super_batch_of(loaded.rows["key"], boundaries)
+        return [loaded.take(np.flatnonzero(number == i)) for i in todo]
+
+    def join(sub_batch: int, parts: Sequence[Candidates]) -> None:
+        table, stats = select_sub_batch(
+            Candidates.concatenate(parts),
+            selection,
+            learner=Scale(logit_scale=learner.logit_scale, logit_bias=learner.logit_bias) if learner else None,
+            reference=Scale(logit_scale=reference.logit_scale, logit_bias=reference.logit_bias),
+            seed=seed,
+            round_number=round_number,
+            sub_batch=sub_batch,
+            device=device(),
+        )
+        write_selected(store, names[sub_batch], table, stats)
+
+    fetch(exchange(groups(pool.shards), split, todo, join, title="select", join_gpus=min(1, gpus())))
+    return [read_selected(store, name)[1] for name in names]
+
+
+def _load(
+    store: Store,
+    shard: Shard,
+    reference: EncoderSpec,
+    learner: EncoderSpec | None,
+    learner_scope: str,
+    seed: int,
+    epoch: int,
+) -> Candidates:
+    """The usable rows of a shard with their vectors."""
+    columns = ["status", "content", "zimg", "ztxt"]
+    table = read_embeddings(store, embedding_name(reference.sha, shard), columns)
+    usable = np.flatnonzero(np.asarray(table["status"].to_pylist(), object) == "ok")
+    other = read_embeddings(store, embedding_name(learner.sha, shard, learner_scope), columns[2:]) if learner else None
+    width = reference.embed_dim
+    return Candidates(
+        rows=walk_rows(contents(table["content"])[usable], shard.index, usable, seed=seed, epoch=epoch),
+        reference=(vectors(table["zimg"], width)[usable], vectors(table["ztxt"], width)[usable]),
+        learner=(
+            (vectors(other["zimg"], learner.embed_dim)[usable], vectors(other["ztxt"], learner.embed_dim)[usable])
+            if learner and other is not None
+            else None
+        ),
+    )

@@ -1,0 +1,79 @@
+"""Write, scaled out: source shards are read once more and only chosen rows travel, to the file that wants them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curate.manifest import CuratedFile
+from curate.pool import Pool, Shard
+from curate.select import read_selected, selected_name
+from curate.storage import Store
+from curate.write import chosen_rows, read_written, record_written, write_curated, written_name
+from pipelines.cluster import exchange, fetch, groups
+
+
+def write_round(
+    store: Store,
+    pool: Pool,
+    *,
+    sub_batches: int,
+    sub_batch_size: int,
+    file_rows: int,
+    round_number: int,
+    folder: str,
+) -> list[CuratedFile]:
+    """Write every curated file of a round that is not in place yet.
+
+    Args:
+        store: the root.
+        pool: the inventory.
+        sub_batches: of the round; their selected files are complete.
+        sub_batch_size: b.
+        file_rows: rows per file, rounded to whole sub-batches.
+        round_number: of the round.
+        folder: the round's.
+
+    Returns:
+        The files in the order of their sub-batches.
+
+    Raises:
+        InputChangedError: a shard is not the file that was inventoried.
+    """
+    per_file = max(1, file_rows // sub_batch_size)
+    names = [written_name(folder, i) for i in range(-(-sub_batches // per_file))]
+    there = set(store.list(f"{folder}/steps"))
+    todo = [i for i, name in enumerate(names) if name not in there]
+    wanted = [i for i in range(sub_batches) if i // per_file in todo]
+
+    def split(shards: list[Shard]) -> list[pa.Table]:
+        picks = _picks_of(store, shards, [selected_name(folder, i) for i in wanted])
+        rows = [
+            chosen_rows(shard, pool, here, round_number)
+            for shard in shards
+            if len(here := picks.filter(pc.equal(picks["shard"], shard.index)))
+        ]
+        if not rows:
+            return [None] * len(todo)
+        table = pa.concat_tables(rows)
+        number = table["curate"].combine_chunks().field("sub_batch").to_numpy() // per_file
+        return [table.take(pa.array(np.flatnonzero(number == i))) for i in todo]
+
+    def join(number: int, parts: Sequence[pa.Table | None]) -> None:
+        pieces = [part for part in parts if part is not None]
+        file = write_curated(pieces, store, folder, columns=pool.columns, sub_batch_size=sub_batch_size)
+        record_written(store, names[number], file)
+
+    fetch(exchange(groups(pool.shards), split, todo, join, title="write"))
+    return [read_written(store, name) for name in names]
+
+
+def _picks_of(store: Store, shards: Sequence[Shard], names: Sequence[str]) -> pa.Table:
+    """The selected rows of these shards, one file after the other: all of a round's may be too many to hold."""
+    first, last = shards[0].index, shards[-1].index
+    parts = []
+    for name in names:
+        table, _ = read_selected(store, name)
+        parts.append(table.filter((pc.field("shard") >= first) & (pc.field("shard") <= last)))
+    return pa.concat_tables(parts)
