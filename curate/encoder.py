@@ -32,6 +32,8 @@ from curate.storage import Store
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
+OpenClip = tuple[Any, dict[str, Any], Any]
+"""A model, its model configuration and its tokenizer: what open_clip makes of one name."""
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -69,12 +71,11 @@ class EncoderSpec:
 class Encoder:
     """A loaded model with its own transform and tokenizer; `encode` is the whole interface."""
 
-    def __init__(self, spec: EncoderSpec, folder: Path, device: torch.device) -> None:
-        name = f"{LOCAL_DIR_PREFIX}{folder}"
+    def __init__(self, spec: EncoderSpec, model: Any, tokenizer: Any, device: torch.device) -> None:
         self.spec = spec
         self.device = device
-        self.model = open_clip.create_model(name, device=device).eval().requires_grad_(False)
-        self.tokenize: Callable[[Sequence[str]], Tensor] = open_clip.get_tokenizer(name)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenize: Callable[[Sequence[str]], Tensor] = tokenizer
         # open_clip's transform, cut before its last two steps: 8-bit pixels are a quarter of the floats to hold and
         # to send, and the same division by 255 and normalisation of a whole batch gives the same floats.
         *crop, to_tensor, self._normalize = eval_transform(self.model).transforms
@@ -108,21 +109,37 @@ class Encoder:
 
 
 def load_encoder(store: Store, spec: EncoderSpec, device: torch.device) -> Encoder:
-    """Load a model from the root.
+    """Load a model from the root to embed with; raises as `load_model`."""
+    model, _, tokenizer = load_model(store, spec, device)
+    return Encoder(spec, model, tokenizer, device)
+
+
+def load_model(store: Store, spec: EncoderSpec, device: torch.device) -> OpenClip:
+    """Load a model from the root to train on.
 
     Raises:
         UserError: if the stored weights are not the ones that the record names.
     """
-    local = store.local_path(spec.folder)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = local or _fetch(store, spec.folder, Path(scratch))
+        folder = store.local_path(spec.folder) or fetch_model(store, spec, Path(scratch))
         found = _sha256(folder / WEIGHTS_NAME)
         if found != spec.weights_sha256:
             raise UserError(
                 f"{spec.folder}/{WEIGHTS_NAME}: expected sha256 {spec.weights_sha256[:12]}, found {found[:12]}; "
                 "the file was changed after it was stored: delete that folder and run the command again"
             )
-        return Encoder(spec, folder, device)
+        name = f"{LOCAL_DIR_PREFIX}{folder}"
+        model = open_clip.create_model(name, device=device)
+        return model, open_clip.get_model_config(name), open_clip.get_tokenizer(name)
+
+
+def fetch_model(store: Store, spec: EncoderSpec, folder: Path) -> Path:
+    """Copy a model out of the root, as a folder that open_clip's `local-dir:` opens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in store.list(spec.folder):
+        with store.open_input(name) as source, (folder / Path(name).name).open("wb") as target:
+            shutil.copyfileobj(source, target, 2**24)
+    return folder
 
 
 def store_encoder(store: Store, section: EncoderSection, *, role: str, base: Path, seed: int) -> EncoderSpec:
@@ -132,7 +149,7 @@ def store_encoder(store: Store, section: EncoderSection, *, role: str, base: Pat
         store: the root.
         section: the recipe's `[reference]` or `[learner]`.
         role: `reference` or `learner`, for messages.
-        base: the recipe's folder, where JSON configs and checkpoint files are looked up.
+        base: the recipe's folder, where JSON configs lie; other paths start at the working directory.
         seed: of random weights, where the recipe names no pretrained ones.
 
     Raises:
@@ -179,9 +196,7 @@ def store_model(
     return spec
 
 
-def create_model(
-    section: EncoderSection, *, role: str, base: Path, seed: int
-) -> tuple[torch.nn.Module, dict[str, Any], Any]:
+def create_model(section: EncoderSection, *, role: str, base: Path, seed: int) -> OpenClip:
     """The open_clip model that a recipe names, with its model configuration and its tokenizer.
 
     Raises:
@@ -193,14 +208,13 @@ def create_model(
         if name.endswith(".json"):
             name = LOCAL_DIR_PREFIX + _as_folder(base / name, Path(scratch), role)
         elif name.startswith(LOCAL_DIR_PREFIX):
-            name = LOCAL_DIR_PREFIX + str(base / name.removeprefix(LOCAL_DIR_PREFIX))
             _check_folder(Path(name.removeprefix(LOCAL_DIR_PREFIX)), role, trusted=section.trusted)
         elif not name.startswith(HF_HUB_PREFIX) and name not in open_clip.list_models():
             raise UserError(
                 f"{role}.model = {name!r}: not an open_clip model; `python -c 'import open_clip; "
                 "print(open_clip.list_models())'` lists them, or give local-dir:FOLDER or a JSON config"
             )
-        checkpoint = _checkpoint(section, name, role, base)
+        checkpoint = _checkpoint(section, name, role)
         torch.manual_seed(derive_seed(seed, "weights"))
         try:
             config = open_clip.get_model_config(name)
@@ -223,14 +237,14 @@ def eval_transform(model: Any) -> Compose:
     return open_clip.transform.image_transform_v2(cfg, is_train=False)
 
 
-def _checkpoint(section: EncoderSection, name: str, role: str, base: Path) -> Path | None:
+def _checkpoint(section: EncoderSection, name: str, role: str) -> Path | None:
     """The checkpoint file that `pretrained` names, or None where it is a tag or nothing."""
     tag = section.pretrained
     if tag is None:
         return None
     if not name.startswith((LOCAL_DIR_PREFIX, HF_HUB_PREFIX)) and tag in open_clip.list_pretrained_tags_by_model(name):
         return None
-    path = base / tag
+    path = Path(tag)
     if not path.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(
@@ -275,13 +289,6 @@ def _as_folder(path: Path, scratch: Path, role: str) -> str:
         )
     (scratch / CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     return str(scratch)
-
-
-def _fetch(store: Store, folder: str, scratch: Path) -> Path:
-    for name in store.list(folder):
-        with store.open_input(name) as source, (scratch / Path(name).name).open("wb") as target:
-            shutil.copyfileobj(source, target, 2**24)
-    return scratch
 
 
 def _sha256(path: Path) -> str:

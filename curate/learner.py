@@ -83,7 +83,7 @@ def publish_learner(
         raise UserError(f"model_name = {model_name!r}: not an open_clip model; give the name that made the model")
     tokenizer = open_clip.get_tokenizer(model_name)
     encoder = store_model(store, model, config, tokenizer, source=model_name)
-    return _publish(store, encoder, step=step, next_batch=next_batch, number=number)
+    return record_learner(store, encoder, step=step, next_batch=next_batch, number=number)
 
 
 def first_learner(store: Store, section: EncoderSection, *, base: Path, seed: int) -> LearnerCheckpoint:
@@ -92,12 +92,17 @@ def first_learner(store: Store, section: EncoderSection, *, base: Path, seed: in
     if newest is not None:
         return newest
     encoder = store_encoder(store, section, role="learner", base=base, seed=seed)
-    return _publish(store, encoder, step=0, next_batch=0, number=0)
+    return record_learner(store, encoder, step=0, next_batch=0, number=0)
 
 
-def _publish(
-    store: Store, encoder: EncoderSpec, *, step: int, next_batch: int, number: int | None
+def record_learner(
+    store: Store, encoder: EncoderSpec, *, step: int, next_batch: int, number: int | None = None
 ) -> LearnerCheckpoint:
+    """Publish a model of the root as a learner: the one act of its publication.
+
+    Raises:
+        CommitConflictError: another learner was published under this number.
+    """
     if number is None:
         newest = newest_learner(store)
         number = newest.number + 1 if newest else 0

@@ -174,7 +174,7 @@ class CuratedReader:
         if self.batch_size not in (None, b):
             raise UserError(
                 f"{name}: its batches hold {b} pairs and were chosen as wholes, the trainer asked for "
-                f"{self.batch_size}; train with a global batch of {b}, or curate with selection.sub_batch_size = {self.batch_size}"
+                f"{self.batch_size}; train with batches of {b}, or curate with sub_batch_size = {self.batch_size}"
             )
         for file in manifest.files:
             self._check_file(file, f"{round_folder(manifest.round)}/{file.name}")

@@ -7,6 +7,8 @@ meet in one place, where all but the first of the inventory leave as exact dupli
 than the next round wants, the walk begins anew with the next epoch's keys.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from curate.encoder import EncoderSpec
+from curate.pool import Pool
 from curate.seeds import derive_seed
+from curate.storage import Store
+from curate.tally import Tally
 
 UInt64s = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.void]
@@ -43,6 +49,52 @@ class WalkRange:
     def to_json(self) -> dict[str, Any]:
         """Plain values for plan and manifest."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Walk:
+    """One epoch's walk through a pool, for one B."""
+
+    epoch: int
+    embedded: Tally
+    deduplicated: Tally
+    boundaries: tuple[int, ...]
+    """Keys at which the super-batches begin, and the one at which the last whole one ends."""
+
+    @property
+    def candidates(self) -> int:
+        """Distinct usable pairs of the pool."""
+        return self.deduplicated.kept
+
+    def to_bytes(self) -> bytes:
+        """JSON for the root."""
+        record = {
+            "epoch": self.epoch,
+            "embedded": self.embedded.to_json(),
+            "deduplicated": self.deduplicated.to_json(),
+            "boundaries": self.boundaries,
+        }
+        return json.dumps(record, indent=1).encode()
+
+
+def walk_folder(pool: Pool, reference: EncoderSpec, *, seed: int, epoch: int, super_batch_size: int) -> str:
+    """Folder of a walk within the root, named by all that decides it."""
+    identity = json.dumps([pool.fingerprint, reference.sha, seed, epoch, super_batch_size])
+    return f"walks/{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+
+def read_walk(store: Store, folder: str) -> Walk | None:
+    """The walk in a folder, or None if it is not laid yet."""
+    try:
+        record = json.loads(store.read_bytes(f"{folder}/walk.json"))
+    except FileNotFoundError:
+        return None
+    return Walk(
+        epoch=record["epoch"],
+        embedded=Tally(**record["embedded"]),
+        deduplicated=Tally(**record["deduplicated"]),
+        boundaries=tuple(record["boundaries"]),
+    )
 
 
 def walk_keys(content: UInt64s, *, seed: int, epoch: int) -> UInt64s:

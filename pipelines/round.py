@@ -15,11 +15,11 @@ from curate.pool import Pool, load_pool
 from curate.recipe import Recipe
 from curate.storage import Store
 from curate.tally import Tally
-from curate.walk import WalkRange, next_range
+from curate.walk import Walk, WalkRange, next_range
 from pipelines.cluster import connect
 from pipelines.embed import KeyRange, embed_pool
 from pipelines.select import select_round
-from pipelines.walk import Walk, lay_walk
+from pipelines.walk import lay_walk
 from pipelines.write import write_round
 
 RECORDED_LIBRARIES = ("curate", "torch", "open_clip_torch", "pyarrow", "ray", "pillow", "numpy")
@@ -151,11 +151,11 @@ def place_round(
             same_pool=parent is not None and parent.lineage["walk"]["through"] == _through(plan, recipe),
         )
         if walk_range is None:
-            wanted = size * (selection.super_batches or 1)
+            wanted = selection.super_batches or 1
             raise UserError(
-                f"selection: a round wants {wanted:,} candidates ({selection.super_batches or 1} super-batches of "
-                f"{size:,}), the pool holds {walk.candidates:,} distinct usable pairs; lower sub_batch_size, filter_ratio or "
-                "super_batches, or add shards"
+                f"selection: a round wants {wanted * size:,} candidates ({wanted} super-batches of {size:,}), the pool "
+                f"holds {walk.candidates:,} distinct usable pairs; lower sub_batch_size, filter_ratio or super_batches, "
+                "or add shards"
             )
         if walk_range.epoch == epoch:
             return walk, walk_range

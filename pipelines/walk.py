@@ -1,7 +1,6 @@
 """The walk, scaled out: drop exact duplicates, count candidates, find where each super-batch begins."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from curate.errors import UserError
 from curate.pool import Pool, Shard
 from curate.storage import Store
 from curate.tally import Tally
-from curate.walk import DUPLICATE_EXACT, END, ROW, Rows, in_walk_order, walk_rows
+from curate.walk import DUPLICATE_EXACT, END, ROW, Rows, Walk, in_walk_order, read_walk, walk_folder, walk_rows
 from pipelines.cluster import exchange, fetch, groups
 
 ROWS_PER_BUCKET = 2_000_000
@@ -36,22 +35,6 @@ DUPLICATES_SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Walk:
-    """One epoch's walk through a pool, for one B."""
-
-    epoch: int
-    embedded: Tally
-    deduplicated: Tally
-    boundaries: tuple[int, ...]
-    """Keys at which the super-batches begin, and the one at which the last whole one ends."""
-
-    @property
-    def candidates(self) -> int:
-        """Distinct usable pairs of the pool."""
-        return self.deduplicated.kept
-
-
 def lay_walk(store: Store, pool: Pool, reference: EncoderSpec, *, seed: int, epoch: int, super_batch_size: int) -> Walk:
     """Make an epoch's walk, or read it if it was made before.
 
@@ -62,10 +45,8 @@ def lay_walk(store: Store, pool: Pool, reference: EncoderSpec, *, seed: int, epo
         UserError: the recipe's uid column does not tell pairs apart.
     """
     folder = walk_folder(pool, reference, seed=seed, epoch=epoch, super_batch_size=super_batch_size)
-    try:
-        return _from_bytes(store.read_bytes(f"{folder}/walk.json"))
-    except FileNotFoundError:
-        pass
+    if (laid := read_walk(store, folder)) is not None:
+        return laid
     if pool.columns.uid:
         _check_uids(store, pool, reference)
 
@@ -99,34 +80,8 @@ def lay_walk(store: Store, pool: Pool, reference: EncoderSpec, *, seed: int, epo
         ),
         boundaries=_boundaries(counts, joined, super_batch_size),
     )
-    store.put_bytes(f"{folder}/walk.json", _to_bytes(walk))
+    store.put_bytes(f"{folder}/walk.json", walk.to_bytes())
     return walk
-
-
-def walk_folder(pool: Pool, reference: EncoderSpec, *, seed: int, epoch: int, super_batch_size: int) -> str:
-    """Folder of a walk within the root, named by all that decides it."""
-    identity = json.dumps([pool.fingerprint, reference.sha, seed, epoch, super_batch_size])
-    return f"walks/{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-
-
-def _to_bytes(walk: Walk) -> bytes:
-    record = {
-        "epoch": walk.epoch,
-        "embedded": walk.embedded.to_json(),
-        "deduplicated": walk.deduplicated.to_json(),
-        "boundaries": walk.boundaries,
-    }
-    return json.dumps(record, indent=1).encode()
-
-
-def _from_bytes(data: bytes) -> Walk:
-    record = json.loads(data)
-    return Walk(
-        epoch=record["epoch"],
-        embedded=Tally(**record["embedded"]),
-        deduplicated=Tally(**record["deduplicated"]),
-        boundaries=tuple(record["boundaries"]),
-    )
 
 
 def _candidates(
@@ -226,7 +181,7 @@ def _check_uids(store: Store, pool: Pool, reference: EncoderSpec) -> None:
         return
     shown = [place for _, places in found for place in places][:SHOWN_CLASHES]
     lines = [
-        f"{pool.shards[b].path}: row {b_row}: its {pool.columns.uid} is that of row {a_row} of {pool.shards[a].path} too"
+        f"{pool.shards[b].path}: row {b_row}: {pool.columns.uid} is that of row {a_row} of {pool.shards[a].path} too"
         for a, a_row, b, b_row in shown
     ]
     way_out = (

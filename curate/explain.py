@@ -1,0 +1,190 @@
+"""Explain: what a round did, and why a pair is in or out, from what the root holds."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from curate.embed import contents, embedding_name, read_embeddings
+from curate.encoder import EncoderSpec
+from curate.errors import UserError
+from curate.manifest import Manifest, last_round, read_manifest, round_folder
+from curate.pool import Pool, load_pool
+from curate.select import read_selected, selected_name
+from curate.storage import Store
+from curate.walk import WalkRange, read_walk, super_batch_of, walk_folder, walk_keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Context:
+    """What is needed to follow a pair through one committed round."""
+
+    manifest: Manifest
+    pool: Pool
+    reference: EncoderSpec
+    folder: str
+    walk_range: WalkRange
+    seed: int
+    boundaries: tuple[int, ...]
+
+
+def summarize_rounds(store: Store) -> list[dict[str, Any]]:
+    """One line per committed round.
+
+    Raises:
+        UserError: there is none.
+    """
+    return [
+        {
+            "round": manifest.round,
+            "sub_batches": manifest.sub_batches,
+            "sub_batch_size": manifest.sub_batch_size,
+            "rows": manifest.tallies[-1].kept,
+            "pool_rows": manifest.pool_rows,
+            "learner": (manifest.lineage["learner"] or {}).get("number"),
+            "learnability": _mean(manifest.learnability),
+            "uniform_learnability": _mean(manifest.uniform_learnability),
+        }
+        for manifest in _rounds(store)
+    ]
+
+
+def describe_round(store: Store, number: int) -> dict[str, Any]:
+    """A round's accounting: where the rows of the pool went, step by step, and what was chosen.
+
+    Raises:
+        UserError: the round is not committed.
+    """
+    found = read_manifest(store, number)
+    if found is None:
+        raise UserError(f"{store.url}: round {number} is not committed; the newest is {last_round(store)}")
+    manifest, sha256 = found
+    return {
+        "round": number,
+        "manifest_sha256": sha256,
+        "parent": manifest.parent,
+        "pool_rows": manifest.pool_rows,
+        "steps": [tally.to_json() for tally in manifest.tallies],
+        "sub_batches": manifest.sub_batches,
+        "sub_batch_size": manifest.sub_batch_size,
+        "learnability": _mean(manifest.learnability),
+        "uniform_learnability": _mean(manifest.uniform_learnability),
+        "files": [{"name": f.name, "size": f.size, "sub_batches": f.sub_batches} for f in manifest.files],
+        "lineage": manifest.lineage,
+    }
+
+
+def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
+    """Each row with this uid: where it lies, whether it can be used, and what every round did with it.
+
+    Raises:
+        UserError: no committed round, or no row has this uid.
+    """
+    contexts = [_context(store, manifest) for manifest in _rounds(store)]
+    newest = contexts[-1]
+    rows = list(_find(store, newest, uid))
+    if not rows:
+        raise UserError(f"uid {uid}: none of the {newest.pool.rows:,} rows of the pool has it; uids are in curate.uid")
+    for row in rows:
+        content = row.pop("content")
+        if row["status"] == "ok":
+            row["rounds"] = [_follow(store, context, row, content) for context in contexts]
+    return rows
+
+
+def _find(store: Store, context: _Context, uid: str) -> Iterator[dict[str, Any]]:
+    for shard in context.pool.shards:
+        table = read_embeddings(
+            store, embedding_name(context.reference.sha, shard), ["uid", "status", "error", "content"]
+        )
+        for row in np.flatnonzero(pc.equal(table["uid"], uid).to_numpy()):
+            there = table.slice(row, 1)
+            yield {
+                "uid": uid,
+                "shard": shard.name,
+                "row": int(row),
+                "status": there["status"][0].as_py(),
+                "error": there["error"][0].as_py(),
+                "content": contents(there["content"]),
+            }
+
+
+def _follow(
+    store: Store, context: _Context, row: dict[str, Any], content: "np.typing.NDArray[np.uint64]"
+) -> dict[str, Any]:
+    """What one round did with a usable row."""
+    number = context.manifest.round
+    index = next((s.index for s in context.pool.shards if s.name == row["shard"]), None)
+    if index is None:
+        return {"round": number, "outcome": "not_in_pool"}
+    if (original := _original(store, context, index, row["row"])) is not None:
+        return {"round": number, "outcome": "duplicate_exact", "duplicate_of": original}
+    key = walk_keys(content, seed=context.seed, epoch=context.walk_range.epoch)
+    sub_batch = int(super_batch_of(key, context.boundaries)[0])
+    if sub_batch < 0:
+        return {"round": number, "outcome": "other_round"}
+    table, _ = read_selected(store, selected_name(round_folder(number), sub_batch))
+    here = table.filter((pc.field("shard") == index) & (pc.field("row") == row["row"])).to_pylist()
+    if not here:
+        return {"round": number, "outcome": "not_selected", "sub_batch": sub_batch}
+    kept = ("sub_batch", "position", "chunk", "score", "learner_loss", "reference_loss")
+    return {"round": number, "outcome": "selected"} | {name: here[0][name] for name in kept}
+
+
+def _original(store: Store, context: _Context, shard: int, row: int) -> dict[str, Any] | None:
+    """The row that this one is an exact duplicate of, or None."""
+    for name in store.list(context.folder):
+        if not name.endswith(".parquet"):
+            continue
+        with store.open_input(name) as file:
+            table = pq.read_table(file, filters=[("shard", "=", shard), ("row", "=", row)])
+        if len(table):
+            original = table.to_pylist()[0]
+            shards = context.pool.shards
+            return {"shard": shards[original["duplicate_of_shard"]].name, "row": original["duplicate_of_row"]}
+    return None
+
+
+def _context(store: Store, manifest: Manifest) -> _Context:
+    lineage = manifest.lineage
+    pool = load_pool(store, lineage["pool"]["fingerprint"])
+    reference = EncoderSpec(**lineage["reference"])
+    walk_range = WalkRange(**lineage["walk"]["range"])
+    seed = lineage["recipe"]["seed"]
+    folder = walk_folder(
+        pool,
+        reference,
+        seed=seed,
+        epoch=walk_range.epoch,
+        super_batch_size=lineage["walk"]["through"][-1],
+    )
+    walk = read_walk(store, folder)
+    if walk is None:
+        raise UserError(
+            f"{folder}/walk.json: expected the walk of round {manifest.round}, found none; restore the file"
+        )
+    return _Context(
+        manifest=manifest,
+        pool=pool,
+        reference=reference,
+        folder=folder,
+        walk_range=walk_range,
+        seed=seed,
+        boundaries=walk.boundaries[walk_range.start : walk_range.stop + 1],
+    )
+
+
+def _rounds(store: Store) -> list[Manifest]:
+    found = [read_manifest(store, number) for number in range(last_round(store) + 1)]
+    manifests = [read[0] for read in found if read is not None]
+    if not manifests:
+        raise UserError(f"{store.url}: expected a committed round, found none; run: curate round RECIPE")
+    return manifests
+
+
+def _mean(values: tuple[float | None, ...]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,64 @@
+"""`curate check`: what a round would do, on what, at what cost; nothing is written but the models' copies."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from curate.encoder import create_model
+from curate.errors import UserError
+from curate.manifest import last_round
+from curate.pool import Pool, take_inventory
+from curate.recipe import Recipe
+from curate.select import needs_learner
+from curate.storage import Store
+
+
+def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
+    """Look at pool, models and root; yield what would run, a line each.
+
+    Raises:
+        UserError: every mistake that can be known before a round, together.
+    """
+    mistakes: list[str] = []
+    pool: Pool | None = None
+    try:
+        store = Store(recipe.root)
+        store.probe()
+        newest = last_round(store)
+    except UserError as error:
+        mistakes += error.lines
+    try:
+        pool = take_inventory(
+            recipe.pool, progress=lambda footers, total: tqdm(footers, total=total, desc="inventory", disable=None)
+        )
+    except UserError as error:
+        mistakes += error.lines
+    if recipe.reference is None:
+        mistakes.append("reference: must be given for a round; add [reference] with model and pretrained")
+    encoders = {"reference": recipe.reference}
+    if needs_learner(recipe.selection):
+        encoders["learner"] = recipe.learner
+    for role, section in encoders.items():
+        try:
+            if section is not None:
+                create_model(section, role=role, base=base, seed=recipe.seed)
+        except UserError as error:
+            mistakes += error.lines
+    if mistakes or pool is None:
+        raise UserError(*mistakes)
+
+    selection = recipe.selection
+    size = selection.super_batch_size
+    held = pool.rows // size
+    wanted = min(selection.super_batches or held, held)
+    yield f"pool: {pool.rows:,} rows in {len(pool.shards):,} shards, {pool.columns.image} with {pool.columns.caption}"
+    if pool.ignored:
+        yield f"pool: {len(pool.ignored)} files ignored, such as {pool.ignored[0]}"
+    yield from (f"pool: skipped {line}" for line in pool.skipped)
+    yield f"next round: {newest + 1}"
+    yield (
+        f"selection: {wanted} super-batches of {size:,} at most, {selection.method} {selection.criterion}, "
+        f"{wanted * selection.sub_batch_size:,} rows in batches of {selection.sub_batch_size:,}"
+    )
+    yield f"cost: {len(encoders) * pool.rows:,} forward passes at most; embeddings that exist are not made again"
