@@ -339,10 +339,15 @@ def _mean_loss(model: Embeddings, positions: Tensor, loss: Loss) -> float:
 
 
 def _diagonal_logits(model: Embeddings, loss: Loss, dtype: torch.dtype) -> Tensor:
-    """Logit [B] of each pair with itself; in blocks of rows, so that no [B, D] temporary arises."""
-    block_rows = max(1, _tile_elements(model.zimg) // max(1, model.zimg.shape[1]))
-    blocks = zip(_blocks(model.zimg, block_rows), _blocks(model.ztxt, block_rows), strict=True)
-    cosines = torch.cat([(zi.to(dtype) * zt.to(dtype)).sum(1) for zi, zt in blocks])
+    """Logit [B] of each pair with itself, block by block in one buffer: no [B, D] temporary arises."""
+    B, D = model.zimg.shape
+    cosines = model.zimg.new_empty(B, dtype=dtype)
+    buffer = _tile_buffer(cosines, D)
+    block_rows = len(buffer) // max(1, D)
+    for start in range(0, B, block_rows):
+        block = model.zimg[start : start + block_rows]
+        products = buffer[: block.numel()].view_as(block).copy_(block).mul_(model.ztxt[start : start + block_rows])
+        cosines[start : start + block_rows] = products.sum(1)
     return cosines.mul_(model.logit_scale).add_(model.logit_bias if loss == "sigmoid" else 0.0)
 
 
@@ -351,11 +356,7 @@ def _blocks(z: Tensor, rows: int) -> Iterator[Tensor]:
 
 
 def _tile_buffer(like: Tensor, columns: int) -> Tensor:
-    return like.new_empty(max(_tile_elements(like), columns))
-
-
-def _tile_elements(like: Tensor) -> int:
-    return TILE_LOGITS.get(like.device.type, TILE_LOGITS["cuda"])
+    return like.new_empty(max(TILE_LOGITS.get(like.device.type, TILE_LOGITS["cuda"]), columns))
 
 
 def _accumulator(*arrays: Tensor) -> torch.dtype:

@@ -1,0 +1,94 @@
+"""Fixtures that several test modules share."""
+
+import gc
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+
+import boto3
+import pytest
+
+from curate import storage
+from tests.faults import FaultProxy
+
+
+@pytest.fixture(scope="session")
+def moto_url() -> Iterator[str]:
+    """The endpoint of a real S3 server in this process: moto over HTTP."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+    server._server.server_close()
+
+
+def _bucket(moto_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    for key, value in {
+        "AWS_ENDPOINT_URL": moto_url,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=bucket)
+    client.close()
+    return f"s3://{bucket}/root"
+
+
+@pytest.fixture
+def s3_root(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A fresh, empty S3 root, the environment set up for it.
+
+    By default a new bucket of moto. Set CURATE_TEST_S3_URL=s3://bucket/prefix, with credentials and endpoint in
+    the environment as for any run, to use a fresh prefix of a real store; what the tests write there stays.
+    """
+    if url := os.environ.get("CURATE_TEST_S3_URL"):
+        yield f"{url.rstrip('/')}/{uuid.uuid4().hex}"
+    else:
+        yield _bucket(request.getfixturevalue("moto_url"), monkeypatch)
+    _close_sessions()
+
+
+@pytest.fixture
+def faulty_s3_root(moto_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, FaultProxy]]:
+    """A fresh S3 root behind a proxy that fails requests on demand; always moto."""
+    root = _bucket(moto_url, monkeypatch)
+    proxy = FaultProxy(moto_url)
+    thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield root, proxy
+    _close_sessions()
+    proxy.shutdown()
+    proxy.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A Ray of our own on this machine; starting it takes seconds, so that all tests share it."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(params=["local", "s3"])
+def root(request: pytest.FixtureRequest) -> str:
+    """A fresh root of either kind."""
+    if request.param == "local":
+        return str(request.getfixturevalue("tmp_path") / "root")
+    return str(request.getfixturevalue("s3_root"))
+
+
+def _close_sessions() -> None:
+    storage._s3_of.cache_clear()
+    gc.collect()  # runs s3fs's finalizers here, not in the middle of another test

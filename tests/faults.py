@@ -1,0 +1,100 @@
+"""A real HTTP proxy in front of an S3 server that fails chosen requests: the seam where the world is simulated."""
+
+import http.client
+import threading
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+_STATUS = {"503": "ServiceUnavailable", "409": "ConditionalRequestConflict", "403": "AccessDenied"}
+
+
+@dataclass
+class Fault:
+    """Fail the first `times` requests whose method and key match; `mode` is one of
+
+    503, 409, 403   answer so, without asking the server
+    drop-ack        let the server act, then close the connection without an answer
+    drop            close the connection without asking the server
+    truncate        send half of the body that the headers announce
+    strip           forward without If-None-Match, as a store that ignores conditional writes
+    """
+
+    mode: str
+    method: str = "PUT"
+    key: str = ""
+    times: int = 1
+    seen: int = 0
+
+    def matches(self, method: str, path: str) -> bool:
+        if self.seen >= self.times or method != self.method or self.key not in unquote(path):
+            return False
+        self.seen += 1
+        return True
+
+
+class FaultProxy(ThreadingHTTPServer):
+    """Forwards to `target`; one PUT at a time, because moto checks If-None-Match and stores in two steps."""
+
+    daemon_threads = True
+
+    def __init__(self, target: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.target = urlsplit(target)
+        self.faults: list[Fault] = []
+        self.requests: list[tuple[str, str]] = []
+        self.lock, self.put_lock = threading.Lock(), threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def fail(self, mode: str, **match: object) -> Fault:
+        self.faults.append(Fault(mode, **match))  # type: ignore[arg-type]
+        return self.faults[-1]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FaultProxy
+
+    def _forward(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        with self.server.lock:
+            self.server.requests.append((self.command, self.path))
+            fault = next((f for f in self.server.faults if f.matches(self.command, self.path)), None)
+        mode = fault.mode if fault else ""
+        if mode in _STATUS:
+            error = f"<Error><Code>{_STATUS[mode]}</Code><Message>injected</Message></Error>".encode()
+            self._answer(int(mode), [("Content-Type", "application/xml")], error, len(error))
+            return
+        if mode == "drop":
+            self.close_connection = True
+            return
+        headers = {k: v for k, v in self.headers.items() if mode != "strip" or k.lower() != "if-none-match"}
+        headers.pop("Expect", None)
+        with self.server.put_lock:
+            upstream = http.client.HTTPConnection(self.server.target.netloc, timeout=20)
+            upstream.request(self.command, self.path, body, headers)
+            answer = upstream.getresponse()
+            content = answer.read()
+            upstream.close()
+        if mode == "drop-ack":
+            self.close_connection = True
+            return
+        dropped = {"connection", "transfer-encoding", "content-length", "server", "date"}
+        kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in dropped]
+        length = int(answer.getheader("Content-Length") or len(content))  # of HEAD: without a body
+        self._answer(answer.status, kept, content[: len(content) // 2] if mode == "truncate" else content, length)
+        self.close_connection |= mode == "truncate"
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, length: int) -> None:
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        if status != 204:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward  # noqa: N815
+
+    def log_message(self, *args: object) -> None:
+        pass

@@ -1,0 +1,199 @@
+"""The house rules that a compiler would enforce: who may import whom, and what others may rely on. Read, not run."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parents[1]
+
+FOLDERS = ["curate", "pipelines", "jobs"]
+"""Each may import itself and those before it."""
+
+ORDER = [
+    # what everything rests on
+    "errors",
+    "seeds",
+    "images",
+    "storage",
+    "tally",
+    # the paper's algorithm, arrays alone
+    "jest",
+    # what the user says, and what it leads to
+    "recipe",
+    "pool",
+    "reshard",
+    "encoder",
+    "learner",
+    # the steps of a round
+    "embed",
+    "walk",
+    "select",
+    "manifest",
+    "write",
+    "plan",
+    # those who look at rounds
+    "reader",
+    "uniform",
+    "explain",
+    "__init__",
+]
+"""The modules of curate/, each importing only modules above itself."""
+
+ONLY_IN = {
+    "ray": ["pipelines/", "jobs/"],
+    "open_clip": ["curate/encoder.py", "curate/learner.py", "jobs/train.py"],
+    "fsspec": ["curate/storage.py"],
+    "s3fs": ["curate/storage.py"],
+    "botocore": ["curate/storage.py"],
+    "boto3": [],
+    "typer": ["jobs/"],
+    "rich": ["jobs/"],
+    "pytest": [],
+}
+
+MODULES = sorted(path.relative_to(HOUSE).as_posix() for folder in FOLDERS for path in (HOUSE / folder).rglob("*.py"))
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse((HOUSE / module).read_text(encoding="utf-8"))
+
+
+def imports(module: str) -> Iterator[str]:
+    """Dotted names of all that a module imports, wherever in it: `curate.pool`, `ray.data`."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: a relative import; write the whole name"
+            if (HOUSE / str(node.module)).is_dir():  # from curate import storage
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield str(node.module)
+
+
+def calls(module: str) -> Iterator[str]:
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield node.func.id
+
+
+def public_names(module: str) -> list[str]:
+    found = []
+    for node in tree(module).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                found.append(name)
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                found.append(name)
+    return sorted(name for name in found if not name.startswith("_"))
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert {"curate/jest.py", "pipelines/round.py", "jobs/cli.py"} <= set(MODULES)
+    assert "ray.data" in set(imports("pipelines/embed.py"))
+    assert "curate.storage" in set(imports("curate/pool.py"))  # from curate import storage
+    assert "pipelines.round" in set(imports("jobs/cli.py"))  # within a function
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_from_jobs_to_pipelines_to_curate(module: str) -> None:
+    folder = module.partition("/")[0]
+    forbidden = set(FOLDERS[FOLDERS.index(folder) + 1 :]) | {"tests", "benchmarks"}
+    assert not [name for name in imports(module) if name.partition(".")[0] in forbidden]
+
+
+def test_every_module_of_the_library_has_its_place_in_the_order() -> None:
+    assert len(ORDER) == len(set(ORDER))
+    assert {f"curate/{name}.py" for name in ORDER} == {m for m in MODULES if m.startswith("curate/")}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_within_the_library_imports_go_upward(name: str) -> None:
+    above = ORDER[: ORDER.index(name)]
+    ours = [found.partition(".")[2] for found in imports(f"curate/{name}.py") if found.partition(".")[0] == "curate"]
+    assert not [found for found in ours if found not in above]
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_is_imported_where_it_belongs(library: str) -> None:
+    users = [module for module in MODULES if library in {name.partition(".")[0] for name in imports(module)}]
+    assert not [module for module in users if not module.startswith(tuple(ONLY_IN[library]) or ("nowhere",))]
+
+
+def test_one_module_at_most_imports_faiss() -> None:
+    assert len([module for module in MODULES if "faiss" in {name.partition(".")[0] for name in imports(module)}]) <= 1
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("jobs/")])
+def test_the_library_does_not_print(module: str) -> None:
+    assert "print" not in set(calls(module))
+    assert "sys" not in set(imports(module)), "no argv, no exit"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_can_be_read_in_one_sitting(module: str) -> None:
+    lines = (HOUSE / module).read_text(encoding="utf-8").splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 400
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if (HOUSE / module).stat().st_size])
+def test_a_module_says_what_it_is_for(module: str) -> None:
+    assert ast.get_docstring(tree(module))
+
+
+# --- what others rely on: change it knowingly --------------------------------------------------------------------
+
+
+def test_the_package_exports() -> None:
+    (exported,) = [
+        ast.literal_eval(node.value)
+        for node in tree("curate/__init__.py").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    assert exported == ["CuratedReader", "publish_learner"]
+
+
+def test_the_selection_exports() -> None:
+    assert [name for name in public_names("curate/jest.py") if not name.isupper()] == [
+        "Criterion",
+        "Embeddings",
+        "Loss",
+        "Method",
+        "SubBatch",
+        "diagonal_losses",
+        "jointly_sample_batch",
+        "sub_batch_learnability",
+    ]
+
+
+def test_the_command_line_has_these_verbs() -> None:
+    verbs = {}
+    for node in tree("jobs/cli.py").body:
+        if isinstance(node, ast.FunctionDef):
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "app.command":
+                    verbs[ast.literal_eval(decorator.args[0]) if decorator.args else node.name] = node
+    assert list(verbs) == ["check", "round", "train", "show", "reshard"]
+    assert all(ast.get_docstring(function) for function in verbs.values())
+
+
+def test_exit_statuses() -> None:
+    statuses = {}
+    for node in tree("curate/errors.py").body:
+        assert isinstance(node, ast.ClassDef | ast.Expr)
+        if isinstance(node, ast.ClassDef):
+            own = [ast.literal_eval(n.value) for n in node.body if isinstance(n, ast.Assign)]
+            base = ast.unparse(node.bases[0])
+            statuses[node.name] = own[0] if own else statuses[base]
+    assert statuses == {
+        "CurateError": 1,
+        "UserError": 2,
+        "InputChangedError": 2,
+        "RowsLostError": 1,
+        "CommitConflictError": 3,
+        "CommitUnknownError": 1,
+    }

@@ -1,0 +1,332 @@
+"""One row out per row in, in order, with the status it deserves; the same bytes however the work was cut."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import curate.embed
+from curate.embed import (
+    EMBEDDING_NONFINITE,
+    EMBEDDING_ZERO,
+    NOT_SCORED,
+    content_hash,
+    contents,
+    embed_shard,
+    embedding_name,
+    read_embeddings,
+    vectors,
+)
+from curate.encoder import Encoder, load_encoder
+from curate.errors import InputChangedError
+from curate.pool import Pool
+from curate.recipe import EmbedSection
+from curate.storage import Store
+from jobs.drawn_pool import draw_pair
+from tests.helpers import CPU, drawn_pool, tiny_encoder, write_pool
+
+torch.set_num_threads(1)
+
+KINDS = {"string_view": pa.string_view(), "binary_view": pa.binary_view()}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "root"))
+
+
+@pytest.fixture
+def encoder(store: Store, tmp_path: Path) -> Encoder:
+    return load_encoder(store, tiny_encoder(store, tmp_path), CPU)
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Pool:
+    return drawn_pool(tmp_path / "pool", rows=120, shards=2, broken_share=0.2, duplicate_share=0.1)
+
+
+def embedded(
+    store: Store, pool: Pool, encoder: Encoder, *, shard: int = 0, name: str = "embeddings/x", **how: Any
+) -> pa.Table:
+    """The embedding file of one shard; `how` is threads, wanted, or sizes."""
+    sizes = {key: how.pop(key) for key in ("batch_size", "chunk_rows") if key in how}
+    embed_shard(pool.shards[shard], pool.columns, {name: encoder}, store, EmbedSection(**sizes), **how)
+    with store.open_input(name) as file:
+        return pq.read_table(file)
+
+
+def one_row(jpg: Any = None, caption: Any = "a red circle", **other: Any) -> dict[str, Any]:
+    return {"jpg": draw_pair(0, 0, image_size=32)[0] if jpg is None else jpg, "caption": caption, **other}
+
+
+# --- rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [{}, {"chunk_rows": 7}, {"chunk_rows": 1}, {"batch_size": 3, "chunk_rows": 16}])
+def test_one_row_per_row_with_the_status_that_the_truth_demands(store: Store, pool: Pool, encoder: Encoder, sizes):
+    for shard in pool.shards:
+        truth = pq.read_table(shard.path).to_pylist()
+        name = embedding_name(encoder.spec.sha, shard)
+        counts = embed_shard(shard, pool.columns, {name: encoder}, store, EmbedSection(**sizes))
+        table = read_embeddings(store, name, ["uid", "status", "error", "content", "zimg", "ztxt"])
+        assert table["uid"].to_pylist() == [row["key"] for row in truth]
+        statuses = [row["broken"] or "ok" for row in truth]
+        assert table["status"].to_pylist() == statuses
+        assert counts == Counter(statuses)
+        assert len(counts) >= 4
+        assert table["content"].to_pylist() == [content_hash(row["jpg"], row["caption"].encode()) for row in truth]
+        for row in table.to_pylist():
+            ok = row["status"] == "ok"
+            assert (row["zimg"] is not None) == (row["ztxt"] is not None) == (row["error"] is None) == ok
+        for tower in ("zimg", "ztxt"):
+            assert table[tower].type == pa.list_(pa.float16(), 16)
+            found = vectors(table[tower], 16)
+            assert found.dtype == np.float16
+            assert found.shape == (shard.rows, 16)
+            norms = np.linalg.norm(found.astype(np.float64), axis=1)
+            ok = np.array(statuses) == "ok"
+            np.testing.assert_allclose(norms[ok], 1, atol=2e-3)
+            assert np.isnan(found[~ok]).all()
+
+
+def test_the_vectors_are_those_of_their_own_row(store: Store, pool: Pool, encoder: Encoder):
+    from curate.images import decode_image
+
+    table = embedded(store, pool, encoder, chunk_rows=16, batch_size=5)
+    truth = pq.read_table(pool.shards[0].path).to_pylist()
+    rows = [i for i, row in enumerate(truth) if not row["broken"]]
+    pixels = np.stack([encoder.crop(decode_image(truth[i]["jpg"])) for i in rows])
+    expected = encoder.encode(torch.from_numpy(pixels), encoder.tokenize([truth[i]["caption"] for i in rows]))
+    for tower, z in zip(("zimg", "ztxt"), expected, strict=True):
+        found = vectors(table[tower], 16)[rows].astype(np.float32)
+        np.testing.assert_allclose(found, z.numpy(), atol=1e-3)
+        assert np.abs(found - np.roll(z.numpy(), 1, 0)).max(1).min() > 0.01  # a neighbour's would be noticed
+
+
+def test_contents_and_duplicates(store: Store, pool: Pool, encoder: Encoder):
+    tables = [embedded(store, pool, encoder, shard=i) for i in range(2)]
+    by_key = {key: c for t in tables for key, c in zip(t["uid"].to_pylist(), t["content"].to_pylist(), strict=True)}
+    truth = [row for shard in pool.shards for row in pq.read_table(shard.path).to_pylist()]
+    pairs = [(row["key"], row["duplicate_of"]) for row in truth if row["duplicate_of"]]
+    assert len(pairs) == 12
+    assert all(by_key[a] == by_key[b] for a, b in pairs)
+    assert len(set(by_key.values())) == len({(row["jpg"], row["caption"]) for row in truth})
+    halves = contents(pa.chunked_array([tables[0]["content"].chunk(0)] * 2))
+    assert halves.shape == (120, 2)
+    assert halves.tobytes() == b"".join(tables[0]["content"].to_pylist() * 2)
+    assert contents(pa.chunked_array([], pa.binary(16))).shape == (0, 2)
+
+
+def test_content_tells_image_and_caption_apart():
+    assert content_hash(b"ab", b"c") != content_hash(b"a", b"bc")
+    assert content_hash(b"", b"x") == content_hash(None, b"x")
+    assert content_hash(b"x", b"") != content_hash(b"", b"x")
+
+
+# --- columns -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "int64", "uint8"])
+def test_the_users_own_uid(store: Store, encoder: Encoder, tmp_path: Path, kind: str):
+    ids = ["b/../a", None, "a"] if "string" in kind else [7, None, 0]
+    rows = [one_row(caption=f"number {i}", id=id_) for i, id_ in enumerate(ids)]
+    table = pa.Table.from_pylist(rows)
+    table = table.set_column(2, "id", table["id"].cast(pa.type_for_alias(kind)))
+    pool = write_pool(tmp_path / "pool", table, uid="id")
+    assert embedded(store, pool, encoder)["uid"].to_pylist() == [None if i is None else str(i) for i in ids]
+
+
+def test_without_a_uid_column_the_content_names_the_pair(store: Store, encoder: Encoder, tmp_path: Path):
+    pool = write_pool(tmp_path / "pool", pa.Table.from_pylist([one_row(), one_row(caption="x"), one_row()]))
+    table = embedded(store, pool, encoder)
+    assert table["uid"].to_pylist() == [content.hex() for content in table["content"].to_pylist()]
+    assert table["uid"][0] == table["uid"][2] != table["uid"][1]
+
+
+def test_a_uid_that_is_not_utf8_does_not_take_its_shard_with_it(store: Store, encoder: Encoder, tmp_path: Path):
+    table = pa.Table.from_pylist([one_row(), one_row(caption="b")])
+    bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff\xfe", b"fine"]).buffers())
+    pool = write_pool(tmp_path / "pool", table.append_column("id", bad), uid="id")
+    assert embedded(store, pool, encoder)["uid"].to_pylist() == ["��", "fine"]
+
+
+def test_the_caption_may_be_the_uid(store: Store, encoder: Encoder, tmp_path: Path):
+    pool = write_pool(tmp_path / "pool", pa.Table.from_pylist([one_row(), one_row(caption="b")]), uid="caption")
+    assert embedded(store, pool, encoder)["uid"].to_pylist() == ["a red circle", "b"]
+
+
+def test_an_image_column_of_hugging_face(store: Store, encoder: Encoder, tmp_path: Path):
+    jpgs = [draw_pair(0, i, image_size=32)[0] for i in range(3)]
+    plain = [{"image": jpg, "caption": "c"} for jpg in jpgs] + [{"image": None, "caption": "c"}] * 2
+    images: list[Any] = [{"bytes": jpg, "path": "x.jpg"} for jpg in jpgs] + [{"bytes": None, "path": "y.jpg"}, None]
+    struct = pa.Table.from_pylist([{"image": image, "caption": "c"} for image in images])
+    a = embedded(store, write_pool(tmp_path / "plain", pa.Table.from_pylist(plain)), encoder)
+    b = embedded(store, write_pool(tmp_path / "struct", struct), encoder, name="embeddings/y")
+    assert b["status"].to_pylist() == ["ok"] * 3 + ["image_empty"] * 2
+    assert a.equals(b)
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "binary", "binary_view", "dictionary"])
+def test_captions_of_every_kind(store: Store, encoder: Encoder, tmp_path: Path, kind: str):
+    raw: list[bytes | None] = [b"fine", None, b"", b" \t\n", "grün ☃ 😀".encode(), b"nul\0nul", b"word " * 100_000]
+    expected = ["ok", "caption_missing", "caption_empty", "caption_empty", "ok", "ok", "ok"]
+    if kind == "dictionary":
+        column = pa.array(raw).cast(pa.string()).dictionary_encode()
+    else:
+        raw, expected = [*raw, b"caf\xe9"], [*expected, "caption_encoding"]
+        binary = pa.array(raw, pa.large_binary() if "large" in kind else pa.binary())
+        column = pa.Array.from_buffers(pa.large_string() if "large" in kind else pa.string(), len(raw), binary.buffers())
+        column = column if kind.endswith("string") else binary if kind == "binary" else binary.cast(KINDS[kind], safe=False)
+    jpg = one_row()["jpg"]
+    pool = write_pool(tmp_path / "pool", pa.table({"jpg": [jpg] * len(raw), "caption": column}))
+    table = embedded(store, pool, encoder)
+    assert table["status"].to_pylist() == expected
+    assert table["content"].to_pylist() == [content_hash(jpg, caption) for caption in raw]
+
+
+def test_a_column_of_nothing_but_nulls(store: Store, encoder: Encoder, tmp_path: Path):
+    pool = write_pool(tmp_path / "pool", pa.table({"jpg": pa.nulls(2), "caption": pa.nulls(2)}))
+    assert embedded(store, pool, encoder)["status"].to_pylist() == ["caption_missing"] * 2
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def digest(store: Store, name: str) -> str:
+    return hashlib.sha256(store.read_bytes(name)).hexdigest()
+
+
+def test_the_file_is_the_same_again_and_with_any_number_of_threads(store: Store, pool: Pool, encoder: Encoder):
+    found = set()
+    for threads in (1, 1, 3, 50):
+        embedded(store, pool, encoder, threads=threads, chunk_rows=13, batch_size=4)
+        found.add(digest(store, "embeddings/x"))
+    assert len(found) == 1
+
+
+def test_a_shard_of_no_rows(store: Store, encoder: Encoder, tmp_path: Path):
+    table = pa.Table.from_pylist([one_row()])
+    pool = write_pool(tmp_path / "pool", table, table.slice(0, 0))
+    assert [shard.rows for shard in pool.shards] == [1, 0]
+    assert embed_shard(pool.shards[1], pool.columns, {"embeddings/x": encoder}, store, EmbedSection()) == {}
+    found = read_embeddings(store, "embeddings/x", ["status", "content", "zimg"])
+    assert found.num_rows == 0
+    assert vectors(found["zimg"], 16).shape == (0, 16)
+    assert contents(found["content"]).shape == (0, 2)
+    assert found.schema == read_embeddings(store, "embeddings/x", ["status", "content", "zimg"]).schema
+
+
+def test_empty_row_groups(store: Store, encoder: Encoder, tmp_path: Path):
+    table = pa.Table.from_pylist([one_row(), one_row(caption="b")])
+    (tmp_path / "pool").mkdir()
+    with pq.ParquetWriter(tmp_path / "pool" / "0.parquet", table.schema) as writer:
+        for piece in (table.slice(0, 0), table.slice(0, 1), table.slice(0, 0), table.slice(1), table.slice(0, 0)):
+            writer.write_table(piece)
+    from curate.pool import take_inventory
+    from curate.recipe import PoolSection
+
+    pool = take_inventory(PoolSection(path=str(tmp_path / "pool")))
+    assert embedded(store, pool, encoder)["status"].to_pylist() == ["ok", "ok"]
+
+
+def test_nothing_is_left_where_the_shard_changed(store: Store, pool: Pool, encoder: Encoder):
+    path = Path(pool.shards[0].path)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(InputChangedError, match=r"00000\.parquet"):
+        embedded(store, pool, encoder)
+    assert store.list("embeddings") == []
+    assert list(Path(store.url).glob(".tmp-*")) == []
+
+
+# --- several encoders, some of the rows --------------------------------------------------------------------------
+
+
+def test_two_encoders_share_one_decoding(store: Store, pool: Pool, encoder: Encoder, tmp_path: Path, monkeypatch):
+    vision = {"image_size": 48, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    other = load_encoder(store, tiny_encoder(store, tmp_path / "o", seed=1, embed_dim=8, vision_cfg=vision), CPU)
+    twin = load_encoder(store, tiny_encoder(store, tmp_path / "t", seed=2), CPU)
+    alone = [
+        embedded(store, pool, e, name=f"alone/{i}", chunk_rows=11) for i, e in enumerate((encoder, other, twin))
+    ]
+    decoded = []
+    decode = curate.embed.decode_image
+    monkeypatch.setattr(curate.embed, "decode_image", lambda data: decoded.append(data) or decode(data))
+    cropped = []
+    for e in (encoder, other, twin):
+        crop = e.crop
+        monkeypatch.setattr(e, "crop", lambda image, crop=crop: cropped.append(crop) or crop(image))
+    names = {f"both/{i}": e for i, e in enumerate((encoder, other, twin))}
+    counts = embed_shard(pool.shards[0], pool.columns, names, store, EmbedSection(chunk_rows=11), threads=2)
+    captioned = 60 - counts["caption_empty"]
+    assert len(decoded) == captioned
+    assert len(cropped) == 2 * counts["ok"]  # encoders with equal views share the pixels as well
+    for i, table in enumerate(alone):
+        assert digest(store, f"both/{i}") == digest(store, f"alone/{i}")
+        assert table["zimg"].type.list_size == (8 if i == 1 else 16)
+
+
+def test_rows_that_nobody_wants_are_not_even_decoded(store: Store, pool: Pool, encoder: Encoder, monkeypatch):
+    whole = embedded(store, pool, encoder)
+    decoded = []
+    decode = curate.embed.decode_image
+    monkeypatch.setattr(curate.embed, "decode_image", lambda data: decoded.append(data) or decode(data))
+    some = embedded(store, pool, encoder, name="some/x", wanted=lambda c: c[:, 0] % np.uint64(3) == 0, chunk_rows=7)
+    wanted = contents(whole["content"])[:, 0] % 3 == 0
+    assert 5 < wanted.sum() < 55
+    expected = np.where(wanted, whole["status"].to_pylist(), NOT_SCORED)
+    assert some["status"].to_pylist() == expected.tolist()
+    assert some["content"].equals(whole["content"])
+    assert some["uid"].equals(whole["uid"])
+    assert len(decoded) == sum(wanted & (np.array(whole["status"].to_pylist()) != "caption_empty"))
+    scored = expected == "ok"
+    np.testing.assert_allclose(vectors(some["zimg"], 16)[scored], vectors(whole["zimg"], 16)[scored], atol=2e-3)
+    assert np.isnan(vectors(some["zimg"], 16)[~scored]).all()
+
+
+# --- embeddings that are none ------------------------------------------------------------------------------------
+
+
+def test_embeddings_that_are_not_finite(store: Store, pool: Pool, encoder: Encoder):
+    before = embedded(store, pool, encoder)
+    encoder.model.visual.proj[0, 0] = torch.nan
+    statuses = embedded(store, pool, encoder)["status"].to_pylist()
+    assert statuses == [EMBEDDING_NONFINITE if s == "ok" else s for s in before["status"].to_pylist()]
+
+
+def test_one_tower_is_enough_to_spoil_a_row_and_only_that_row(store: Store, pool: Pool, encoder: Encoder):
+    word = int(encoder.tokenize(["triangle"])[0, 1])
+    encoder.model.token_embedding.weight[word] = torch.inf
+    table = embedded(store, pool, encoder, batch_size=6)
+    captions = pq.read_table(pool.shards[0].path)["caption"].to_pylist()
+    # Words that the context of 24 tokens cuts off spoil nothing.
+    spoilt = [bool((encoder.tokenize([caption]) == word).any()) for caption in captions]
+    found = [status == EMBEDDING_NONFINITE for status in table["status"].to_pylist()]
+    usable = [status in ("ok", EMBEDDING_NONFINITE) for status in table["status"].to_pylist()]
+    assert found == [a and b for a, b in zip(spoilt, usable, strict=True)]
+    assert 0 < sum(found) < sum(usable)
+    assert table["zimg"].null_count == table["ztxt"].null_count == 60 - sum(usable) + sum(found)
+
+
+def test_embeddings_of_zero(store: Store, pool: Pool, encoder: Encoder):
+    before = embedded(store, pool, encoder)["status"].to_pylist()
+    encoder.model.text_projection.zero_()
+    counts = embed_shard(pool.shards[0], pool.columns, {"embeddings/x": encoder}, store, EmbedSection(chunk_rows=9))
+    table = read_embeddings(store, "embeddings/x", ["status", "zimg"])
+    assert table["status"].to_pylist() == [EMBEDDING_ZERO if status == "ok" else status for status in before]
+    assert table["zimg"].null_count == 60
+    assert counts == Counter(table["status"].to_pylist())
+
+
+def test_a_row_spoilt_for_one_encoder_is_whole_for_the_other(store: Store, pool: Pool, encoder: Encoder, tmp_path: Path):
+    other = load_encoder(store, tiny_encoder(store, tmp_path, seed=1), CPU)
+    other.model.visual.proj[0, 0] = torch.nan
+    counts = embed_shard(pool.shards[0], pool.columns, {"a/x": encoder, "b/x": other}, store, EmbedSection())
+    a, b = (read_embeddings(store, name, ["status"])["status"].to_pylist() for name in ("a/x", "b/x"))
+    assert [EMBEDDING_NONFINITE if status == "ok" else status for status in a] == b
+    assert counts == Counter(b)
