@@ -1,17 +1,5 @@
-"""Embed one shard: decode each pair once, run it through every encoder that asks, write one file per encoder.
+"""Embed one shard: decode each pair once, run it through every encoder that asks, write one file per encoder."""
 
-An embedding file has exactly one row per row of its shard, in order:
-
-    uid      string                 the recipe's column, else `content` in hex
-    status   string                 ok, not_scored, or why the pair cannot be used
-    error    string or null         what was found, for people
-    content  fixed_size_binary[16]  hash of image bytes and caption: equal pairs, equal content
-    zimg     fixed_size_list<float16>[D] or null     unit rows, null unless status is ok
-    ztxt     likewise
-"""
-
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,43 +11,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from curate.embeddings import (
+    CONTENT_BYTES,
+    EMBEDDING_NONFINITE,
+    EMBEDDING_ZERO,
+    NOT_SCORED,
+    content_hash,
+    embedding_schema,
+    halves,
+    uid_texts,
+)
 from curate.encoder import Encoder
 from curate.images import Dropped, clean_caption, decode_image
 from curate.pool import Columns, Shard, caption_bytes, image_bytes, read_batches
 from curate.recipe import EmbedSection
 from curate.storage import Store
 
-CONTENT_BYTES = 16
 Wanted = Callable[[npt.NDArray[np.uint64]], npt.NDArray[np.bool_]]
-NOT_SCORED = "not_scored"
-EMBEDDING_NONFINITE = "embedding_nonfinite"
-EMBEDDING_ZERO = "embedding_zero"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
     """One row on its way through the encoders."""
 
-    uid: str
+    uid: str | None
     content: bytes
     status: str
     error: str | None = None
     pixels: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
     """What each kind of encoder sees, [H, W, 3], by `Encoder.view`."""
     caption: str = ""
-
-
-def content_hash(image: bytes | None, caption: bytes | None) -> bytes:
-    """16 bytes that two rows share exactly if image bytes and caption bytes are equal (BLAKE2b).
-
-    >>> content_hash(b"ab", b"c") != content_hash(b"a", b"bc")
-    True
-    """
-    digest = hashlib.blake2b(digest_size=CONTENT_BYTES)
-    digest.update(len(image or b"").to_bytes(8, "little"))
-    digest.update(image or b"")
-    digest.update(caption or b"")
-    return digest.digest()
 
 
 def embed_shard(
@@ -94,7 +75,7 @@ def embed_shard(
         paths = {name: scratch / f"{i}.parquet" for i, name in enumerate(encoders)}
         writers = {
             name: pq.ParquetWriter(
-                path, _schema(encoders[name].spec.embed_dim), compression="zstd", use_dictionary=["status"]
+                path, embedding_schema(encoders[name].spec.embed_dim), compression="zstd", use_dictionary=["status"]
             )
             for name, path in paths.items()
         }
@@ -117,50 +98,6 @@ def embed_shard(
         for name, path in paths.items():
             store.put_file(path, name)
     return counts
-
-
-def embedding_name(sha: str, shard: Shard, scope: str = "") -> str:
-    """Name, within the root, of a shard's embeddings by one encoder; `scope` if only some rows are scored."""
-    return "/".join(part for part in ("embeddings", sha, scope, f"{shard.key}.parquet") if part)
-
-
-def read_embeddings(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of an embedding file."""
-    with store.open_input(name) as file:
-        return pq.read_table(file, columns=list(columns))
-
-
-def vectors(column: pa.ChunkedArray, embed_dim: int) -> npt.NDArray[np.float16]:
-    """An embedding column as float16 [n, D]; NaN where it is null, so that nothing can mistake it for a vector."""
-    array = column.combine_chunks()
-    out = np.full((len(array), embed_dim), np.nan, np.float16)
-    valid = np.asarray(array.is_valid())
-    out[valid] = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, embed_dim)
-    return out
-
-
-def contents(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    """A content column as its two halves [n, 2]."""
-    return np.concatenate([_halves(chunk.to_pylist()) for chunk in column.chunks] or [_halves([])])
-
-
-def _halves(content: Sequence[bytes]) -> npt.NDArray[np.uint64]:
-    return np.frombuffer(b"".join(content), "<u8").reshape(-1, 2)
-
-
-def _schema(embed_dim: int) -> pa.Schema:
-    vector = pa.list_(pa.float16(), embed_dim)
-    return pa.schema(
-        [
-            pa.field("uid", pa.string()),
-            pa.field("status", pa.string(), nullable=False),
-            pa.field("error", pa.string()),
-            pa.field("content", pa.binary(CONTENT_BYTES), nullable=False),
-            pa.field("zimg", vector),
-            pa.field("ztxt", vector),
-        ],
-        metadata={"format": json.dumps({"embeddings": 1})},
-    )
 
 
 def _decoded_ahead(
@@ -191,8 +128,8 @@ def _decode(
     images = image_bytes(batch.column(columns.image)).to_pylist()
     captions = caption_bytes(batch.column(columns.caption)).to_pylist()
     content = [content_hash(image, caption) for image, caption in zip(images, captions, strict=True)]
-    uids = batch.column(columns.uid).cast(pa.string()).to_pylist() if columns.uid else [c.hex() for c in content]
-    scored = wanted(_halves(content)) if wanted else np.ones(len(content), bool)
+    uids = uid_texts(batch.column(columns.uid)) if columns.uid else [c.hex() for c in content]
+    scored = wanted(halves(content)) if wanted else np.ones(len(content), bool)
     views = {encoder.view: encoder.crop for encoder in encoders}
     pairs = []
     for uid, digest, data, raw, score in zip(uids, content, images, captions, scored, strict=True):
@@ -237,7 +174,7 @@ def _embed_pairs(pairs: Sequence[Pair], encoder: Encoder, batch_size: int) -> tu
         _vector_column(z[0, good], null),
         _vector_column(z[1, good], null),
     ]
-    return pa.Table.from_arrays(arrays, schema=_schema(width)), failed
+    return pa.Table.from_arrays(arrays, schema=embedding_schema(width)), failed
 
 
 def _vector_column(rows: npt.NDArray[np.float16], null: npt.NDArray[np.bool_]) -> pa.Array:

@@ -10,7 +10,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,49 +22,21 @@ import torch
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, load_checkpoint
 from open_clip.push_to_hf_hub import save_config_for_hf
 from torch import Tensor
+from torch.nn.functional import normalize
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from curate.errors import UserError
 from curate.recipe import EncoderSection
 from curate.seeds import derive_seed
+from curate.spec import EncoderSpec
 from curate.storage import Store
 
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAME = "open_clip_model.safetensors"
 OpenClip = tuple[Any, dict[str, Any], Any]
 """A model, its model configuration and its tokenizer: what open_clip makes of one name."""
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderSpec:
-    """A model in the root: enough to load it, to name its embeddings, and to score them."""
-
-    model: str
-    """Hash of configuration and weights; the folder is `models/<model>/`."""
-    source: str
-    """Where it came from, for people."""
-    weights_sha256: str
-    embed_dim: int
-    logit_scale: float
-    """The factor (open_clip's parameter is its logarithm)."""
-    logit_bias: float
-    """0 for a model trained with the softmax loss."""
-    precision: str = "fp32"
-
-    @property
-    def sha(self) -> str:
-        """Names the embeddings: the same weights in another precision embed differently."""
-        return self.model if self.precision == "fp32" else f"{self.model}-{self.precision}"
-
-    @property
-    def folder(self) -> str:
-        """Folder of the model within the root."""
-        return f"models/{self.model}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for plans, manifests and learner records."""
-        return asdict(self)
+NEVER_UNPICKLED = (".safetensors", ".npz", ".npy")
+"""How open_clip knows formats that cannot run code; it unpickles files of every other name."""
 
 
 class Encoder:
@@ -103,9 +74,10 @@ class Encoder:
         bf16 = self.spec.precision == "bf16"
         images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float().div(255)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            zimg = self.model.encode_image(self._normalize(images), normalize=True)
-            ztxt = self.model.encode_text(texts.to(self.device, non_blocking=True), normalize=True)
-        return zimg.float().cpu(), ztxt.float().cpu()
+            zimg = self.model.encode_image(self._normalize(images), normalize=False)
+            ztxt = self.model.encode_text(texts.to(self.device, non_blocking=True), normalize=False)
+        # In float32: in bfloat16 a row that was divided by its norm is up to 0.3 % off unit length.
+        return normalize(zimg.float(), dim=-1).cpu(), normalize(ztxt.float(), dim=-1).cpu()
 
 
 def load_encoder(store: Store, spec: EncoderSpec, device: torch.device) -> Encoder:
@@ -118,15 +90,21 @@ def load_model(store: Store, spec: EncoderSpec, device: torch.device) -> OpenCli
     """Load a model from the root to train on.
 
     Raises:
-        UserError: if the stored weights are not the ones that the record names.
+        UserError: if the stored files are not the ones that the record names.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = store.local_path(spec.folder) or fetch_model(store, spec, Path(scratch))
-        found = _sha256(folder / WEIGHTS_NAME)
+        weights, config = folder / WEIGHTS_NAME, folder / CONFIG_NAME
+        found = _sha256(weights) if weights.is_file() else "none"
         if found != spec.weights_sha256:
             raise UserError(
                 f"{spec.folder}/{WEIGHTS_NAME}: expected sha256 {spec.weights_sha256[:12]}, found {found[:12]}; "
                 "the file was changed after it was stored: delete that folder and run the command again"
+            )
+        if not config.is_file() or _identity(config, found) != spec.model:
+            raise UserError(
+                f"{spec.folder}/{CONFIG_NAME}: expected the configuration that its folder names, found another; "
+                "it was changed after it was stored: delete that folder and run the command again"
             )
         name = f"{LOCAL_DIR_PREFIX}{folder}"
         model = open_clip.create_model(name, device=device)
@@ -153,7 +131,7 @@ def store_encoder(store: Store, section: EncoderSection, *, role: str, base: Pat
         seed: of random weights, where the recipe names no pretrained ones.
 
     Raises:
-        UserError: unknown model or tag, weights that do not fit, an untrusted pickle.
+        UserError: unknown model or tag, weights that do not fit or are not finite, an untrusted pickle.
     """
     model, config, tokenizer = create_model(section, role=role, base=base, seed=seed)
     source = section.model if section.pretrained is None else f"{section.model}/{section.pretrained}"
@@ -169,7 +147,14 @@ def store_model(
     source: str,
     precision: str = "fp32",
 ) -> EncoderSpec:
-    """Write an open_clip model as `models/<sha>/`; its name is its content, so doing it twice changes nothing."""
+    """Write an open_clip model as `models/<sha>/`; its name is its content, so doing it twice changes nothing.
+
+    Raises:
+        UserError: a weight is not finite: nothing that such a model embeds can be used.
+    """
+    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{source}: the weights {broken} are not all finite; take a checkpoint from before they broke")
     with store.local_scratch() as scratch:
         folder = scratch / "model"
         folder.mkdir()
@@ -179,9 +164,8 @@ def store_model(
         if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
             tokenizer.save_pretrained(folder)
         weights = _sha256(folder / WEIGHTS_NAME)
-        identity = (folder / CONFIG_NAME).read_bytes() + weights.encode()
         spec = EncoderSpec(
-            model=hashlib.sha256(identity).hexdigest()[:16],
+            model=_identity(folder / CONFIG_NAME, weights),
             source=source,
             weights_sha256=weights,
             embed_dim=config["embed_dim"],
@@ -218,11 +202,11 @@ def create_model(section: EncoderSection, *, role: str, base: Path, seed: int) -
         torch.manual_seed(derive_seed(seed, "weights"))
         try:
             config = open_clip.get_model_config(name)
-            model = open_clip.create_model(name, None if checkpoint else pretrained)
+            model = open_clip.create_model(name, None if checkpoint else pretrained, weights_only=not section.trusted)
             if checkpoint:
                 load_checkpoint(model, str(checkpoint), weights_only=not section.trusted)
             tokenizer = open_clip.get_tokenizer(name)
-        except (RuntimeError, ValueError, OSError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        except Exception as error:  # a wrong configuration or checkpoint raises whatever open_clip and torch like
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"{role}.model = {section.model!r}, pretrained = {pretrained!r}: cannot be loaded ({reason}); "
@@ -255,9 +239,9 @@ def _checkpoint(section: EncoderSection, name: str, role: str) -> Path | None:
 
 
 def _refuse_pickle(path: Path, role: str, *, trusted: bool) -> None:
-    if path.suffix in PICKLED and not trusted:
+    if path.suffix not in NEVER_UNPICKLED and not trusted:
         raise UserError(
-            f"{path}: a {path.suffix} checkpoint is unpickled, which can run code; convert it to .safetensors, "
+            f"{path}: a checkpoint of this kind is unpickled, which can run code; convert it to .safetensors, "
             f"or set {role}.trusted = true if you made it yourself"
         )
 
@@ -268,7 +252,7 @@ def _check_folder(folder: Path, role: str, *, trusted: bool) -> None:
             f"{role}.model: expected {CONFIG_NAME} in {folder}, found none; save it with open_clip's save_for_hf"
         )
     if not list(folder.glob("*.safetensors")):
-        for path in folder.iterdir():
+        for path in [*folder.glob("*.bin"), *folder.glob("*.pth")]:  # the others that open_clip looks for
             _refuse_pickle(path, role, trusted=trusted)
 
 
@@ -282,13 +266,18 @@ def _as_folder(path: Path, scratch: Path, role: str) -> str:
         ) from None
     except ValueError as error:
         raise UserError(f"{role}.model: {path} is not valid JSON ({error})") from None
-    missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
+    missing = {"embed_dim", "vision_cfg", "text_cfg"}.difference(config if isinstance(config, dict) else ())
     if missing:
         raise UserError(
             f"{role}.model: {path} lacks {', '.join(sorted(missing))}; copy one of open_clip's model_configs"
         )
     (scratch / CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
     return str(scratch)
+
+
+def _identity(config: Path, weights_sha256: str) -> str:
+    """Name of a model: hash of its configuration file and of the hash of its weights."""
+    return hashlib.sha256(config.read_bytes() + weights_sha256.encode()).hexdigest()[:16]
 
 
 def _sha256(path: Path) -> str:

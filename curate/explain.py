@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.embed import contents, embedding_name, read_embeddings
-from curate.encoder import EncoderSpec
+from curate.embeddings import contents, embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.manifest import Manifest, last_round, read_manifest, round_folder
 from curate.pool import Pool, load_pool
-from curate.select import read_selected, selected_name
+from curate.selected import read_selected, selected_name
+from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.walk import WalkRange, read_walk, super_batch_of, walk_folder, walk_keys
 

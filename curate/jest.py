@@ -20,18 +20,12 @@ reference's own embeddings; logit = scale · cosine + bias, as in Algorithm 2 an
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-Loss = Literal["sigmoid", "softmax"]
-Criterion = Literal["learnability", "easy_reference", "hard_learner"]
-Method = Literal["joint", "independent", "uniform"]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
-METHODS: tuple[Method, ...] = get_args(Method)
+from curate.criteria import CRITERIA, LOSSES, METHODS, Criterion, Loss, Method
 
 # Logits of one tile. On a CPU it stays in the second-level cache between product and reduction (512 kB in
 # float32; of 2^15 to 2^20 the fastest at D = 512, c = 256). On CUDA, 128 MiB spread launches: not measured.

@@ -12,9 +12,10 @@ from typing import Any
 import open_clip
 import torch
 
-from curate.encoder import EncoderSpec, store_encoder, store_model
+from curate.encoder import load_model, store_encoder, store_model
 from curate.errors import UserError
 from curate.recipe import EncoderSection
+from curate.spec import EncoderSpec
 from curate.storage import Store
 
 
@@ -40,9 +41,15 @@ def read_learner(store: Store, number: int) -> LearnerCheckpoint:
 
     Raises:
         FileNotFoundError: there is none of this number.
+        UserError: not the record of a learner.
     """
-    record = json.loads(store.read_bytes(learner_name(number)))
-    return LearnerCheckpoint(**record | {"encoder": EncoderSpec(**record["encoder"])})
+    name = learner_name(number)
+    data = store.read_bytes(name)
+    try:
+        record = json.loads(data)
+        return LearnerCheckpoint(**record | {"encoder": EncoderSpec(**record["encoder"])})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name}: expected a learner, found something else ({error}); restore the file") from error
 
 
 def newest_learner(store: Store) -> LearnerCheckpoint | None:
@@ -74,15 +81,22 @@ def publish_learner(
         number: of the learner; the next free one if None.
 
     Raises:
-        UserError: unknown `model_name`.
+        UserError: unknown `model_name`, or a model that it does not describe; nothing is published.
         CommitConflictError: another learner was published under this number meanwhile.
     """
     store = Store(root)
-    config = open_clip.get_model_config(model_name)
-    if config is None:
-        raise UserError(f"model_name = {model_name!r}: not an open_clip model; give the name that made the model")
-    tokenizer = open_clip.get_tokenizer(model_name)
-    encoder = store_model(store, model, config, tokenizer, source=model_name)
+    try:
+        config = open_clip.get_model_config(model_name)
+        if config is None:
+            raise UserError(f"model_name = {model_name!r}: not an open_clip model; give the name that made the model")
+        encoder = store_model(store, model, config, open_clip.get_tokenizer(model_name), source=model_name)
+        load_model(store, encoder, torch.device("cpu"))  # as the next round will
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"model_name = {model_name!r}: does not describe this model ({reason}); give the name that made it, and "
+            "the model itself, without wrappers such as DDP"
+        ) from error
     return record_learner(store, encoder, step=step, next_batch=next_batch, number=number)
 
 

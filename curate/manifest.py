@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from curate.errors import UserError
+from curate.errors import RowsLostError, UserError
 from curate.storage import Store
 from curate.tally import Tally, check_chain
 
@@ -55,12 +55,9 @@ class Manifest:
             RowsLostError: if the tallies do not account for every row of the pool, or the files do not hold b rows a
                 sub-batch.
         """
-        check_chain(self.tallies, rows=self.pool_rows)
         rows = sum(file.rows for file in self.files)
-        check_chain(
-            [Tally(step="written", rows_in=rows, kept=self.sub_batches * self.sub_batch_size)],
-            rows=self.tallies[-1].kept,
-        )
+        written = Tally(step="written", rows_in=rows, kept=self.sub_batches * self.sub_batch_size)
+        check_chain([*self.tallies, written], rows=self.pool_rows)
         record = {"format_version": FORMAT_VERSION} | asdict(self) | {"tallies": [t.to_json() for t in self.tallies]}
         return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
 
@@ -82,7 +79,7 @@ class Manifest:
             tallies = tuple(Tally(**tally) for tally in record.pop("tallies"))
             learnability, uniform = tuple(record.pop("learnability")), tuple(record.pop("uniform_learnability"))
             return cls(files=files, tallies=tallies, learnability=learnability, uniform_learnability=uniform, **record)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RowsLostError) as error:
             raise UserError(f"{name}: expected a manifest, found something else ({error}); restore the file") from error
 
 
@@ -118,7 +115,8 @@ def commit(store: Store, manifest: Manifest) -> str:
     """Publish a round; returns the sha256 of its manifest. Doing it twice changes nothing.
 
     Raises:
-        RowsLostError: rows are unaccounted for, or a curated file is missing or of another size.
+        RowsLostError: rows are unaccounted for.
+        UserError: a curated file is missing or of another size.
         CommitConflictError: somebody else committed another round under this number.
         CommitUnknownError: the store did not answer.
     """

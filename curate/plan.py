@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from curate.encoder import EncoderSpec, store_encoder
+from curate.encoder import store_encoder
 from curate.errors import UserError
 from curate.learner import first_learner
 from curate.pool import take_inventory
 from curate.recipe import Recipe
 from curate.select import needs_learner
+from curate.spec import EncoderSpec
 from curate.storage import Store
 
 

@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -43,7 +45,9 @@ class Shard:
     def key(self) -> str:
         """Names this version of this file in the root: `00000-1f2e3d4c5b6a`."""
         identity = f"{self.path}\n{self.size}\n{self.version}"
-        return f"{PurePosixPath(self.name).stem}-{hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()}"
+        # A leading dot would hide the file from `Store.list`; a file system takes 255 bytes.
+        stem = PurePosixPath(self.name).stem.lstrip(".")[:50]
+        return f"{stem}-{hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,11 +159,19 @@ def take_inventory(
     if columns is None:
         raise UserError(*bad, *mistakes)
     usable: list[tuple[FileInfo, _Footer]] = []
+    schema: pa.Schema | None = None
     for file, footer in good:
         lines = _shard_mistakes(file, footer, columns, section.max_row_group_bytes)
-        bad += lines
         if not lines:
-            usable.append((file, footer))
+            try:
+                schema = _union([footer.schema] if schema is None else [schema, footer.schema])
+                usable.append((file, footer))
+            except pa.ArrowException as error:
+                lines = [
+                    f"{file.path}: expected the column types of the shards before it, found others "
+                    f"({_one_line(error)}); give the column one type in all shards"
+                ]
+        bad += lines
     if bad and section.on_bad_shard == "fail":
         raise UserError(*bad)
     if not usable:
@@ -171,7 +183,7 @@ def take_inventory(
             for i, (name, (file, footer)) in enumerate(zip(names, usable, strict=True))
         ),
         columns=columns,
-        schema=_union([footer.schema for _, footer in usable]),
+        schema=schema,
         ignored=tuple(ignored),
         skipped=tuple(bad),
     )
@@ -183,7 +195,13 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
     Raises:
         InputChangedError: if the file is not the one that the inventory recorded, or a page does not decode.
     """
-    found = storage.file_info(shard.path)
+    try:
+        found = storage.file_info(shard.path)
+    except FileNotFoundError:
+        raise InputChangedError(
+            f"{shard.path}: expected {shard.size} bytes, found no file; the shard was removed while the round was "
+            "running: put it back, or run the command again to take the pool anew"
+        ) from None
     if (found.size, found.version) != (shard.size, shard.version):
         raise InputChangedError(
             f"{shard.path}: expected {shard.size} bytes, version {shard.version}, found {found.size} bytes, version "
@@ -197,8 +215,8 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
                 yield batch
     except (pa.ArrowException, OSError) as error:
         raise InputChangedError(
-            f"{shard.path}: expected {shard.rows} readable rows, found a damaged page after row {rows} ({error}); "
-            'replace the file, or set pool.on_bad_shard = "skip" after moving it away'
+            f"{shard.path}: expected {shard.rows} readable rows, found a damaged page after row {rows} "
+            f"({_one_line(error)}); replace the file, or move it out of the pool"
         ) from error
     if rows != shard.rows:
         raise InputChangedError(
@@ -230,6 +248,8 @@ class _Footer:
 
 
 def _read_footer(file: FileInfo) -> _Footer:
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", file.path):
+        return _Footer(error=f"{file.path!r}: expected a name in UTF-8 without control characters; rename the file")
     if file.size == 0:
         return _Footer(error=f"{file.path}: expected a Parquet file, found 0 bytes; remove or replace it")
     try:
@@ -240,15 +260,25 @@ def _read_footer(file: FileInfo) -> _Footer:
                 rows=metadata.num_rows, schema=parquet.schema_arrow, largest_row_group=max(groups, default=0)
             )
     except Exception as error:  # a fuzzed footer raises whatever it likes, ValueError and OverflowError included
-        reason = " ".join(str(error).split())[:200]
+        reason = _one_line(error)
         return _Footer(
             error=f"{file.path}: expected a Parquet file, found a broken footer ({reason}); remove or replace it"
         )
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _listed(schema: pa.Schema) -> str:
+    """Its column names, the first of them if they are many, in one line whatever they contain."""
+    names = [name if name.isprintable() else repr(name) for name in schema.names]
+    return ", ".join(names[:20]) + (f", … ({len(names)} columns)" if len(names) > 20 else "") or "no column"
+
+
 def _find_columns(section: PoolSection, schema: pa.Schema, path: str) -> Columns:
     """The pool's columns by the recipe, else by convention."""
-    mistakes: list[str] = []
+    missing: list[str] = []
     found: dict[str, str] = {}
     for role, given, known in (
         ("image", section.image, IMAGE_COLUMNS),
@@ -256,14 +286,11 @@ def _find_columns(section: PoolSection, schema: pa.Schema, path: str) -> Columns
     ):
         name = given or next((name for name in known if name in schema.names), None)
         if name is None:
-            mistakes.append(
-                f"{path}: no {role} column; expected one of {', '.join(known)}, found {', '.join(schema.names)}; "
-                f"name it with pool.{role}"
-            )
+            missing.append(f"expected the {role} column as one of {', '.join(known)} (or name it with pool.{role})")
         else:
             found[role] = name
-    if mistakes:
-        raise UserError(*mistakes)
+    if missing:
+        raise UserError(f"{path}: {' and '.join(missing)}, found {_listed(schema)}; rename or name the column")
     return Columns(image=found["image"], caption=found["caption"], uid=section.uid)
 
 
@@ -271,6 +298,8 @@ def _shard_mistakes(file: FileInfo, footer: _Footer, columns: Columns, max_row_g
     """Why this shard cannot be used, one line each; an empty shard is fine."""
     schema = footer.schema
     assert schema is not None
+    if repeated := [name for name in dict.fromkeys(schema.names) if schema.names.count(name) > 1]:
+        return [f"{file.path}: expected each column once, found {repeated[0]!r} twice; rename or drop one"]
     lines = []
     for role, name, accepts, expected in (
         ("image", columns.image, _is_image, "binary or struct<bytes: binary, …>"),
@@ -281,11 +310,14 @@ def _shard_mistakes(file: FileInfo, footer: _Footer, columns: Columns, max_row_g
             continue
         if name not in schema.names:
             lines.append(
-                f"{file.path}: expected the {role} column {name!r}, found {', '.join(schema.names)}; "
+                f"{file.path}: expected the {role} column {name!r}, found {_listed(schema)}; "
                 f"mend the shard, or name the column with pool.{role}"
             )
         elif not accepts(schema.field(name).type):
-            lines.append(f"{file.path}: {role} column {name!r}: expected {expected}, found {schema.field(name).type}")
+            lines.append(
+                f"{file.path}: {role} column {name!r}: expected {expected}, found {schema.field(name).type}; "
+                f"convert it, or name another column with pool.{role}"
+            )
     if ADDED_COLUMN in schema.names:
         lines.append(
             f"{file.path}: has a column {ADDED_COLUMN!r} already, the name of the one we add; rename or drop it"
@@ -293,7 +325,8 @@ def _shard_mistakes(file: FileInfo, footer: _Footer, columns: Columns, max_row_g
     if footer.largest_row_group > max_row_group_bytes:
         lines.append(
             f"{file.path}: largest row group is {footer.largest_row_group:,} bytes, the limit {max_row_group_bytes:,} "
-            f"(pool.max_row_group_bytes); run: curate reshard {file.path} --to FOLDER"
+            f"(pool.max_row_group_bytes); run: curate reshard {shlex.quote(file.path)} --to FOLDER "
+            f"--row-group-bytes {max_row_group_bytes // 2}"
         )
     return lines
 
@@ -309,7 +342,7 @@ def _is_text(kind: pa.DataType) -> bool:
 def _is_image(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
-        return index >= 0 and _is_binary(kind.field(index).type)
+        return index >= 0 and _is_image(kind.field(index).type)
     return _is_binary(kind) or pa.types.is_null(kind)
 
 
@@ -333,14 +366,9 @@ def _relative_names(paths: Sequence[str]) -> list[str]:
 
 
 def _union(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """One schema for all shards; dictionaries become plain values first, or they would not unify."""
+    """One schema for all of them; dictionaries become plain values first, or they would not unify."""
     plain = []
     for schema in schemas:
         fields = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in schema]
         plain.append(pa.schema(fields, metadata=schema.metadata))
-    try:
-        return pa.unify_schemas(plain, promote_options="permissive")
-    except pa.ArrowException as error:
-        raise UserError(
-            f"pool.path: the shards' columns do not agree: {error}; give the column one type in all shards"
-        ) from None
+    return pa.unify_schemas(plain, promote_options="permissive")

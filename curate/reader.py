@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -109,7 +108,7 @@ class CuratedReader:
         self.verify = verify
         self._next = 0
         self._places = _Places()
-        self._loader: DataLoader[Batch] = DataLoader(
+        self._loader: DataLoader[Batch | UserError] = DataLoader(
             _Batches(self.store, preprocess, tokenize),
             batch_size=None,
             sampler=self._places,
@@ -122,8 +121,15 @@ class CuratedReader:
         return {"next_batch": self._next}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on at the batch that a `state_dict` names, of this or any other number of ranks."""
-        self._next = state["next_batch"]
+        """Go on at the batch that a `state_dict` names, of this or any other number of ranks.
+
+        Raises:
+            UserError: not the state of a reader.
+        """
+        number = state.get("next_batch")
+        if not isinstance(number, int) or number < 0:
+            raise UserError(f"state: expected {{'next_batch': n}} with n at least 0, found {state!r}")
+        self._next = number
 
     def __iter__(self) -> Iterator[Batch]:
         first = 0  # number of the round's first batch
@@ -133,8 +139,11 @@ class CuratedReader:
             manifest, digest = found
             self._check(manifest, parent)
             if self._next < first + manifest.sub_batches:
+                self._check_files(manifest)
                 self._places.places = self._of_round(manifest, first)[self._next - first :]
                 for batch in self._loader:
+                    if isinstance(batch, UserError):
+                        raise UserError(*batch.lines)  # anew: one that this frame holds would keep it alive
                     self._next = batch.number + 1
                     yield batch
             first += manifest.sub_batches
@@ -151,9 +160,10 @@ class CuratedReader:
         wait = FIRST_WAIT_S
         until = None if self.timeout_s is None else time.monotonic() + self.timeout_s
         while (found := read_manifest(self.store, number)) is None and self.follow:
-            if until is not None and time.monotonic() + wait > until:
+            left = LONGEST_WAIT_S if until is None else until - time.monotonic()
+            if left <= 0:
                 return None
-            time.sleep(wait)
+            time.sleep(min(wait, left))
             wait = min(2 * wait, LONGEST_WAIT_S)
         if found is None and number == 0:
             raise UserError(f"{self.store.url}: expected a committed round, found none; run: curate round RECIPE")
@@ -176,6 +186,8 @@ class CuratedReader:
                 f"{name}: its batches hold {b} pairs and were chosen as wholes, the trainer asked for "
                 f"{self.batch_size}; train with batches of {b}, or curate with sub_batch_size = {self.batch_size}"
             )
+
+    def _check_files(self, manifest: Manifest) -> None:
         for file in manifest.files:
             self._check_file(file, f"{round_folder(manifest.round)}/{file.name}")
 
@@ -222,8 +234,11 @@ class _Places(Sampler[_Place]):
         return len(self.places)
 
 
-class _Batches(Dataset[Batch]):
-    """From a place to the batch that lies there: the work of a worker process."""
+class _Batches(Dataset[Batch | UserError]):
+    """From a place to the batch that lies there: the work of a worker process.
+
+    A mistake is returned, not raised: on its way from a worker a raised one becomes a traceback.
+    """
 
     def __init__(
         self,
@@ -235,16 +250,25 @@ class _Batches(Dataset[Batch]):
         self.preprocess = preprocess
         self.tokenize = tokenize
 
-    def __getitem__(self, place: _Place) -> Batch:
-        rows = _read_rows(self.store, place)
-        # Published images were decoded once before, so this cannot fail but for damage on the way.
-        images = [decode_image(data) for data in image_bytes(rows.column(place.image)).to_pylist()]
-        captions = [clean_caption(raw) for raw in caption_bytes(rows.column(place.caption)).to_pylist()]
+    def __getitem__(self, place: _Place) -> Batch | UserError:
+        # Published images were decoded once before, so this cannot fail but for damage on the way; and a damaged
+        # file makes pyarrow raise whatever it likes.
+        try:
+            rows = _read_rows(self.store, place)
+            images = [decode_image(data) for data in image_bytes(rows.column(place.image)).to_pylist()]
+            captions = [clean_caption(raw) for raw in caption_bytes(rows.column(place.caption)).to_pylist()]
+            uids = rows.column(ADDED_COLUMN).field("uid").to_pylist()
+        except UserError as error:  # the store refused
+            return error
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            where = f"{place.file}: cannot be read at sub-batch {place.sub_batch}"
+            return UserError(f"{where} ({reason}); restore the file")
         return Batch(
             number=place.number,
             round=place.round,
             sub_batch=place.sub_batch,
-            uids=rows.column(ADDED_COLUMN).field("uid").to_pylist(),
+            uids=uids,
             images=torch.stack([self.preprocess(image) for image in images]) if self.preprocess else images,
             texts=self.tokenize(captions) if self.tokenize else captions,
         )
@@ -252,15 +276,10 @@ class _Batches(Dataset[Batch]):
 
 def _read_rows(store: Store, place: _Place) -> Any:
     """The rows of a place as one record batch; only the row groups that they lie in are read."""
-    try:
-        with store.open_input(place.file) as file, pq.ParquetFile(file) as parquet:
-            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-            ends = np.cumsum(sizes)
-            first, last = np.searchsorted(ends, [place.first_row, place.first_row + place.rows - 1], side="right")
-            table = parquet.read_row_groups(range(first, last + 1), columns=[place.image, place.caption, ADDED_COLUMN])
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{place.file}: cannot be read at sub-batch {place.sub_batch} ({error}); restore the file"
-        ) from error
+    with store.open_input(place.file) as file, pq.ParquetFile(file) as parquet:
+        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+        ends = np.cumsum(sizes)
+        first, last = np.searchsorted(ends, [place.first_row, place.first_row + place.rows - 1], side="right")
+        table = parquet.read_row_groups(range(first, last + 1), columns=[place.image, place.caption, ADDED_COLUMN])
     start = place.first_row - int(ends[first] - sizes[first])
     return table.slice(start, place.rows).combine_chunks().to_batches()[0]

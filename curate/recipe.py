@@ -14,13 +14,13 @@ import typing
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from curate.criteria import Criterion, Loss, Method
 from curate.errors import UserError
-from curate.jest import Criterion, Loss, Method
 
 
 class Section(BaseModel):
@@ -49,6 +49,14 @@ class PoolSection(Section):
         2**29, ge=2**20, description="largest row group, uncompressed bytes, that a worker loads at once"
     )
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _names_something(cls, path: Any) -> Any:
+        paths = path if isinstance(path, list) else [path]
+        if not paths or not all(isinstance(p, str) and p for p in paths):
+            raise PydanticCustomError("path", "must be a path or URL, or a list of at least one")
+        return path
+
 
 class EncoderSection(Section):
     """An open_clip model and its weights."""
@@ -75,7 +83,7 @@ class SelectionSection(Section):
 
     sub_batch_size: int = Field(ge=1, description="b, pairs per sub-batch: the batch that the learner trains on")
     filter_ratio: float = Field(0.8, ge=0, lt=1, description="1 - b/B, share of each super-batch that is discarded")
-    n_chunks: int = Field(16, ge=1, description="draws per sub-batch")
+    n_chunks: int = Field(16, ge=1, validate_default=True, description="draws per sub-batch")
     loss: Loss = Field("sigmoid", description="the learner's training loss")
     criterion: Criterion = Field("learnability", description="what makes a sub-batch worth training on")
     method: Method = Field("joint", description="how a sub-batch is drawn")
@@ -90,15 +98,18 @@ class SelectionSection(Section):
         """B, the smallest integer with 1 - b/B at least filter_ratio, computed without rounding error."""
         return math.ceil(self.sub_batch_size / (1 - Fraction(str(self.filter_ratio))))
 
-    @model_validator(mode="after")
-    def _chunks_fit(self) -> Self:
-        if self.n_chunks > self.sub_batch_size:
+    # Of the field and not of the model: pydantic skips a model's validators once any of its fields is wrong.
+    @field_validator("n_chunks")
+    @classmethod
+    def _chunks_fit(cls, n_chunks: int, info: ValidationInfo) -> int:
+        sub_batch_size = info.data.get("sub_batch_size", n_chunks)
+        if n_chunks > sub_batch_size:
             raise PydanticCustomError(
                 "chunks",
-                "n_chunks = {n} must not exceed sub_batch_size = {b}: each chunk draws at least one; lower n_chunks",
-                {"n": self.n_chunks, "b": self.sub_batch_size},
+                "must not exceed sub_batch_size = {b}: each chunk draws at least one; lower n_chunks",
+                {"b": sub_batch_size},
             )
-        return self
+        return n_chunks
 
 
 class OutputSection(Section):
@@ -119,7 +130,9 @@ class TrainSection(Section):
     """`curate train`."""
 
     data: Literal["rounds", "pool"] = Field("rounds", description="committed rounds, or uniform batches of the pool")
-    steps: int | None = Field(None, ge=1, description="steps to train; every committed sub-batch if data is rounds")
+    steps: int | None = Field(
+        None, ge=1, validate_default=True, description="steps to train; every committed sub-batch if data is rounds"
+    )
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak of the cosine schedule")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up linearly")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's")
@@ -127,13 +140,14 @@ class TrainSection(Section):
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     workers: int = Field(0, ge=0, description="decoding processes; 0 decodes in the trainer's own")
 
-    @model_validator(mode="after")
-    def _pool_needs_steps(self) -> Self:
-        if self.data == "pool" and self.steps is None:
+    @field_validator("steps")
+    @classmethod
+    def _pool_needs_steps(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        if steps is None and info.data.get("data") == "pool":
             raise PydanticCustomError(
-                "steps", 'steps is not set: with data = "pool" there is no natural end; set train.steps', {}
+                "steps", 'must be given: with data = "pool" there is no natural end; add it or use --set train.steps=…'
             )
-        return self
+        return steps
 
 
 class Recipe(Section):
@@ -207,25 +221,30 @@ def _override(data: dict[str, Any], text: str) -> str | None:
 
 def _line(path: Path, details: ErrorDetails) -> str:
     """One mistake: field, value, law and the way out."""
-    names = [str(part) for part in details["loc"] if not str(part).startswith(("str", "list["))]
-    where = f"{path}: {'.'.join(names)}"
-    section = _section(names[:-1])
-    kind = details["type"]
+    names = [str(part) for part in details["loc"]]
+    name, kind, value = ".".join(names), details["type"], details["input"]
+    known = _section(names[:-1]).model_fields
+    found = "" if kind == "missing" or value is None or isinstance(value, dict) else f" = {value!r}"
+    where = f"{path}: {name}{found}"
     if kind in {"chunks", "steps"}:
         return f"{where}: {details['msg']}"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(names[-1], section.model_fields, n=1)
-        way_out = f"did you mean {near[0]}?" if near else f"the fields here are {', '.join(section.model_fields)}"
+        near = difflib.get_close_matches(names[-1], known, n=1)
+        way_out = f"did you mean {near[0]}?" if near else f"the fields here are {', '.join(known)}"
         return f"{where}: unknown field; {way_out}"
-    field = section.model_fields.get(names[-1])
-    law = details["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
-    found = "" if kind == "missing" else f" = {details['input']!r}"
+    field = known.get(names[-1])
     meaning = f" ({field.description})" if field and field.description else ""
-    default = field.get_default() if field and not field.is_required() else None
-    way_out = f"; the default is {default!r}" if isinstance(default, str | int | float) else ""
     if kind == "missing":
-        law, way_out = "must be given", f"; add it to the recipe or use --set {'.'.join(names)}=…"
-    return f"{where}{found}: {law}{meaning}{way_out}"
+        way_out = f"add [{name}]" if _section(names) is not _section(names[:-1]) else f"add it or use --set {name}=…"
+        return f"{where}: must be given{meaning}; {way_out}"
+    if kind == "model_type":
+        return f"{where}: must be a table{meaning}; write its fields below [{name}]"
+    law = details["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
+    way_out = f"correct it or use --set {name}=…"
+    if field and not field.is_required():
+        default = field.get_default()
+        way_out = "correct it or leave it out" if default is None else f"the default is {default!r}"
+    return f"{where}: {law}{meaning}; {way_out}"
 
 
 def _section(names: Sequence[str]) -> type[Section]:

@@ -1,34 +1,40 @@
 """Cut a Parquet file into shards that a worker can hold: the way out for row groups that are too large."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate import storage
 from curate.errors import UserError
 
 ROW_GROUP_ROWS = 256
+ROW_GROUP_BYTES = 2**26
 
 
-def reshard_file(url: str, folder: Path, *, rows_per_shard: int) -> Iterator[Path]:
-    """Write the rows of one file, in order and unchanged, as shards with row groups of 256.
+def reshard_file(
+    url: str, folder: Path, *, rows_per_shard: int, row_group_bytes: int = ROW_GROUP_BYTES
+) -> Iterator[Path]:
+    """Write the rows of one file, in order and unchanged, as shards with small row groups.
 
     Args:
         url: the file.
         folder: where the shards go; they are named after the file.
         rows_per_shard: of each but the last.
+        row_group_bytes: uncompressed; a row group is larger only if a single row is.
 
     Yields:
         Each shard once it is complete.
 
     Raises:
-        UserError: a shard of that name exists already.
+        UserError: no such file, or not Parquet; a shard of that name exists already.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     stem = PurePosixPath(url).stem
-    with storage.open_input(url) as file, pq.ParquetFile(file) as parquet:
-        shards = -(-parquet.metadata.num_rows // rows_per_shard)
+    with _opened(url) as parquet:
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = max(1, -(-parquet.metadata.num_rows // rows_per_shard))
         batches = parquet.iter_batches(batch_size=ROW_GROUP_ROWS)
         held = next(batches, None)
         for number in range(shards):
@@ -39,9 +45,31 @@ def reshard_file(url: str, folder: Path, *, rows_per_shard: int) -> Iterator[Pat
             left = rows_per_shard
             with pq.ParquetWriter(partial, parquet.schema_arrow, compression="zstd") as writer:
                 while held is not None and left:
-                    writer.write_batch(held.slice(0, left), row_group_size=ROW_GROUP_ROWS)
+                    for piece in _pieces(held.slice(0, left), row_group_bytes):
+                        writer.write_batch(piece, row_group_size=ROW_GROUP_ROWS)
                     taken = min(left, held.num_rows)
                     left -= taken
                     held = held.slice(taken) if taken < held.num_rows else next(batches, None)
             partial.rename(path)
             yield path
+
+
+@contextlib.contextmanager
+def _opened(url: str) -> Iterator[pq.ParquetFile]:
+    with contextlib.ExitStack() as stack:
+        try:
+            parquet = stack.enter_context(pq.ParquetFile(stack.enter_context(storage.open_input(url))))
+        except (OSError, ValueError) as error:  # pyarrow's own are either
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{url}: expected a Parquet file; {reason}; correct the path") from error
+        yield parquet
+
+
+def _pieces(batch: pa.RecordBatch, most_bytes: int) -> Iterator[pa.RecordBatch]:
+    """Slices of at most so many bytes, or of one row."""
+    if batch.nbytes <= most_bytes or batch.num_rows == 1:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _pieces(batch.slice(0, half), most_bytes)
+    yield from _pieces(batch.slice(half), most_bytes)

@@ -2,8 +2,6 @@
 
 import hashlib
 
-import torch
-
 
 def derive_seed(seed: int, purpose: str, *parts: int) -> int:
     """A 63-bit seed for one purpose; equal arguments give equal seeds on every machine.
@@ -13,8 +11,3 @@ def derive_seed(seed: int, purpose: str, *parts: int) -> int:
     """
     text = "/".join([str(seed), purpose, *map(str, parts)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-
-
-def generator(seed: int, purpose: str, *parts: int) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed`."""
-    return torch.Generator().manual_seed(derive_seed(seed, purpose, *parts))

@@ -1,41 +1,22 @@
 """Select: from the candidates of one super-batch to the rows of one sub-batch, with what was known at the pick."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from curate.errors import UserError
 from curate.jest import Embeddings, diagonal_losses, jointly_sample_batch, sub_batch_learnability
 from curate.recipe import SelectionSection
-from curate.seeds import generator
-from curate.storage import Store
+from curate.seeds import derive_seed
+from curate.selected import SELECTED_SCHEMA, SubBatchStats
 from curate.tally import Tally
 from curate.walk import Rows, in_walk_order
 
 Vectors = npt.NDArray[np.float16]
-
-SELECTED_SCHEMA = pa.schema(
-    [
-        pa.field("sub_batch", pa.int32(), nullable=False),
-        pa.field("position", pa.int32(), nullable=False),
-        pa.field("chunk", pa.int16(), nullable=False),
-        pa.field("score", pa.float32(), nullable=False),
-        pa.field("learner_loss", pa.float32()),
-        pa.field("reference_loss", pa.float32()),
-        pa.field("shard", pa.int32(), nullable=False),
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("content_low", pa.uint64(), nullable=False),
-        pa.field("content_high", pa.uint64(), nullable=False),
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +43,13 @@ class Candidates:
             reference=(self.reference[0][positions], self.reference[1][positions]),
         )
 
+    def finite_rows(self) -> npt.NDArray[np.int64]:
+        """Positions of the candidates whose vectors are all there."""
+        finite = np.ones(len(self.rows), bool)
+        for vectors in (*self.reference, *(self.learner or ())):
+            finite &= np.isfinite(vectors).all(axis=1)
+        return np.flatnonzero(finite)
+
     @classmethod
     def concatenate(cls, parts: Sequence["Candidates"]) -> "Candidates":
         """All parts, one after the other."""
@@ -75,34 +63,6 @@ class Candidates:
             learner=joined(learners) if learners else None,
             reference=joined([part.reference for part in parts]),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubBatchStats:
-    """What one selection did, for the manifest. Learnability is per example; null without a learner."""
-
-    sub_batch: int
-    tally: Tally
-    learnability: float | None
-    uniform_learnability: float | None
-    """Of a uniform sub-batch of the same super-batch: what selection is to be compared with."""
-
-    def to_bytes(self) -> bytes:
-        """JSON, for the metadata of the selected file."""
-        return json.dumps(
-            {
-                "sub_batch": self.sub_batch,
-                "tally": self.tally.to_json(),
-                "learnability": self.learnability,
-                "uniform_learnability": self.uniform_learnability,
-            }
-        ).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> "SubBatchStats":
-        """The inverse of `to_bytes`."""
-        record: dict[str, Any] = json.loads(data)
-        return cls(**record | {"tally": Tally(**record["tally"])})
 
 
 def needs_learner(selection: SelectionSection) -> bool:
@@ -137,16 +97,23 @@ def select_sub_batch(
         A table of `SELECTED_SCHEMA`, b rows in the order drawn, and its statistics.
 
     Raises:
-        UserError: if fewer than b candidates have finite embeddings.
+        UserError: if fewer than b candidates have finite embeddings, or a model's scale is not finite.
     """
     order, representative = in_walk_order(candidates.rows)
-    pool = candidates.take(order[representative == np.arange(len(order))])
-    assert len(pool.rows) == selection.super_batch_size, (len(pool.rows), selection.super_batch_size)
-
-    ref = _embeddings(pool.reference, reference, device)
-    own = _embeddings(pool.learner, learner, device) if pool.learner is not None and learner is not None else None
-    b = selection.sub_batch_size
+    distinct = candidates.take(order[representative == np.arange(len(order))])
+    B, b = len(distinct.rows), selection.sub_batch_size
+    assert selection.super_batch_size == B, (B, selection.super_batch_size)
+    # Whatever the criterion looks at: the sub-batch is reported, and later trained on, by both models.
+    pool = distinct.take(distinct.finite_rows())
+    where = f"round {round_number}, sub-batch {sub_batch}"
+    if len(pool.rows) < b:
+        raise UserError(
+            f"{where}: expected {b} candidates with finite embeddings, found {len(pool.rows)} of {B}; look at the "
+            "learner's weights, and publish a sound one under the next number"
+        )
     try:
+        ref = _embeddings(pool.reference, reference, device)
+        own = _embeddings(pool.learner, learner, device) if pool.learner is not None and learner is not None else None
         drawn = jointly_sample_batch(
             own,
             ref,
@@ -156,10 +123,10 @@ def select_sub_batch(
             criterion=selection.criterion,
             method=selection.method,
             gain=selection.gain,
-            generator=generator(seed, "draw", round_number, sub_batch),
+            generator=_generator(seed, "draw", round_number, sub_batch),
         )
     except ValueError as error:
-        raise UserError(f"round {round_number}, sub-batch {sub_batch}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
 
     positions = drawn.positions.cpu().numpy()
     chosen = pool.rows[positions]
@@ -180,47 +147,26 @@ def select_sub_batch(
         },
         schema=SELECTED_SCHEMA,
     )
-    finite = (
-        torch.isfinite(ref_losses) if own_losses is None else torch.isfinite(ref_losses) & torch.isfinite(own_losses)
-    )
-    unusable = int((~finite).sum())
     tally = Tally(
         step="select",
-        rows_in=len(pool.rows),
+        rows_in=B,
         kept=b,
-        dropped={"not_selected": len(pool.rows) - b - unusable, "embedding_nonfinite": unusable},
+        dropped={"not_selected": len(pool.rows) - b, "embedding_nonfinite": B - len(pool.rows)},
     )
     learnability = uniform = None
     if own is not None:
         learnability = sub_batch_learnability(own, ref, drawn.positions, loss=selection.loss)
-        some = torch.randperm(len(pool.rows), generator=generator(seed, "uniform", round_number, sub_batch))
-        some = some[finite[some]][:b].to(device)
-        uniform = sub_batch_learnability(own, ref, some, loss=selection.loss)
+        some = torch.randperm(len(pool.rows), generator=_generator(seed, "uniform", round_number, sub_batch))
+        uniform = sub_batch_learnability(own, ref, some[:b].to(device), loss=selection.loss)
     return table, SubBatchStats(
         sub_batch=sub_batch, tally=tally, learnability=learnability, uniform_learnability=uniform
     )
 
 
-def selected_name(folder: str, sub_batch: int) -> str:
-    """Name, within the root, of a sub-batch's selected file; `folder` is the round's."""
-    return f"{folder}/steps/selected-{sub_batch:06d}.parquet"
-
-
-def write_selected(store: Store, name: str, table: pa.Table, stats: SubBatchStats) -> None:
-    """Write a selected file: rows and, in its metadata, their statistics."""
-    with store.local_scratch() as scratch:
-        path = Path(scratch) / "selected.parquet"
-        pq.write_table(table.replace_schema_metadata({"stats": stats.to_bytes()}), path, compression="zstd")
-        store.put_file(path, name)
-
-
-def read_selected(store: Store, name: str) -> tuple[pa.Table, SubBatchStats]:
-    """The inverse of `write_selected`."""
-    with store.open_input(name) as file:
-        table = pq.read_table(file)
-    return table, SubBatchStats.from_bytes(table.schema.metadata[b"stats"])
-
-
 def _embeddings(vectors: tuple[Vectors, Vectors], scale: Scale, device: torch.device) -> Embeddings:
     zimg, ztxt = (torch.from_numpy(v).to(device).float() for v in vectors)
     return Embeddings(zimg, ztxt, scale.logit_scale, scale.logit_bias)
+
+
+def _generator(seed: int, purpose: str, *parts: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *parts))

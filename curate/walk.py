@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from curate.encoder import EncoderSpec
 from curate.pool import Pool
 from curate.seeds import derive_seed
+from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.tally import Tally
 

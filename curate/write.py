@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.embed import content_hash
+from curate.embeddings import content_hash, uid_texts
 from curate.errors import InputChangedError
 from curate.manifest import CuratedFile
 from curate.pool import ADDED_COLUMN, Columns, Pool, Shard, caption_bytes, image_bytes, read_batches
@@ -205,7 +205,7 @@ def _with_added(
     uid = pool.columns.uid
     added = {
         "round": np.full(len(picks), round_number),
-        "uid": rows.column(uid).cast(pa.string()) if uid else [digest.hex() for digest in found],
+        "uid": uid_texts(rows.column(uid)) if uid else [digest.hex() for digest in found],
         "source_shard": [shard.name] * len(picks),
         "source_row": picks["row"].combine_chunks(),
     } | {name: picks[name].combine_chunks() for name in picks.column_names if ADDED_TYPE.get_field_index(name) >= 0}

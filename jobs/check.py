@@ -1,4 +1,4 @@
-"""`curate check`: what a round would do, on what, at what cost; nothing is written but the models' copies."""
+"""`curate check`: what a round would do, on what, at what cost; nothing is written into the root."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +28,8 @@ def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
         newest = last_round(store)
     except UserError as error:
         mistakes += error.lines
+    except (FileExistsError, NotADirectoryError) as error:
+        mistakes.append(f"root = {recipe.root!r}: expected a folder, found a file ({error}); choose another root")
     try:
         pool = take_inventory(
             recipe.pool, progress=lambda footers, total: tqdm(footers, total=total, desc="inventory", disable=None)
@@ -45,13 +47,18 @@ def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
                 create_model(section, role=role, base=base, seed=recipe.seed)
         except UserError as error:
             mistakes += error.lines
+    selection = recipe.selection
+    size = selection.super_batch_size
+    least = selection.super_batches or 1
+    if pool is not None and pool.rows < least * size:
+        mistakes.append(
+            f"selection: a round wants {least * size:,} candidates ({least} super-batches of {size:,}), the "
+            f"pool holds {pool.rows:,} rows; lower sub_batch_size, filter_ratio or super_batches, or add shards"
+        )
     if mistakes or pool is None:
         raise UserError(*mistakes)
 
-    selection = recipe.selection
-    size = selection.super_batch_size
-    held = pool.rows // size
-    wanted = min(selection.super_batches or held, held)
+    wanted = selection.super_batches or pool.rows // size
     yield f"pool: {pool.rows:,} rows in {len(pool.shards):,} shards, {pool.columns.image} with {pool.columns.caption}"
     if pool.ignored:
         yield f"pool: {len(pool.ignored)} files ignored, such as {pool.ignored[0]}"

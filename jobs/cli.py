@@ -6,15 +6,18 @@ Exit status: 0 done, 1 failed, 2 the user's mistake, 3 somebody else committed t
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from curate.errors import CurateError, UserError
-from curate.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from curate.recipe import Recipe
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -24,15 +27,17 @@ RecipeArgument = Annotated[Path, typer.Argument(help="TOML file", metavar="RECIP
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.field=value, overrides the recipe; may be repeated")
 ]
+LOG_COLUMNS = 140
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @app.command()
 def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Say what a round would do and what is wrong, without doing it: every mistake in one pass."""
-    from jobs.check import check_recipe  # noqa: PLC0415 a verb loads torch and Ray only if it needs them
+    loaded = _load(recipe, overrides)
+    from jobs.check import check_recipe  # noqa: PLC0415
 
-    for line in check_recipe(load_recipe(recipe, overrides or ()), base=recipe.parent):
+    for line in check_recipe(loaded, base=recipe.parent):
         print(line)
 
 
@@ -43,11 +48,14 @@ def round_(
     overrides: SetOption = None,
 ) -> None:
     """Run a round, or finish one that was interrupted."""
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = _load(recipe, overrides)
     from pipelines.round import run_round  # noqa: PLC0415
 
     manifest = run_round(loaded, base=recipe.parent, number=number)
-    _print_round(loaded, manifest.round)
+    from curate.explain import describe_round  # noqa: PLC0415
+    from curate.storage import Store  # noqa: PLC0415
+
+    _print(_round_tables(describe_round(Store(loaded.root), manifest.round)))
 
 
 @app.command()
@@ -59,7 +67,7 @@ def train(
     ] = None,
 ) -> None:
     """Train the learner on committed rounds, or on uniform batches of the pool, and publish it."""
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = _load(recipe, overrides)
     from curate.encoder import fetch_model  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
     from jobs.train import train as run  # noqa: PLC0415
@@ -85,7 +93,7 @@ def show(
     match what or ["rounds"]:
         case ["rounds"]:
             found: Any = explain.summarize_rounds(store)
-            shown = [_table("rounds", found)]
+            shown: Sequence[Table | str] = [_table("rounds", found)]
         case ["round", number] if number.isdecimal():
             found = explain.describe_round(store, int(number))
             shown = _round_tables(found)
@@ -97,8 +105,7 @@ def show(
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    for table in shown:
-        Console().print(table)
+    _print(shown)
 
 
 @app.command()
@@ -106,11 +113,12 @@ def reshard(
     shard: Annotated[str, typer.Argument(help="Parquet file with row groups that are too large")],
     to: Annotated[Path, typer.Option(help="folder for the new shards")],
     rows: Annotated[int, typer.Option(help="rows per new shard", min=1)] = 10_000,
+    row_group_bytes: Annotated[int, typer.Option(help="uncompressed bytes per row group", min=1)] = 2**26,
 ) -> None:
     """Cut a Parquet file into shards with small row groups, row by row the same."""
     from curate.reshard import reshard_file  # noqa: PLC0415
 
-    for path in reshard_file(shard, to, rows_per_shard=rows):
+    for path in reshard_file(shard, to, rows_per_shard=rows, row_group_bytes=row_group_bytes):
         print(path)
 
 
@@ -125,26 +133,37 @@ def main() -> None:
         sys.exit(error.exit_status)
 
 
-def _print_round(recipe: Recipe, number: int) -> None:
-    from curate import explain  # noqa: PLC0415
-    from curate.storage import Store  # noqa: PLC0415
+def _load(path: Path, overrides: list[str] | None) -> "Recipe":
+    # Not at the top, because it imports torch: `--help` answers at once, and Ray is loaded by verbs that need it.
+    from curate.recipe import load_recipe  # noqa: PLC0415
 
-    for table in _round_tables(explain.describe_round(Store(recipe.root), number)):
-        Console().print(table)
+    return load_recipe(path, overrides or ())
 
 
-def _round_tables(found: dict[str, Any]) -> list[Table]:
-    facts = {name: found[name] for name in ("sub_batches", "sub_batch_size", "learnability", "uniform_learnability")}
-    learner = found["lineage"]["learner"]
-    facts |= {
-        "learner": f"{learner['number']} ({learner['model']})" if learner else "not looked at",
-        "reference": f"{found['lineage']['reference']['source']} ({found['lineage']['reference']['model']})",
-    }
+def _print(shown: Sequence[Table | str]) -> None:
+    # A log has no width of its own; 80 columns would break every number in two.
+    console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS, highlight=False, markup=False)
+    for item in shown:
+        console.print(item)
+
+
+def _round_tables(found: dict[str, Any]) -> list[Table | str]:
+    learner, reference = found["lineage"]["learner"], found["lineage"]["reference"]
+    facts = [
+        f"round {found['round']}: {found['sub_batches']} sub-batches of {found['sub_batch_size']}, "
+        f"{sum(file['size'] for file in found['files']) / 2**20:.1f} MiB in {len(found['files'])} files",
+        f"reference: {reference['source']} ({reference['model']})",
+        f"learner: {learner['number']} ({learner['model']})" if learner else "learner: not looked at",
+    ]
+    if found["learnability"] is not None:
+        facts.append(
+            f"learnability per example: {found['learnability']:.3f} chosen, {found['uniform_learnability']:.3f} uniform"
+        )
     steps = []
     for step in found["steps"]:
         steps.append({"step": step["step"], "rows in": step["rows_in"], "kept": step["kept"], "dropped": "", "why": ""})
         steps += [{"dropped": rows, "why": reason} for reason, rows in step["dropped"].items() if rows]
-    return [_table(f"round {found['round']}", [facts]), _table("every row of the pool, step by step", steps)]
+    return ["\n".join(facts), _table("every row of the pool, step by step", steps)]
 
 
 def _uid_tables(row: dict[str, Any]) -> list[Table]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from curate.criteria import Loss
 from curate.encoder import eval_transform, load_model, store_encoder, store_model
 from curate.errors import UserError
-from curate.jest import Loss
 from curate.learner import LearnerCheckpoint, first_learner, record_learner
 from curate.manifest import last_round, read_manifest
 from curate.pool import take_inventory
@@ -91,7 +91,9 @@ def train(recipe: Recipe, *, base: Path) -> Trained:
             threads=max(1, recipe.train.workers),
         )
     losses = fit(model, islice(batches, steps), steps=steps, loss=recipe.selection.loss, settings=recipe.train)
-    encoder = store_model(store, model, config, tokenizer, source=start.encoder.source)
+    encoder = store_model(
+        store, model, config, tokenizer, source=start.encoder.source, precision=start.encoder.precision
+    )
     learner = record_learner(
         store, encoder, step=start.step + steps, next_batch=start.next_batch + steps if of_rounds else 0
     )
@@ -112,6 +114,9 @@ def fit(
 
     Returns:
         The loss at each step, mean per example.
+
+    Raises:
+        UserError: the loss is not finite any more.
     """
     # Gains, biases and the logit scale are not decayed, as in open_clip's own trainer.
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
@@ -129,7 +134,7 @@ def fit(
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    criterion = open_clip.SigLipLoss() if loss == "sigmoid" else open_clip.ClipLoss()
+    criterion = open_clip.loss.SigLipLoss() if loss == "sigmoid" else open_clip.loss.ClipLoss()
     model.train()
     device = model.logit_scale.device
     losses: list[float] = []
@@ -145,6 +150,12 @@ def fit(
                 value = criterion(zimg.float(), ztxt.float(), scale, model.logit_bias)
             else:
                 value = criterion(zimg.float(), ztxt.float(), scale)
+            losses.append(value.item())
+            if not math.isfinite(losses[-1]):
+                raise UserError(
+                    f"step {len(losses)} of {steps}: the loss is {losses[-1]}; nothing was published: lower "
+                    f"train.learning_rate = {settings.learning_rate} or train.grad_clip = {settings.grad_clip}"
+                )
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
@@ -152,7 +163,6 @@ def fit(
             schedule.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, LARGEST_LOG_SCALE)
-            losses.append(float(value))
             bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     return losses
 

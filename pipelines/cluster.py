@@ -5,14 +5,16 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
-import torch
 from tqdm import tqdm
 
 from curate.errors import CurateError
 from curate.pool import Shard
+
+if TYPE_CHECKING:
+    import torch
 
 P = TypeVar("P")
 S = TypeVar("S")
@@ -27,11 +29,13 @@ def connect(address: str) -> None:
     """Join the cluster at `address`, or start Ray on this machine; nothing to do if that was done before."""
     if ray.is_initialized():
         return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == "local" and "RAY_ADDRESS" not in os.environ:
         # Two more than there are: actors that hold every CPU starve the tasks that feed them (ray#44687).
         cpus = max(2, os.cpu_count() or 1) + 2
+        # Its core prints an "error" for every actor pool of Ray Data that may restart.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # "local" and not None, or Ray joins whatever cluster it finds on this machine.
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     else:
@@ -49,8 +53,10 @@ def free_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)) - 2)
 
 
-def device() -> torch.device:
+def device() -> "torch.device":
     """Where a worker computes: the GPU that Ray gave it, else its CPUs."""
+    import torch  # noqa: PLC0415 most tasks never compute, and importing it takes a worker seconds
+
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

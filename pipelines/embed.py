@@ -5,6 +5,7 @@ dropped rows again. Here what remains to do is the set of shards whose file is m
 """
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,15 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
-from curate.embed import Wanted, embed_shard, embedding_name
-from curate.encoder import EncoderSpec, load_encoder
+from curate.embed import Wanted, embed_shard
+from curate.embeddings import embedding_name
+from curate.encoder import load_encoder
 from curate.pool import Columns, Pool, Shard
 from curate.recipe import EmbedSection, ResourcesSection
+from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.walk import END, walk_keys
-from pipelines.cluster import device, free_cpus, gpus
+from pipelines.cluster import device, free_cpus, gpus, own_errors
 
 # A shard is one task. A slow CPU may spend hours on one, so Ray's guard of 30 minutes would stop healthy work.
 NO_PROGRESS_S = 6 * 3600
@@ -96,19 +99,24 @@ def embed_pool(
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
-    receipts = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map_batches(
-        EmbedShards,
-        fn_constructor_args=(store, list(encoders), pool.columns, settings, resources.threads, key_range),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(size=workers),
-        # Below one per thread, so that the tasks which feed the actors find a CPU (ray#44687).
-        num_cpus=None if gpus() else 0.9 * resources.threads,
-        num_gpus=1 if gpus() else None,
-        **RETRIES,
-    )
+    blocks = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS))
+    with warnings.catch_warnings():
+        # Limits on restarts are "deprecated, use the named parameters", and have none: hence ray < 2.64.
+        warnings.filterwarnings("ignore", message="`ray_remote_args`")
+        receipts = blocks.map_batches(
+            EmbedShards,
+            fn_constructor_args=(store, list(encoders), pool.columns, settings, resources.threads, key_range),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=workers),
+            # Below one per thread, so that the tasks which feed the actors find a CPU (ray#44687).
+            num_cpus=None if gpus() else 0.9 * resources.threads,
+            num_gpus=1 if gpus() else None,
+            **RETRIES,
+        )
     names = " and ".join(spec.source for spec in encoders)
-    with tqdm(total=sum(shard.rows for shard in todo), desc=f"embed with {names}", unit="row", disable=None) as bar:
+    rows = sum(shard.rows for shard in todo)
+    with tqdm(total=rows, desc=f"embed with {names}", unit="row", disable=None) as bar, own_errors():
         for receipt in receipts.iter_rows():
             bar.update(receipt["rows"])
 

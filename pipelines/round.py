@@ -153,9 +153,9 @@ def place_round(
         if walk_range is None:
             wanted = selection.super_batches or 1
             raise UserError(
-                f"selection: a round wants {wanted * size:,} candidates ({wanted} super-batches of {size:,}), the pool "
-                f"holds {walk.candidates:,} distinct usable pairs; lower sub_batch_size, filter_ratio or super_batches, "
-                "or add shards"
+                f"selection: a round wants {wanted * size:,} candidates ({wanted} super-batches of {size:,}), the "
+                f"pool holds {walk.candidates:,} distinct usable pairs; lower sub_batch_size, filter_ratio or "
+                "super_batches, or add shards"
             )
         if walk_range.epoch == epoch:
             return walk, walk_range

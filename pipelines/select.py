@@ -4,19 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from curate.embed import contents, embedding_name, read_embeddings, vectors
-from curate.encoder import EncoderSpec
+from curate.embeddings import contents, embedding_name, read_embeddings, vectors
 from curate.pool import Pool, Shard
 from curate.recipe import SelectionSection
-from curate.select import (
-    Candidates,
-    Scale,
-    SubBatchStats,
-    read_selected,
-    select_sub_batch,
-    selected_name,
-    write_selected,
-)
+from curate.select import Candidates, Scale, select_sub_batch
+from curate.selected import SubBatchStats, read_selected, selected_name, write_selected
+from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.walk import WalkRange, super_batch_of, walk_rows
 from pipelines.cluster import device, exchange, fetch, gpus, groups

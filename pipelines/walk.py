@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from curate.embed import contents, embedding_name, read_embeddings
-from curate.encoder import EncoderSpec
+from curate.embeddings import contents, embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.pool import Pool, Shard
+from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.tally import Tally
 from curate.walk import DUPLICATE_EXACT, END, ROW, Rows, Walk, in_walk_order, read_walk, walk_folder, walk_rows

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from curate.manifest import CuratedFile
 from curate.pool import Pool, Shard
-from curate.select import read_selected, selected_name
+from curate.selected import read_selected, selected_name
 from curate.storage import Store
 from curate.write import chosen_rows, read_written, record_written, write_curated, written_name
 from pipelines.cluster import exchange, fetch, groups

@@ -1,0 +1,94 @@
+"""Embedding files: one per encoder and shard, read and named here, written by `curate.embed`.
+
+An embedding file has exactly one row per row of its shard, in order:
+
+    uid      string                 the recipe's column, else `content` in hex
+    status   string                 ok, not_scored, or why the pair cannot be used
+    error    string or null         what was found, for people
+    content  fixed_size_binary[16]  hash of image bytes and caption: equal pairs, equal content
+    zimg     fixed_size_list<float16>[D] or null     unit rows, null unless status is ok
+    ztxt     likewise
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curate.pool import Shard
+from curate.storage import Store
+
+CONTENT_BYTES = 16
+NOT_SCORED = "not_scored"
+EMBEDDING_NONFINITE = "embedding_nonfinite"
+EMBEDDING_ZERO = "embedding_zero"
+
+
+def content_hash(image: bytes | None, caption: bytes | None) -> bytes:
+    """16 bytes that two rows share exactly if image bytes and caption bytes are equal (BLAKE2b).
+
+    >>> content_hash(b"ab", b"c") != content_hash(b"a", b"bc")
+    True
+    """
+    digest = hashlib.blake2b(digest_size=CONTENT_BYTES)
+    digest.update(len(image or b"").to_bytes(8, "little"))
+    digest.update(image or b"")
+    digest.update(caption or b"")
+    return digest.digest()
+
+
+def uid_texts(column: pa.Array) -> list[str | None]:
+    """The user's ids as text; bytes that are not UTF-8 are replaced, or one such id would stop its whole shard."""
+    if pa.types.is_integer(column.type):
+        column = column.cast(pa.string())
+    return [None if raw is None else raw.decode(errors="replace") for raw in column.cast(pa.large_binary()).to_pylist()]
+
+
+def embedding_name(sha: str, shard: Shard, scope: str = "") -> str:
+    """Name, within the root, of a shard's embeddings by one encoder; `scope` if only some rows are scored."""
+    return "/".join(part for part in ("embeddings", sha, scope, f"{shard.key}.parquet") if part)
+
+
+def read_embeddings(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
+    """Columns of an embedding file."""
+    with store.open_input(name) as file:
+        return pq.read_table(file, columns=list(columns))
+
+
+def vectors(column: pa.ChunkedArray, embed_dim: int) -> npt.NDArray[np.float16]:
+    """An embedding column as float16 [n, D]; NaN where it is null, so that nothing can mistake it for a vector."""
+    array = column.combine_chunks()
+    out = np.full((len(array), embed_dim), np.nan, np.float16)
+    valid = np.asarray(array.is_valid())
+    out[valid] = array.flatten().to_numpy(zero_copy_only=False).reshape(-1, embed_dim)
+    return out
+
+
+def contents(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+    """A content column as its two halves [n, 2]."""
+    return np.concatenate([halves(chunk.to_pylist()) for chunk in column.chunks] or [halves([])])
+
+
+def halves(content: Sequence[bytes]) -> npt.NDArray[np.uint64]:
+    """Content hashes as their two halves [n, 2]."""
+    return np.frombuffer(b"".join(content), "<u8").reshape(-1, 2)
+
+
+def embedding_schema(embed_dim: int) -> pa.Schema:
+    """The schema of an embedding file; D decides its last two columns."""
+    vector = pa.list_(pa.float16(), embed_dim)
+    return pa.schema(
+        [
+            pa.field("uid", pa.string()),
+            pa.field("status", pa.string(), nullable=False),
+            pa.field("error", pa.string()),
+            pa.field("content", pa.binary(CONTENT_BYTES), nullable=False),
+            pa.field("zimg", vector),
+            pa.field("ztxt", vector),
+        ],
+        metadata={"format": json.dumps({"embeddings": 1})},
+    )

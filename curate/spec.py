@@ -1,0 +1,35 @@
+"""What names a model in the root, known without loading it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """A model in the root: enough to load it, to name its embeddings, and to score them."""
+
+    model: str
+    """Hash of configuration and weights; the folder is `models/<model>/`."""
+    source: str
+    """Where it came from, for people."""
+    weights_sha256: str
+    embed_dim: int
+    logit_scale: float
+    """The factor (open_clip's parameter is its logarithm)."""
+    logit_bias: float
+    """0 for a model trained with the softmax loss."""
+    precision: str = "fp32"
+
+    @property
+    def sha(self) -> str:
+        """Names the embeddings: the same weights in another precision embed differently."""
+        return self.model if self.precision == "fp32" else f"{self.model}-{self.precision}"
+
+    @property
+    def folder(self) -> str:
+        """Folder of the model within the root."""
+        return f"models/{self.model}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for plans, manifests and learner records."""
+        return asdict(self)

@@ -1,0 +1,109 @@
+"""`make demo`: the whole loop on a small drawn pool, in a few minutes on a laptop without a GPU.
+
+Each step is a command of `curate` that is printed before it runs, so everything here can be repeated by hand.
+"""
+
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from curate.embeddings import embedding_name, read_embeddings
+from curate.manifest import read_manifest, round_folder
+from curate.pool import load_pool
+from curate.spec import EncoderSpec
+from curate.storage import Store
+from jobs import cli
+from jobs.drawn_pool import PoolTruth, draw_pool
+
+FOLDER = Path("demo")
+RECIPES = os.path.relpath(Path(__file__).parent / "recipes")
+ROOT = FOLDER / "root"
+
+
+def main() -> None:
+    """Run the demo in the working directory; what an earlier run left in `demo/` is removed."""
+    begun = time.monotonic()
+    shutil.rmtree(FOLDER, ignore_errors=True)
+
+    say("a pool of drawn pictures: some captions belong to other pictures, some rows are broken, some are copies")
+    draw_pool(FOLDER / "clean", rows=6_000, shards=2, seed=1)
+    truth = draw_pool(
+        FOLDER / "pool", rows=12_000, shards=6, seed=0, swapped_share=0.3, broken_share=0.01, duplicate_share=0.05
+    )
+    say("a small reference model, trained on other pairs that are all clean")
+    curate("train", f"{RECIPES}/demo-reference.toml", "--save-to", str(FOLDER / "reference-model"))
+    say("round 0: an untrained learner and the reference choose the first batches")
+    curate("round", f"{RECIPES}/demo.toml")
+    say("the learner trains on exactly these batches and is published")
+    curate("train", f"{RECIPES}/demo.toml")
+    say("round 1: the new learner scores")
+    curate("round", f"{RECIPES}/demo.toml")
+
+    say("what was chosen, what was dropped, and why")
+    curate("show", str(ROOT), "rounds")
+    for uid in examples():
+        curate("show", str(ROOT), "uid", uid)
+    say(verdict(truth))
+    print(f"\ndone in {time.monotonic() - begun:.0f} s; everything is in {FOLDER}/")
+
+
+def say(text: str) -> None:
+    """A heading."""
+    print(f"\n── {text}", flush=True)
+
+
+def curate(*arguments: str) -> None:
+    """Run a command of `curate` in this process, which keeps Ray running between commands."""
+    print(f"$ curate {shlex.join(arguments)}", flush=True)
+    cli.app(arguments, standalone_mode=False)
+
+
+def examples() -> Sequence[str]:
+    """Keys of a chosen row, of a row that could not be used and of an exact duplicate."""
+    store = Store(str(ROOT))
+    found = read_manifest(store, 1)
+    assert found is not None
+    manifest = found[0]
+    pool = load_pool(store, manifest.lineage["pool"]["fingerprint"])
+    reference = EncoderSpec(**manifest.lineage["reference"])
+    chosen = pq.read_table(ROOT / round_folder(1) / manifest.files[0].name, columns=["key"])["key"][0].as_py()
+    broken = next(
+        uid
+        for shard in pool.shards
+        for uid, status in zip(
+            *read_embeddings(store, embedding_name(reference.sha, shard), ["uid", "status"]).to_pydict().values(),
+            strict=True,
+        )
+        if status != "ok"
+    )
+    duplicate = next(
+        key
+        for path in sorted((FOLDER / "pool").iterdir())
+        for key, original in zip(
+            *pq.read_table(path, columns=["key", "duplicate_of"]).to_pydict().values(), strict=True
+        )
+        if original is not None
+    )
+    return [chosen, broken, duplicate]
+
+
+def verdict(truth: PoolTruth) -> str:
+    """How many swapped captions got into each round, against the pool: what the reference is for."""
+    lines = [f"captions of another picture: {truth.swapped / truth.rows:.1%} of the pool"]
+    store = Store(str(ROOT))
+    for number in range(2):
+        found = read_manifest(store, number)
+        assert found is not None
+        files = [ROOT / round_folder(number) / file.name for file in found[0].files]
+        swapped = [value for file in files for value in pq.read_table(file, columns=["swapped"])["swapped"].to_pylist()]
+        lines.append(f"{sum(swapped) / len(swapped):.1%} of round {number}")
+    return ", ".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""A whole round, through a real Ray: what is committed accounts for every row and does not depend on the way there."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from curate.embeddings import embedding_name, read_embeddings
+from curate.errors import UserError
+from curate.explain import describe_round, explain_uid, summarize_rounds
+from curate.learner import newest_learner
+from curate.manifest import Manifest, manifest_name, round_folder
+from curate.pool import load_pool
+from curate.reader import CuratedReader
+from curate.recipe import Recipe
+from curate.spec import EncoderSpec
+from curate.storage import Store
+from jobs.drawn_pool import draw_pool
+from jobs.train import train
+from pipelines.round import run_round
+from tests.helpers import write_tiny
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+ROWS, SHARDS, B_SMALL = 600, 5, 16
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two model configurations and a drawn pool of which every row's fate is known."""
+    folder = tmp_path_factory.mktemp("world")
+    write_tiny(folder, "reference.json")
+    write_tiny(folder, "learner.json", embed_dim=24)
+    draw_pool(
+        folder / "pool",
+        rows=ROWS,
+        shards=SHARDS,
+        seed=0,
+        image_size=32,
+        swapped_share=0.3,
+        broken_share=0.02,
+        duplicate_share=0.05,
+    )
+    return folder
+
+
+def recipe_of(world: Path, root: Path | str, **changes: Any) -> Recipe:
+    fields: dict[str, Any] = {
+        "root": str(root),
+        "pool": {"path": str(world / "pool"), "uid": "key"},
+        "reference": {"model": "reference.json"},
+        "learner": {"model": "learner.json"},
+        "selection": {"sub_batch_size": B_SMALL, "n_chunks": 4, "loss": "sigmoid"},
+        "output": {"file_rows": 3 * B_SMALL},
+        "resources": {"workers": 2},
+    }
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        if field:
+            fields.setdefault(section, {})[field] = value
+        else:
+            fields[section] = value
+    return Recipe.model_validate(fields)
+
+
+@pytest.fixture(scope="module")
+def committed(world: Path, ray_local: None) -> tuple[Recipe, Manifest]:
+    recipe = recipe_of(world, world / "root")
+    return recipe, run_round(recipe, base=world)
+
+
+def curated(recipe: Recipe, manifest: Manifest) -> pa.Table:
+    folder = Path(recipe.root) / round_folder(manifest.round)
+    return pa.concat_tables([pq.read_table(folder / file.name) for file in manifest.files])
+
+
+def manifest_bytes(recipe: Recipe, number: int = 0) -> bytes:
+    return Store(recipe.root).read_bytes(manifest_name(number))
+
+
+def truth(world: Path) -> pa.Table:
+    return pa.concat_tables([pq.read_table(path) for path in sorted((world / "pool").iterdir())])
+
+
+def test_every_row_of_the_pool_is_accounted_for(world: Path, committed: tuple[Recipe, Manifest]) -> None:
+    _, manifest = committed
+    embed, dedup, walk, select = manifest.tallies
+    rows = truth(world)
+    reasons = {r["values"]: r["counts"] for r in pc.value_counts(rows["broken"].drop_null()).to_pylist()}
+    assert (embed.rows_in, embed.dropped) == (ROWS, reasons)
+    assert dedup.dropped == {"duplicate_exact": ROWS - rows["duplicate_of"].null_count}
+    candidates = ROWS - sum(reasons.values()) - dedup.dropped["duplicate_exact"]
+    super_batches = candidates // (5 * B_SMALL)
+    assert (walk.rows_in, walk.kept) == (candidates, super_batches * 5 * B_SMALL)
+    assert select.dropped["not_selected"] == 4 * select.kept == 4 * super_batches * B_SMALL
+    assert manifest.sub_batches == super_batches > 3
+
+
+def test_curated_rows_are_those_of_the_pool(world: Path, committed: tuple[Recipe, Manifest]) -> None:
+    table = curated(*committed)
+    pool = {row["key"]: row for row in truth(world).to_pylist()}
+    assert len({row["key"] for row in table.to_pylist()}) == len(table)
+    for row in table.to_pylist():
+        added = row.pop("curate")
+        assert row == pool[added["uid"]]
+        assert row["broken"] is None
+    added = table["curate"].combine_chunks()
+    size = committed[1].sub_batch_size
+    assert added.field("position").to_pylist() == list(range(size)) * committed[1].sub_batches
+    assert added.field("sub_batch").to_pylist() == np.repeat(range(committed[1].sub_batches), size).tolist()
+    assert set(added.field("round").to_pylist()) == {0}
+
+
+def test_running_a_round_again_returns_the_committed_manifest(world: Path, committed: tuple[Recipe, Manifest]) -> None:
+    recipe, manifest = committed
+    before = {path: path.stat().st_mtime_ns for path in Path(recipe.root).rglob("*") if path.is_file()}
+    assert run_round(recipe, base=world, number=0) == manifest
+    assert {path: path.stat().st_mtime_ns for path in Path(recipe.root).rglob("*") if path.is_file()} == before
+
+
+def test_the_manifest_does_not_depend_on_workers_threads_or_place(
+    world: Path, tmp_path: Path, committed: tuple[Recipe, Manifest]
+) -> None:
+    other = recipe_of(world, tmp_path / "elsewhere", resources__workers=3, resources__threads=2)
+    run_round(other, base=world)
+    assert manifest_bytes(other) == manifest_bytes(committed[0])
+
+
+def test_the_loop_goes_on_with_the_learner_that_was_trained(world: Path, committed: tuple[Recipe, Manifest]) -> None:
+    recipe, first = committed
+    trained = train(recipe, base=world)
+    assert trained.steps == first.sub_batches
+    second = run_round(recipe, base=world)
+    store = Store(recipe.root)
+    newest = newest_learner(store)
+    assert newest is not None
+    assert (newest.number, newest.next_batch) == (1, first.sub_batches)
+    assert second.lineage["learner"]["model"] == newest.encoder.model != first.lineage["learner"]["model"]
+    assert second.parent == hashlib.sha256(manifest_bytes(recipe)).hexdigest()
+    # The pool was used up, so the second round walks it in a new order; the reference was not run again.
+    assert second.lineage["walk"]["range"]["epoch"] == first.lineage["walk"]["range"]["epoch"] + 1
+    batches = list(CuratedReader(recipe.root))
+    assert [(batch.round, batch.sub_batch) for batch in batches] == [
+        (manifest.round, i) for manifest in (first, second) for i in range(manifest.sub_batches)
+    ]
+    assert [row["round"] for row in summarize_rounds(store)] == [0, 1]
+
+
+def test_why_a_pair_is_in_or_out(world: Path, committed: tuple[Recipe, Manifest]) -> None:
+    recipe, manifest = committed
+    store = Store(recipe.root)
+    rows = truth(world).to_pylist()
+    chosen = curated(recipe, manifest).to_pylist()[17]
+    (found,) = explain_uid(store, chosen["key"])
+    first = found["rounds"][0]
+    assert (found["shard"], found["row"]) == (chosen["curate"]["source_shard"], chosen["curate"]["source_row"])
+    names = ("sub_batch", "position", "chunk", "score", "learner_loss", "reference_loss")
+    assert first == {"round": 0, "outcome": "selected"} | {name: chosen["curate"][name] for name in names}
+
+    broken = next(row for row in rows if row["broken"])
+    (found,) = explain_uid(store, broken["key"])
+    assert (found["status"], "rounds" in found) == (broken["broken"], False)
+
+    copy = next(row for row in rows if row["duplicate_of"])
+    (found,) = explain_uid(store, copy["key"])
+    outcome = found["rounds"][0]
+    assert outcome["outcome"] == "duplicate_exact"
+    original = pq.read_table(world / "pool" / outcome["duplicate_of"]["shard"]).to_pylist()[
+        outcome["duplicate_of"]["row"]
+    ]
+    assert (original["jpg"], original["caption"]) == (copy["jpg"], copy["caption"])
+
+    kept = {row["key"] for row in curated(recipe, manifest).to_pylist()}
+    left = next(row for row in rows if not row["broken"] and not row["duplicate_of"] and row["key"] not in kept)
+    (found,) = explain_uid(store, left["key"])
+    assert found["rounds"][0]["outcome"] in {"not_selected", "other_round"}
+    with pytest.raises(UserError, match="none of the 600 rows"):
+        explain_uid(store, "nobody")
+
+
+def test_describe_round_is_json_and_complete(committed: tuple[Recipe, Manifest]) -> None:
+    found = describe_round(Store(committed[0].root), 0)
+    assert json.loads(json.dumps(found)) == found
+    for key in ("recipe", "recipe_fingerprint", "reference", "learner", "pool", "walk", "libraries", "python"):
+        assert found["lineage"][key]
+    assert found["learnability"] > found["uniform_learnability"]
+
+
+def test_small_rounds_walk_through_the_pool_without_replacement(world: Path, tmp_path: Path) -> None:
+    """Rounds of one super-batch score only their own candidates; an epoch of them never offers a row twice."""
+    recipe = recipe_of(world, tmp_path / "root", selection__super_batches=1)
+    seen: list[str] = []
+    store = Store(recipe.root)
+    for number in range(3):
+        manifest = run_round(recipe, base=world)
+        assert manifest.lineage["walk"]["range"] == {"epoch": 0, "start": number, "super_batches": 1}
+        pool = load_pool(store, manifest.lineage["pool"]["fingerprint"])
+        learner = EncoderSpec(**{k: v for k, v in manifest.lineage["learner"].items() if k != "number"})
+        scopes = store.list(f"embeddings/{learner.sha}")
+        assert len(scopes) == number + 1
+        scored = [
+            uid
+            for shard in pool.shards
+            for uid, status in zip(
+                *read_embeddings(
+                    store,
+                    embedding_name(learner.sha, shard, _newest(scopes, seen, store, pool, learner)),
+                    ["uid", "status"],
+                )
+                .to_pydict()
+                .values(),
+                strict=True,
+            )
+            if status == "ok"
+        ]
+        keys = {row["duplicate_of"] or row["key"] for row in truth(world).to_pylist() if row["key"] in scored}
+        assert len(keys) == 5 * B_SMALL
+        assert not keys & set(seen)
+        seen += keys
+
+
+def _newest(scopes: list[str], seen: list[str], store: Store, pool: Any, learner: EncoderSpec) -> str:
+    """The scope whose rows were not seen in an earlier round."""
+    for scope in scopes:
+        name = scope.rpartition("/")[2]
+        rows = [
+            uid
+            for shard in pool.shards
+            for uid, status in zip(
+                *read_embeddings(store, embedding_name(learner.sha, shard, name), ["uid", "status"])
+                .to_pydict()
+                .values(),
+                strict=True,
+            )
+            if status == "ok"
+        ]
+        if not set(rows) & set(seen):
+            return name
+    raise AssertionError("every scope was seen before")
+
+
+@pytest.mark.parametrize(
+    ("method", "criterion"), [("joint", "easy_reference"), ("uniform", "learnability"), ("independent", "learnability")]
+)
+def test_criteria_that_ignore_the_learner_do_not_run_it(
+    world: Path, tmp_path: Path, method: str, criterion: str
+) -> None:
+    recipe = recipe_of(
+        world,
+        tmp_path / "root",
+        selection__method=method,
+        selection__criterion=criterion,
+        selection__super_batches=2,
+        selection__loss="softmax",
+    )
+    manifest = run_round(recipe, base=world)
+    ignored = (method, criterion) != ("independent", "learnability")
+    assert (manifest.lineage["learner"] is None) == ignored == (newest_learner(Store(recipe.root)) is None)
+    assert all((value is None) == ignored for value in manifest.learnability)
+    added = curated(recipe, manifest)["curate"].combine_chunks()
+    assert added.field("learner_loss").null_count == (len(added) if ignored else 0)
+
+
+def test_a_round_is_finished_with_the_recipe_it_was_begun_with(world: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(world, tmp_path / "root", pool__max_dropped_share=0.001)
+    with pytest.raises(UserError, match=r"12 of 600 rows cannot be used .*caption_empty 3.* pool\.max_dropped_share"):
+        run_round(recipe, base=world)
+    with pytest.raises(UserError, match=r"begun with another recipe \(selection\.gain: 1\.0 → 7\.0\)"):
+        run_round(recipe_of(world, tmp_path / "root", pool__max_dropped_share=0.001, selection__gain=7.0), base=world)
+
+
+def test_too_small_a_pool_is_the_users_mistake(world: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(world, tmp_path / "root", selection__sub_batch_size=200, pool__uid=None)
+    with pytest.raises(UserError, match=r"wants 1,000 candidates .* the pool holds 558 distinct usable pairs"):
+        run_round(recipe, base=world)
+
+
+def test_rounds_are_contiguous(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--round 3: rounds are contiguous and the newest is -1; run round 0 first"):
+        run_round(recipe_of(world, tmp_path / "root"), base=world, number=3)
+
+
+def test_a_shard_that_changes_during_a_round_stops_it(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pool"
+    draw_pool(folder, rows=200, shards=2, seed=3, image_size=32)
+    recipe = recipe_of(world, tmp_path / "root", pool={"path": str(folder)}, selection__sub_batch_size=500)
+    with pytest.raises(UserError, match="wants 2,500 candidates"):
+        run_round(recipe, base=world)  # pinned and embedded; cannot go on
+    shard = sorted(folder.iterdir())[1]
+    pq.write_table(pq.read_table(shard).slice(1), shard)
+    for path in (Path(recipe.root) / "embeddings").rglob("*.parquet"):
+        path.unlink()
+    with pytest.raises(Exception, match="the shard changed while the round was running"):
+        run_round(recipe, base=world)
