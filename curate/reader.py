@@ -106,15 +106,9 @@ class CuratedReader:
         self.follow = follow
         self.timeout_s = timeout_s
         self.verify = verify
+        self.workers = workers
         self._next = 0
-        self._places = _Places()
-        self._loader: DataLoader[Batch | UserError] = DataLoader(
-            _Batches(self.store, preprocess, tokenize),
-            batch_size=None,
-            sampler=self._places,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-        )
+        self._batches = _Batches(self.store, preprocess, tokenize)
 
     def state_dict(self) -> dict[str, int]:
         """`{"next_batch": n}`: what has been handed out, whatever the workers have read ahead."""
@@ -132,23 +126,34 @@ class CuratedReader:
         self._next = number
 
     def __iter__(self) -> Iterator[Batch]:
+        places = _Places()
+        loader: DataLoader[Batch | UserError] = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=places,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
         first = 0  # number of the round's first batch
         parent: str | None = None
         number = 0
-        while (found := self._wait_for(number)) is not None:
-            manifest, digest = found
-            self._check(manifest, parent)
-            if self._next < first + manifest.sub_batches:
-                self._check_files(manifest)
-                self._places.places = self._of_round(manifest, first)[self._next - first :]
-                for batch in self._loader:
-                    if isinstance(batch, UserError):
-                        raise UserError(*batch.lines)  # anew: one that this frame holds would keep it alive
-                    self._next = batch.number + 1
-                    yield batch
-            first += manifest.sub_batches
-            parent = digest
-            number += 1
+        try:
+            while (found := self._wait_for(number)) is not None:
+                manifest, digest = found
+                self._check(manifest, parent)
+                if self._next < first + manifest.sub_batches:
+                    self._check_files(manifest)
+                    places.places = self._of_round(manifest, first)[self._next - first :]
+                    for batch in loader:
+                        if isinstance(batch, UserError):
+                            raise UserError(*batch.lines)  # anew: one that this frame holds would keep it alive
+                        self._next = batch.number + 1
+                        yield batch
+                first += manifest.sub_batches
+                parent = digest
+                number += 1
+        finally:
+            del loader  # its workers end now; the garbage collector would wait 5 s for each of them
         if self._next > first:
             raise UserError(
                 f"{self.store.url}: the state says that batch {self._next} is next, but the committed rounds hold only "

@@ -134,7 +134,7 @@ def main() -> None:
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Recipe":
-    # Not at the top, because it imports torch: `--help` answers at once, and Ray is loaded by verbs that need it.
+    # Not at the top: `--help` answers at once, and a verb loads what it needs once its recipe is right.
     from curate.recipe import load_recipe  # noqa: PLC0415
 
     return load_recipe(path, overrides or ())

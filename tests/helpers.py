@@ -10,12 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from curate.embed import content_hash
-from curate.encoder import EncoderSpec, store_encoder
+from curate.embeddings import content_hash
+from curate.encoder import store_encoder
 from curate.manifest import Manifest, commit, read_manifest, round_folder
 from curate.pool import Pool, caption_bytes, image_bytes, take_inventory
 from curate.recipe import EncoderSection, PoolSection
-from curate.select import SELECTED_SCHEMA
+from curate.selected import SELECTED_SCHEMA
+from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.tally import Tally
 from curate.write import chosen_rows, write_curated

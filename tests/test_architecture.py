@@ -19,17 +19,21 @@ ORDER = [
     "images",
     "storage",
     "tally",
-    # the paper's algorithm, arrays alone
+    # the paper's words, and its algorithm: arrays alone
+    "criteria",
     "jest",
     # what the user says, and what it leads to
     "recipe",
     "pool",
     "reshard",
+    "spec",
     "encoder",
     "learner",
-    # the steps of a round
+    # the steps of a round, each after the files that it exchanges with others
+    "embeddings",
     "embed",
     "walk",
+    "selected",
     "select",
     "manifest",
     "write",
@@ -124,6 +128,18 @@ def test_a_library_is_imported_where_it_belongs(library: str) -> None:
     assert not [module for module in users if not module.startswith(tuple(ONLY_IN[library]) or ("nowhere",))]
 
 
+@pytest.mark.parametrize("name", ["recipe", "pool", "reshard", "manifest", "walk", "explain"])
+def test_what_answers_at_once_does_not_load_torch(name: str) -> None:
+    seen, todo = set[str](), [f"curate/{name}.py"]
+    while todo:
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            todo += [f"{found.replace('.', '/')}.py" for found in imports(module) if found.startswith("curate.")]
+    heavy = {(module, found) for module in seen for found in imports(module)}
+    assert not {(module, found) for module, found in heavy if found.partition(".")[0] in {"torch", "open_clip"}}
+
+
 def test_one_module_at_most_imports_faiss() -> None:
     assert len([module for module in MODULES if "faiss" in {name.partition(".")[0] for name in imports(module)}]) <= 1
 
@@ -159,10 +175,7 @@ def test_the_package_exports() -> None:
 
 def test_the_selection_exports() -> None:
     assert [name for name in public_names("curate/jest.py") if not name.isupper()] == [
-        "Criterion",
         "Embeddings",
-        "Loss",
-        "Method",
         "SubBatch",
         "diagonal_losses",
         "jointly_sample_batch",

@@ -1,4 +1,4 @@
-"""A model is what its configuration and weights are, wherever it came from; and each way to get one wrong is one line."""
+"""A model is its configuration and its weights, wherever they came from; and each way to get one wrong is one line."""
 
 import json
 import os
@@ -17,7 +17,6 @@ from PIL import Image
 from curate.encoder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    EncoderSpec,
     create_model,
     eval_transform,
     load_encoder,
@@ -26,6 +25,7 @@ from curate.encoder import (
 )
 from curate.errors import UserError
 from curate.recipe import EncoderSection
+from curate.spec import EncoderSpec
 from curate.storage import Store
 from tests.helpers import CPU, tiny_config, tiny_encoder, write_tiny
 
@@ -423,3 +423,10 @@ def test_a_folder_with_a_trap_is_not_run(tmp_path: Path, store: Store, weights, 
         safetensors.torch.save_file(weights, folder / beside)
     line(store, tmp_path, model=f"local-dir:{folder}")
     assert not (tmp_path / "trapped").exists()
+
+
+def test_weights_that_are_not_finite(tmp_path: Path, store: Store, tiny: EncoderSection, weights):
+    weights["ln_final.bias"][3] = torch.inf
+    safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+    text = line(store, tmp_path, model=tiny.model, pretrained=str(tmp_path / "w.safetensors"))
+    assert "w.safetensors: the weights ln_final.bias are not all finite" in text

@@ -102,6 +102,12 @@ def test_hugging_face(folder: Path) -> None:
     assert pool.schema.metadata[b"huggingface"] == b"{}"  # by which `datasets` knows an image when it sees one
 
 
+def test_an_image_that_is_null_as_a_whole_has_no_bytes() -> None:
+    fields = [pa.array([b"kept", b"hidden"])]
+    column = pa.StructArray.from_arrays(fields, names=["bytes"], mask=pa.array([False, True]))
+    assert image_bytes(column).to_pylist() == [b"kept", None]
+
+
 @pytest.mark.parametrize(
     "kind",
     [

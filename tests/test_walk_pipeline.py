@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.embed import content_hash, embedding_name
-from curate.encoder import EncoderSpec
+from curate.embeddings import content_hash, embedding_name
 from curate.errors import UserError
 from curate.pool import Columns, Pool, Shard
+from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.walk import END, Walk, super_batch_of, walk_folder, walk_keys
 from pipelines import cluster

@@ -1,0 +1,226 @@
+"""The command line as one meets it: two streams and an exit status. (`test_recipe.py` runs it as a process, too.)"""
+
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.cli import main
+
+HOUSE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Ended:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Curate = Callable[..., Ended]
+
+
+@pytest.fixture
+def curate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Curate]:
+    """`curate` with these arguments, in this process, which need not import torch each time."""
+
+    def run(*arguments: str | Path) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["curate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Ended(int(ended.value.code or 0), *capsys.readouterr())
+
+    level = logging.getLogger().level
+    yield run
+    logging.getLogger().setLevel(level)
+
+
+def mistakes(ended: Ended) -> list[str]:
+    """The lines of a run that ended as the user's mistake and said nothing else."""
+    assert ended.returncode == 2, ended
+    assert ended.stdout == ""
+    lines = ended.stderr.splitlines()
+    assert lines
+    assert not [line for line in lines if not line.strip() or line.startswith(("Traceback", " "))]
+    return lines
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A small pool, and a recipe of it with a small model."""
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    images = [b"\xff\xd8%d" % i for i in range(100)]
+    pq.write_table(pa.table({"jpg": images, "caption": [f"caption {i}" for i in range(100)]}), pool / "a.parquet")
+    (pool / "README.md").write_text("a pool")
+    shutil.copy(HOUSE / "jobs/recipes/tiny-clip.json", tmp_path / "tiny.json")
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f"""
+        root = "{tmp_path}/root"
+        pool.path = "{pool}"
+        reference.model = "tiny.json"
+        learner.model = "tiny.json"
+        selection = {{sub_batch_size = 8, n_chunks = 4, filter_ratio = 0.75}}
+        """
+    )
+    return path
+
+
+# --- what needs no model -----------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_because_it_loads_nothing() -> None:
+    began = time.monotonic()
+    command = [sys.executable, "-m", "jobs.cli", "--help"]
+    ended = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, check=False)
+    elapsed_s = time.monotonic() - began
+    assert ended.returncode == 0
+    for verb in ("check", "round", "train", "show", "reshard"):
+        assert f"\n  {verb} " in ended.stdout
+    assert elapsed_s < 10  # half a second alone on a machine; several where torch is loaded
+
+    program = "import sys, jobs.cli; print(*sorted({'torch', 'ray', 'open_clip', 'pyarrow'} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=HOUSE, capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []
+
+
+@pytest.mark.parametrize("verb", ["check", "round", "train", "show", "reshard"])
+def test_every_verb_explains_itself(curate: Curate, verb: str) -> None:
+    ended = curate(verb, "--help")
+    assert ended.returncode == 0
+    assert "Usage:" in ended.stdout
+    assert ended.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["shew", "root"], "No such command 'shew'"),
+        (["check"], "Missing argument 'RECIPE'"),
+        (["check", "r.toml", "--sat", "seed=1"], "No such option: --sat"),
+        (["round", "r.toml", "--round", "-1"], "Invalid value for '--round'"),
+        (["reshard", "a.parquet"], "Missing option '--to'"),
+    ],
+)
+def test_misuse_is_status_2_and_says_what_was_expected(curate: Curate, arguments: list[str], expected: str) -> None:
+    ended = curate(*arguments)
+    assert ended.returncode == 2
+    assert expected in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout == ""
+
+
+def test_without_a_verb_help_is_shown(curate: Curate) -> None:
+    ended = curate()
+    assert ended.returncode == 2
+    assert "Commands:" in ended.stdout + ended.stderr
+
+
+# --- show --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ([], "expected a committed round, found none; run: curate round RECIPE"),
+        (["rounds", "--json"], "expected a committed round, found none; run: curate round RECIPE"),
+        (["round", "3"], "round 3 is not committed"),
+        (["uid", "abc"], "expected a committed round, found none"),
+        (["round", "three"], "show round three: expected rounds, round N or uid U"),
+        (["everything"], "show everything: expected rounds, round N or uid U"),
+    ],
+)
+def test_show_where_there_is_nothing_to_show(curate: Curate, tmp_path: Path, what: list[str], expected: str) -> None:
+    root = tmp_path / "root"
+    (line,) = mistakes(curate("show", root, *what))
+    assert expected in line
+    assert not root.exists()  # looking creates nothing
+
+
+# --- check -------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_a_round_would_do(curate: Curate, recipe: Path) -> None:
+    ended = curate("check", recipe)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert lines[0] == "pool: 100 rows in 1 shards, jpg with caption"
+    assert lines[1].startswith("pool: 1 files ignored, such as ")
+    assert lines[1].endswith("README.md")
+    assert lines[2] == "next round: 0"
+    assert lines[3] == "selection: 3 super-batches of 32 at most, joint learnability, 24 rows in batches of 8"
+    assert lines[4].startswith("cost: 200 forward passes at most")
+    assert ended.stderr == ""
+    assert [path.name for path in (recipe.parent / "root").iterdir()] == []  # nothing is left in the root
+
+
+def test_check_reports_the_mistakes_of_pool_models_and_root_together(curate: Curate, recipe: Path) -> None:
+    (recipe.parent / "root").write_text("a file")
+    (recipe.parent / "pool/b.parquet").write_bytes(b"")
+    (recipe.parent / "pool/c.parquet").write_bytes(b"not Parquet at all")
+    sets = ["reference.model=ViT-B-99", "learner.model=none.json"]
+    lines = mistakes(curate("check", recipe, *[part for text in sets for part in ("--set", text)]))
+    for line, start in zip(
+        lines,
+        [
+            "root = ",
+            f"{recipe.parent}/pool/b.parquet: ",
+            f"{recipe.parent}/pool/c.parquet: ",
+            "reference.model",
+            "learner.model",
+        ],
+        strict=True,
+    ):
+        assert line.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "selection.filter_ratio=0.95",
+            "a round wants 160 candidates (1 super-batches of 160), the pool holds 100 rows",
+        ),
+        ("selection.super_batches=4", "a round wants 128 candidates (4 super-batches of 32), the pool holds 100 rows"),
+    ],
+)
+def test_check_finds_a_pool_that_is_too_small(curate: Curate, recipe: Path, override: str, expected: str) -> None:
+    (line,) = mistakes(curate("check", recipe, "--set", override))
+    assert line.startswith("selection: ")
+    assert expected in line
+    assert "lower sub_batch_size" in line
+
+
+def test_check_without_a_reference(curate: Curate, recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace('reference.model = "tiny.json"', ""))
+    (line,) = mistakes(curate("check", recipe))
+    assert line.startswith("reference: must be given for a round; add [reference]")
+
+
+def test_a_round_with_a_wrong_recipe_is_refused_before_anything_is_written(curate: Curate, recipe: Path) -> None:
+    (line,) = mistakes(curate("round", recipe, "--set", "selection.gian=3"))
+    assert "selection.gian = 3: unknown field; did you mean gain?" in line
+    assert not (recipe.parent / "root").exists()
+
+
+# --- reshard -----------------------------------------------------------------------------------------------------
+
+
+def test_reshard_refuses_what_is_not_there_and_does_not_overwrite(curate: Curate, recipe: Path) -> None:
+    source, out = recipe.parent / "pool/a.parquet", recipe.parent / "out"
+    (line,) = mistakes(curate("reshard", source.parent / "none.parquet", "--to", out))
+    assert "none.parquet: expected a Parquet file; " in line
+    made = curate("reshard", source, "--to", out, "--rows", "60")
+    assert made.returncode == 0
+    assert made.stdout.splitlines() == [f"{out}/a-00000.parquet", f"{out}/a-00001.parquet"]
+    (line,) = mistakes(curate("reshard", source, "--to", out))
+    assert line == f"{out}/a-00000.parquet: exists already; choose an empty folder"
