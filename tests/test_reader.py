@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import pickle
 import shutil
 import threading
@@ -125,6 +126,7 @@ def test_over_s3(s3_root: str, tmp_path: Path, workers: int):
     chosen = commit_rounds(Store(s3_root), drawn_pool(tmp_path / "pool", rows=24), rounds=2, sub_batches=2, b=6)
     reader = CuratedReader(s3_root, rank=1, world_size=2, workers=workers, verify=True)
     assert uids(list(reader)) == [[f"{s:05d}{row:04d}" for s, row in batch[3:]] for batch in chosen]
+    assert multiprocessing.active_children() == []  # s3fs keeps frames alive; what they hold must be gone all the same
 
 
 # --- several ranks -----------------------------------------------------------------------------------------------
