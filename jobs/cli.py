@@ -122,10 +122,14 @@ def reshard(
         print(path)
 
 
+def silence_open_clip() -> None:
+    """Keep the root logger to errors: open_clip narrates there every model that it makes."""
+    logging.getLogger().setLevel(logging.ERROR)
+
+
 def main() -> None:
     """Run the command line; errors that we raise on purpose are lines, not tracebacks."""
-    # open_clip narrates every model it makes on the root logger.
-    logging.getLogger().setLevel(logging.ERROR)
+    silence_open_clip()
     try:
         app()
     except CurateError as error:

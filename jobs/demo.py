@@ -28,6 +28,7 @@ ROOT = FOLDER / "root"
 def main() -> None:
     """Run the demo in the working directory; what an earlier run left in `demo/` is removed."""
     begun = time.monotonic()
+    cli.silence_open_clip()
     shutil.rmtree(FOLDER, ignore_errors=True)
 
     say("a pool of drawn pictures: some captions belong to other pictures, some rows are broken, some are copies")

@@ -33,7 +33,7 @@ ROWS, SHARDS, B_SMALL = 600, 5, 16
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two model configurations and a drawn pool of which every row's fate is known."""
+    """A folder with two model configurations and a drawn pool, one shard empty, of which every row's fate is known."""
     folder = tmp_path_factory.mktemp("world")
     write_tiny(folder, "reference.json")
     write_tiny(folder, "learner.json", embed_dim=24)
@@ -47,6 +47,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         broken_share=0.02,
         duplicate_share=0.05,
     )
+    first = sorted((folder / "pool").iterdir())[0]
+    pq.write_table(pq.read_table(first).slice(0, 0), folder / "pool" / "empty.parquet")
     return folder
 
 
