@@ -45,7 +45,6 @@ class Pair:
 
 def embed_shard(
     shard: Shard,
-    columns: Columns,
     encoders: Mapping[str, Encoder],
     store: Store,
     settings: EmbedSection,
@@ -57,7 +56,6 @@ def embed_shard(
 
     Args:
         shard: of the pool.
-        columns: of the pool.
         encoders: by the name, within the root, of the file to write.
         store: the root.
         settings: sizes.
@@ -80,6 +78,7 @@ def embed_shard(
             for name, path in paths.items()
         }
         try:
+            columns = shard.columns
             names = [columns.image, columns.caption] + ([columns.uid] if columns.uid else [])
             batches = read_batches(shard, list(dict.fromkeys(names)), batch_rows=settings.chunk_rows)
             decode = partial(_decode, columns=columns, encoders=list(encoders.values()), wanted=wanted)

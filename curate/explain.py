@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curate.embeddings import contents, embedding_name, read_embeddings
 from curate.errors import UserError
-from curate.manifest import Manifest, last_round, read_manifest, round_folder
+from curate.manifest import Manifest, last_round, read_manifest, steps_folder
 from curate.pool import Pool, load_pool
 from curate.selected import read_selected, selected_name
 from curate.spec import EncoderSpec
@@ -26,6 +27,8 @@ class _Context:
     pool: Pool
     reference: EncoderSpec
     folder: str
+    """Of its walk."""
+    steps: str
     walk_range: WalkRange
     seed: int
     boundaries: tuple[int, ...]
@@ -89,9 +92,9 @@ def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(f"uid {uid}: none of the {newest.pool.rows:,} rows of the pool has it; uids are in curate.uid")
     for row in rows:
-        content = row.pop("content")
+        content, key = row.pop("content"), row.pop("key")
         if row["status"] == "ok":
-            row["rounds"] = [_follow(store, context, row, content) for context in contexts]
+            row["rounds"] = [_follow(store, context, key, row["row"], content) for context in contexts]
     return rows
 
 
@@ -109,25 +112,24 @@ def _find(store: Store, context: _Context, uid: str) -> Iterator[dict[str, Any]]
                 "status": there["status"][0].as_py(),
                 "error": there["error"][0].as_py(),
                 "content": contents(there["content"]),
+                "key": shard.key,
             }
 
 
-def _follow(
-    store: Store, context: _Context, row: dict[str, Any], content: "np.typing.NDArray[np.uint64]"
-) -> dict[str, Any]:
-    """What one round did with a usable row."""
+def _follow(store: Store, context: _Context, key: str, row: int, content: npt.NDArray[np.uint64]) -> dict[str, Any]:
+    """What one round did with a usable row of the shard that `key` names: this very file, whatever its name then."""
     number = context.manifest.round
-    index = next((s.index for s in context.pool.shards if s.name == row["shard"]), None)
+    index = next((s.index for s in context.pool.shards if s.key == key), None)
     if index is None:
         return {"round": number, "outcome": "not_in_pool"}
-    if (original := _original(store, context, index, row["row"])) is not None:
+    if (original := _original(store, context, index, row)) is not None:
         return {"round": number, "outcome": "duplicate_exact", "duplicate_of": original}
-    key = walk_keys(content, seed=context.seed, epoch=context.walk_range.epoch)
-    sub_batch = int(super_batch_of(key, context.boundaries)[0])
+    walk_key = walk_keys(content, seed=context.seed, epoch=context.walk_range.epoch)
+    sub_batch = int(super_batch_of(walk_key, context.boundaries)[0])
     if sub_batch < 0:
         return {"round": number, "outcome": "other_round"}
-    table, _ = read_selected(store, selected_name(round_folder(number), sub_batch))
-    here = table.filter((pc.field("shard") == index) & (pc.field("row") == row["row"])).to_pylist()
+    table, _ = read_selected(store, selected_name(context.steps, sub_batch))
+    here = table.filter((pc.field("shard") == index) & (pc.field("row") == row)).to_pylist()
     if not here:
         return {"round": number, "outcome": "not_selected", "sub_batch": sub_batch}
     kept = ("sub_batch", "position", "chunk", "score", "learner_loss", "reference_loss")
@@ -171,6 +173,7 @@ def _context(store: Store, manifest: Manifest) -> _Context:
         pool=pool,
         reference=reference,
         folder=folder,
+        steps=steps_folder(manifest.round, lineage["plan"]),
         walk_range=walk_range,
         seed=seed,
         boundaries=walk.boundaries[walk_range.start : walk_range.stop + 1],

@@ -101,12 +101,23 @@ def publish_learner(
 
 
 def first_learner(store: Store, section: EncoderSection, *, base: Path, seed: int) -> LearnerCheckpoint:
-    """The newest learner; where there is none, the recipe's own model is published as number 0."""
+    """The newest learner; where there is none, the recipe's own model is published as number 0.
+
+    Raises:
+        UserError: as `store_encoder`; or the root began with another learner than the recipe names.
+    """
     newest = newest_learner(store)
-    if newest is not None:
+    if newest is not None and newest.step:
         return newest
     encoder = store_encoder(store, section, role="learner", base=base, seed=seed)
-    return record_learner(store, encoder, step=0, next_batch=0, number=0)
+    if newest is None:
+        return record_learner(store, encoder, step=0, next_batch=0, number=0)
+    if newest.encoder.sha != encoder.sha:
+        raise UserError(
+            f"learner.model = {section.model!r}: {learner_name(newest.number)} holds another untrained model "
+            f"({newest.encoder.source}); restore the recipe's learner, seed and precision, or choose another root"
+        )
+    return newest
 
 
 def record_learner(

@@ -88,6 +88,11 @@ def round_folder(number: int) -> str:
     return f"rounds/r{number:06d}"
 
 
+def steps_folder(number: int, plan: str) -> str:
+    """Folder of what a round's steps leave for each other, by the digest of its plan."""
+    return f"{round_folder(number)}/steps-{plan}"
+
+
 def manifest_name(number: int) -> str:
     """Name of a round's manifest within the root."""
     return f"{round_folder(number)}/manifest.json"
@@ -127,7 +132,7 @@ def commit(store: Store, manifest: Manifest) -> str:
         if found != file.size:
             raise UserError(
                 f"{folder}/{file.name}: expected {file.size} bytes, found {found}; it was removed or changed "
-                f"before the commit: delete {folder}/steps and run the round again"
+                f"before the commit: delete {folder} and run the round again"
             )
     store.put_if_absent(manifest_name(manifest.round), data)
     return hashlib.sha256(data).hexdigest()

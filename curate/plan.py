@@ -1,12 +1,13 @@
 """The plan of a round: what it was begun with, pinned so that whoever finishes it does the same."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from curate.encoder import store_encoder
+from curate.encoder import create_model, store_encoder
 from curate.errors import UserError
 from curate.learner import first_learner
 from curate.pool import take_inventory
@@ -33,6 +34,11 @@ class Plan:
     def to_bytes(self) -> bytes:
         """JSON for the root."""
         return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+
+    @property
+    def digest(self) -> str:
+        """Names the steps that were taken by this plan, so that no other plan mistakes them for its own."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()[:12]
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Plan":
@@ -91,13 +97,11 @@ def _make(
         reference = store_encoder(store, recipe.reference, role="reference", base=base, seed=recipe.seed)
     except UserError as error:
         mistakes += error.lines
-    try:
-        if needs_learner(recipe.selection):
-            learner = first_learner(store, recipe.learner, base=base, seed=recipe.seed)
-    except UserError as error:
-        mistakes += error.lines
-    if pool is None or reference is None or mistakes:
-        raise UserError(*mistakes)
+    if mistakes or pool is None or reference is None:
+        raise UserError(*mistakes, *_learner_mistakes(recipe, base))
+    # Last, because it publishes: learner 0 must not outlive a recipe that is about to be mended.
+    if needs_learner(recipe.selection):
+        learner = first_learner(store, recipe.learner, base=base, seed=recipe.seed)
     store.put_bytes(f"pools/{pool.fingerprint}.json", pool.to_bytes())
     return Plan(
         recipe=recipe.of_round(),
@@ -107,6 +111,16 @@ def _make(
         learner=learner.encoder if learner else None,
         learner_number=learner.number if learner else None,
     )
+
+
+def _learner_mistakes(recipe: Recipe, base: Path) -> Sequence[str]:
+    """What is wrong with the recipe's learner, without publishing it."""
+    try:
+        if needs_learner(recipe.selection):
+            create_model(recipe.learner, role="learner", base=base, seed=recipe.seed)
+    except UserError as error:
+        return error.lines
+    return ()
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -29,6 +29,15 @@ FOOTER_THREADS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of the pool hold what."""
+
+    image: str
+    caption: str
+    uid: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shard:
     """One Parquet file of the pool, as it was when the inventory was made."""
 
@@ -40,23 +49,15 @@ class Shard:
     version: str
     """etag on an object store, modification time in ns on a local disk."""
     rows: int
+    columns: Columns
 
     @property
     def key(self) -> str:
-        """Names this version of this file in the root: `00000-1f2e3d4c5b6a`."""
-        identity = f"{self.path}\n{self.size}\n{self.version}"
+        """Names this version of this file, read by these columns, in the root: `00000-1f2e3d4c5b6a`."""
+        identity = json.dumps([self.path, self.size, self.version, asdict(self.columns)])
         # A leading dot would hide the file from `Store.list`; a file system takes 255 bytes.
         stem = PurePosixPath(self.name).stem.lstrip(".")[:50]
         return f"{stem}-{hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Which columns of the pool hold what."""
-
-    image: str
-    caption: str
-    uid: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,7 @@ class Pool:
     def to_bytes(self) -> bytes:
         """JSON for the root."""
         record = {
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [{k: v for k, v in asdict(shard).items() if k != "columns"} for shard in self.shards],
             "columns": asdict(self.columns),
             "schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
             "ignored": self.ignored,
@@ -98,9 +99,10 @@ class Pool:
     def from_bytes(cls, data: bytes) -> "Pool":
         """The inverse of `to_bytes`."""
         record = json.loads(data)
+        columns = Columns(**record["columns"])
         return cls(
-            shards=tuple(Shard(**shard) for shard in record["shards"]),
-            columns=Columns(**record["columns"]),
+            shards=tuple(Shard(columns=columns, **shard) for shard in record["shards"]),
+            columns=columns,
             schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["schema"]))),
             ignored=tuple(record["ignored"]),
             skipped=tuple(record["skipped"]),
@@ -179,7 +181,15 @@ def take_inventory(
     names = _relative_names([file.path for file, _ in usable])
     return Pool(
         shards=tuple(
-            Shard(index=i, name=name, path=file.path, size=file.size, version=file.version, rows=footer.rows)
+            Shard(
+                index=i,
+                name=name,
+                path=file.path,
+                size=file.size,
+                version=file.version,
+                rows=footer.rows,
+                columns=columns,
+            )
             for i, (name, (file, footer)) in enumerate(zip(names, usable, strict=True))
         ),
         columns=columns,
@@ -200,12 +210,13 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
     except FileNotFoundError:
         raise InputChangedError(
             f"{shard.path}: expected {shard.size} bytes, found no file; the shard was removed while the round was "
-            "running: put it back, or run the command again to take the pool anew"
+            "running: put it back, or delete the round's folder to begin it anew"
         ) from None
     if (found.size, found.version) != (shard.size, shard.version):
         raise InputChangedError(
             f"{shard.path}: expected {shard.size} bytes, version {shard.version}, found {found.size} bytes, version "
-            f"{found.version}; the shard changed while the round was running: run the command again to take it anew"
+            f"{found.version}; the shard changed while the round was running: restore it, or delete the round's folder "
+            "to begin it anew"
         )
     rows = 0
     try:
@@ -214,6 +225,8 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
                 rows += batch.num_rows
                 yield batch
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the store failed, not the file: Arrow's own OSErrors carry no number
         raise InputChangedError(
             f"{shard.path}: expected {shard.rows} readable rows, found a damaged page after row {rows} "
             f"({_one_line(error)}); replace the file, or move it out of the pool"
@@ -260,6 +273,8 @@ def _read_footer(file: FileInfo) -> _Footer:
                 rows=metadata.num_rows, schema=parquet.schema_arrow, largest_row_group=max(groups, default=0)
             )
     except Exception as error:  # a fuzzed footer raises whatever it likes, ValueError and OverflowError included
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the store failed, not the file: Arrow's own OSErrors carry no number
         reason = _one_line(error)
         return _Footer(
             error=f"{file.path}: expected a Parquet file, found a broken footer ({reason}); remove or replace it"
@@ -371,4 +386,10 @@ def _union(schemas: Iterable[pa.Schema]) -> pa.Schema:
     for schema in schemas:
         fields = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in schema]
         plain.append(pa.schema(fields, metadata=schema.metadata))
-    return pa.unify_schemas(plain, promote_options="permissive")
+    union = pa.unify_schemas(plain, promote_options="permissive")
+    for field in union:
+        kinds = {schema.field(field.name).type for schema in plain if field.name in schema.names}
+        # Arrow would promote to floating point, and fail, hours later, on the first integer that does not fit.
+        if pa.types.is_floating(field.type) and any(pa.types.is_integer(kind) for kind in kinds):
+            raise pa.ArrowInvalid(f"column {field.name!r} is {' and '.join(sorted(map(str, kinds)))}")
+    return union

@@ -140,8 +140,9 @@ class CuratedReader:
         try:
             while (found := self._wait_for(number)) is not None:
                 manifest, digest = found
-                self._check(manifest, parent)
+                self._check_parent(manifest, parent)
                 if self._next < first + manifest.sub_batches:
+                    self._check_sizes(manifest)
                     self._check_files(manifest)
                     places.places = self._of_round(manifest, first)[self._next - first :]
                     for batch in loader:
@@ -174,13 +175,16 @@ class CuratedReader:
             raise UserError(f"{self.store.url}: expected a committed round, found none; run: curate round RECIPE")
         return found
 
-    def _check(self, manifest: Manifest, parent: str | None) -> None:
+    def _check_parent(self, manifest: Manifest, parent: str | None) -> None:
         name = manifest_name(manifest.round)
         if manifest.parent != parent:
             raise UserError(
                 f"{name}: its parent is {manifest.parent}, but round {manifest.round - 1} as read here is {parent}; "
                 "the rounds of two roots are mixed: restore the root"
             )
+
+    def _check_sizes(self, manifest: Manifest) -> None:
+        name = manifest_name(manifest.round)
         b = manifest.sub_batch_size
         if b % self.world_size:
             raise UserError(

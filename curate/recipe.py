@@ -68,7 +68,7 @@ class EncoderSection(Section):
         None, description="open_clip pretrained tag or checkpoint file; random weights from the seed if not given"
     )
     trusted: bool = Field(False, description="allow a checkpoint that is not safetensors (it is unpickled)")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward pass; bf16 on GPUs only")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward pass; bf16 pays on GPUs")
 
 
 class EmbedSection(Section):
@@ -121,7 +121,7 @@ class OutputSection(Section):
 class ResourcesSection(Section):
     """What to use of the machine; changes the speed of a round and never its result."""
 
-    workers: int | None = Field(None, ge=1, description="embedding actors; one per GPU, else one per CPU but one")
+    workers: int | None = Field(None, ge=1, description="embedding actors; one per GPU, else as many as the CPUs allow")
     threads: int = Field(1, ge=1, description="decoding threads, and CPU threads of the model, per worker")
     address: str = Field("local", description="Ray cluster: local, auto or ray://host:port")
 

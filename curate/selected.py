@@ -55,9 +55,9 @@ class SubBatchStats:
         return cls(**record | {"tally": Tally(**record["tally"])})
 
 
-def selected_name(folder: str, sub_batch: int) -> str:
-    """Name, within the root, of a sub-batch's selected file; `folder` is the round's."""
-    return f"{folder}/steps/selected-{sub_batch:06d}.parquet"
+def selected_name(steps: str, sub_batch: int) -> str:
+    """Name, within the root, of a sub-batch's selected file; `steps` is the folder of the round's steps."""
+    return f"{steps}/selected-{sub_batch:06d}.parquet"
 
 
 def write_selected(store: Store, name: str, table: pa.Table, stats: SubBatchStats) -> None:

@@ -125,6 +125,8 @@ class Store:
     def __post_init__(self) -> None:
         if not self.url or not (_is_local(self.url) or re.match("s3://[^/]", self.url)):
             raise UserError(f"root: expected a local folder or s3://bucket/prefix; found {self.url!r}")
+        if _is_local(self.url) and os.path.isfile(self.url):
+            raise UserError(f"root: expected a folder; found a file, {self.url}; choose another root")
         # Absolute, because a Ray worker runs in another folder.
         url = os.path.abspath(self.url) if _is_local(self.url) else self.url.rstrip("/")
         object.__setattr__(self, "url", url)

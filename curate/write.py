@@ -135,9 +135,9 @@ def write_curated(
     return record
 
 
-def written_name(folder: str, number: int) -> str:
+def written_name(steps: str, number: int) -> str:
     """Name of the record that says that file `number` of a round is in place."""
-    return f"{folder}/steps/written-{number:06d}.json"
+    return f"{steps}/written-{number:06d}.json"
 
 
 def record_written(store: Store, name: str, file: CuratedFile) -> None:

@@ -28,8 +28,6 @@ def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
         newest = last_round(store)
     except UserError as error:
         mistakes += error.lines
-    except (FileExistsError, NotADirectoryError) as error:
-        mistakes.append(f"root = {recipe.root!r}: expected a folder, found a file ({error}); choose another root")
     try:
         pool = take_inventory(
             recipe.pool, progress=lambda footers, total: tqdm(footers, total=total, desc="inventory", disable=None)

@@ -95,7 +95,12 @@ def train(recipe: Recipe, *, base: Path) -> Trained:
         store, model, config, tokenizer, source=start.encoder.source, precision=start.encoder.precision
     )
     learner = record_learner(
-        store, encoder, step=start.step + steps, next_batch=start.next_batch + steps if of_rounds else 0
+        store,
+        encoder,
+        step=start.step + steps,
+        next_batch=start.next_batch + steps if of_rounds else 0,
+        # Learners of rounds descend from each other: of two trainers that started from one, the second is told.
+        number=start.number + 1 if of_rounds else None,
     )
     return Trained(learner=learner, steps=steps, losses=losses)
 

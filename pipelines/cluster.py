@@ -4,13 +4,12 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from tqdm import tqdm
 
-from curate.errors import CurateError
+from curate.errors import CurateError, UserError
 from curate.pool import Shard
 
 if TYPE_CHECKING:
@@ -21,12 +20,16 @@ S = TypeVar("S")
 D = TypeVar("D")
 R = TypeVar("R")
 
-MOST_GROUPS = 256
-"""Splitting tasks at most: with m destinations they make 256·m objects, which Ray's driver still tracks with ease."""
+GROUP_ROWS = 65_536
+"""Rows of the shards that one splitting task reads: bounds its memory, whatever the size of the pool."""
 
 
 def connect(address: str) -> None:
-    """Join the cluster at `address`, or start Ray on this machine; nothing to do if that was done before."""
+    """Join the cluster at `address`, or start Ray on this machine; nothing to do if that was done before.
+
+    Raises:
+        UserError: no cluster answers.
+    """
     if ray.is_initialized():
         return
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -40,7 +43,13 @@ def connect(address: str) -> None:
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     else:
         # Within a Ray job RAY_ADDRESS names the cluster that runs it.
-        ray.init(address=None if "RAY_ADDRESS" in os.environ else address, **quiet)
+        try:
+            ray.init(address=None if "RAY_ADDRESS" in os.environ else address, **quiet)
+        except ConnectionError as error:
+            where = os.environ.get("RAY_ADDRESS", address)
+            raise UserError(
+                f"resources.address = {where!r}: no Ray cluster answers there ({error}); start one, or use local"
+            ) from error
 
 
 def gpus() -> int:
@@ -53,6 +62,11 @@ def free_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)) - 2)
 
 
+def largest_node_cpus() -> int:
+    """CPUs of the node that has most."""
+    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
+
+
 def device() -> "torch.device":
     """Where a worker computes: the GPU that Ray gave it, else its CPUs."""
     import torch  # noqa: PLC0415 most tasks never compute, and importing it takes a worker seconds
@@ -61,10 +75,16 @@ def device() -> "torch.device":
 
 
 def groups(shards: Sequence[Shard]) -> list[list[Shard]]:
-    """Consecutive shards in at most `MOST_GROUPS` groups of about equal length."""
-    count = min(len(shards), MOST_GROUPS)
-    bounds = [len(shards) * i // count for i in range(count + 1)] if count else [0]
-    return [list(shards[first:last]) for first, last in pairwise(bounds)]
+    """Consecutive shards in groups of at most `GROUP_ROWS` rows, or of one shard that alone has more."""
+    found: list[list[Shard]] = []
+    rows = GROUP_ROWS
+    for shard in shards:
+        if rows + shard.rows > GROUP_ROWS:
+            found.append([])
+            rows = 0
+        found[-1].append(shard)
+        rows += shard.rows
+    return found
 
 
 @contextlib.contextmanager
@@ -73,10 +93,11 @@ def own_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
+        # What Ray raises is an instance of our class, too, whose text is a remote traceback: the cause is inside.
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, CurateError):
+        while cause is not None and (isinstance(cause, ray.exceptions.RayError) or not isinstance(cause, CurateError)):
             cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None or isinstance(cause, ray.exceptions.RayError):
+        if cause is None:
             raise
         raise cause from None
 
@@ -119,6 +140,7 @@ def exchange(
     parts = [refs if isinstance(refs := splitting.remote(source), list) else [refs] for source in sources]
     joined = [joining.remote(destination, *(refs[i] for refs in parts)) for i, destination in enumerate(destinations)]
     waiting = [refs[0] for refs in parts] + joined
+    del parts  # or every part would stay in the object store until the last one is joined
     with tqdm(total=len(waiting), desc=title, unit="task", disable=None) as bar:
         while waiting:
             done, waiting = ray.wait(waiting, fetch_local=False)

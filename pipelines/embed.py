@@ -7,7 +7,7 @@ dropped rows again. Here what remains to do is the set of shards whose file is m
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,18 +20,21 @@ from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
 from curate.embed import Wanted, embed_shard
-from curate.embeddings import embedding_name
+from curate.embeddings import NOT_SCORED, embedding_name
 from curate.encoder import load_encoder
+from curate.errors import UserError
 from curate.pool import Columns, Pool, Shard
 from curate.recipe import EmbedSection, ResourcesSection
 from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.walk import END, walk_keys
-from pipelines.cluster import device, free_cpus, gpus, own_errors
+from pipelines.cluster import device, free_cpus, gpus, largest_node_cpus, own_errors
 
 # A shard is one task. A slow CPU may spend hours on one, so Ray's guard of 30 minutes would stop healthy work.
 NO_PROGRESS_S = 6 * 3600
 MOST_BLOCKS = 1000
+# Below one per thread, so that the tasks which feed the actors find a CPU (ray#44687).
+CPU_SHARE = 0.9
 # Without limits Ray restarts an actor for ever on a row that kills it.
 RETRIES = {"max_restarts": 4, "max_task_retries": 2}
 
@@ -84,6 +87,7 @@ def embed_pool(
         key_range: score only these rows, into files of their own.
 
     Raises:
+        UserError: a worker asks for more CPUs than any node has.
         InputChangedError: a shard is not the file that was inventoried.
     """
     scope = key_range.scope if key_range else ""
@@ -92,9 +96,15 @@ def embed_pool(
     if not todo:
         return
     items = [
-        {"shard": shard.__dict__, "encoders": [spec.sha for spec in encoders if shard.index in missing[spec.sha]]}
+        {"shard": asdict(shard), "encoders": [spec.sha for spec in encoders if shard.index in missing[spec.sha]]}
         for shard in todo
     ]
+    largest = largest_node_cpus()
+    if not gpus() and CPU_SHARE * resources.threads > largest:
+        raise UserError(
+            f"resources.threads = {resources.threads}: a worker would need {CPU_SHARE * resources.threads:.1f} CPUs, "
+            f"the largest node has {largest}; lower it"
+        )
     workers = min(resources.workers or gpus() or max(1, free_cpus() // resources.threads), len(todo))
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
@@ -105,19 +115,21 @@ def embed_pool(
         warnings.filterwarnings("ignore", message="`ray_remote_args`")
         receipts = blocks.map_batches(
             EmbedShards,
-            fn_constructor_args=(store, list(encoders), pool.columns, settings, resources.threads, key_range),
+            fn_constructor_args=(store, list(encoders), settings, resources.threads, key_range),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=workers),
-            # Below one per thread, so that the tasks which feed the actors find a CPU (ray#44687).
-            num_cpus=None if gpus() else 0.9 * resources.threads,
+            num_cpus=None if gpus() else CPU_SHARE * resources.threads,
             num_gpus=1 if gpus() else None,
             **RETRIES,
         )
     names = " and ".join(spec.source for spec in encoders)
     rows = sum(shard.rows for shard in todo)
     with tqdm(total=rows, desc=f"embed with {names}", unit="row", disable=None) as bar, own_errors():
+        dropped = 0
         for receipt in receipts.iter_rows():
+            dropped += receipt["dropped"]
+            bar.set_postfix(dropped=dropped, refresh=False)
             bar.update(receipt["rows"])
 
 
@@ -128,7 +140,6 @@ class EmbedShards:
         self,
         store: Store,
         encoders: Sequence[EncoderSpec],
-        columns: Columns,
         settings: EmbedSection,
         threads: int,
         key_range: KeyRange | None,
@@ -136,7 +147,6 @@ class EmbedShards:
         logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every load on the root logger
         torch.set_num_threads(threads)
         self.store = store
-        self.columns = columns
         self.settings = settings
         self.threads = threads
         self.scope = key_range.scope if key_range else ""
@@ -146,15 +156,15 @@ class EmbedShards:
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
         """Embed the shards of a batch; yields one receipt per shard."""
         for item in batch.to_pylist():
-            shard = Shard(**item["shard"])
+            shard = Shard(**item["shard"] | {"columns": Columns(**item["shard"]["columns"])})
             encoders = {embedding_name(sha, shard, self.scope): self.encoders[sha] for sha in item["encoders"]}
-            embed_shard(
+            counts = embed_shard(
                 shard,
-                self.columns,
                 encoders,
                 self.store,
                 self.settings,
                 threads=self.threads,
                 wanted=self.wanted,
             )
-            yield {"shard": [shard.index], "rows": [shard.rows]}
+            dropped = sum(rows for status, rows in counts.items() if status not in ("ok", NOT_SCORED))
+            yield {"rows": [shard.rows], "dropped": [dropped]}

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from curate.errors import UserError
-from curate.manifest import Manifest, commit, last_round, read_manifest, round_folder
+from curate.manifest import Manifest, commit, last_round, read_manifest, round_folder, steps_folder
 from curate.plan import Plan, pin_plan
 from curate.pool import Pool, load_pool
 from curate.recipe import Recipe
@@ -51,6 +51,7 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
 
     folder = round_folder(number)
     plan = pin_plan(store, recipe, base=base, folder=folder, progress=_footers_bar)
+    steps = steps_folder(number, plan.digest)
     pool = load_pool(store, plan.pool)
     parent = read_manifest(store, number - 1)
     selection = recipe.selection
@@ -70,7 +71,7 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
         boundaries=boundaries,
         seed=recipe.seed,
         round_number=number,
-        folder=folder,
+        steps=steps,
     )
     files = write_round(
         store,
@@ -80,6 +81,7 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
         file_rows=recipe.output.file_rows,
         round_number=number,
         folder=folder,
+        steps=steps,
     )
 
     taken = walk_range.super_batches * selection.super_batch_size
@@ -139,7 +141,8 @@ def place_round(
     selection = recipe.selection
     size = selection.super_batch_size
     previous = WalkRange(**parent.lineage["walk"]["range"]) if parent else None
-    epoch = previous.epoch if previous else 0
+    same_pool = parent is not None and parent.lineage["walk"]["through"] == _through(plan, recipe)
+    epoch = 0 if previous is None else previous.epoch if same_pool else previous.epoch + 1
     while True:
         walk = lay_walk(store, pool, plan.reference, seed=recipe.seed, epoch=epoch, super_batch_size=size)
         _check_dropped(walk.embedded, recipe)
@@ -148,7 +151,7 @@ def place_round(
             candidates=walk.candidates,
             super_batch_size=size,
             super_batches=selection.super_batches,
-            same_pool=parent is not None and parent.lineage["walk"]["through"] == _through(plan, recipe),
+            same_pool=same_pool,
         )
         if walk_range is None:
             wanted = selection.super_batches or 1
@@ -165,6 +168,7 @@ def place_round(
 def lineage(plan: Plan, pool: Pool, walk_range: WalkRange, recipe: Recipe) -> dict[str, Any]:
     """All that made this round, from the manifest alone."""
     return {
+        "plan": plan.digest,
         "recipe": plan.recipe,
         "recipe_fingerprint": plan.recipe_fingerprint,
         "pool": {"fingerprint": pool.fingerprint, "shards": len(pool.shards), "skipped_shards": list(pool.skipped)},

@@ -27,7 +27,7 @@ def select_round(
     boundaries: Sequence[int],
     seed: int,
     round_number: int,
-    folder: str,
+    steps: str,
 ) -> list[SubBatchStats]:
     """Draw every sub-batch of a round that has not been drawn yet.
 
@@ -42,13 +42,13 @@ def select_round(
         boundaries: of the round's super-batches, one more than there are.
         seed: of the recipe.
         round_number: of the round.
-        folder: the round's.
+        steps: folder of the round's steps.
 
     Returns:
         Statistics by sub-batch, those of sub-batches drawn before included.
     """
-    names = [selected_name(folder, i) for i in range(walk_range.super_batches)]
-    there = set(store.list(f"{folder}/steps"))
+    names = [selected_name(steps, i) for i in range(walk_range.super_batches)]
+    there = set(store.list(steps))
     todo = [i for i, name in enumerate(names) if name not in there]
 
     def split(shards: list[Shard]) -> list[Candidates]:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.manifest import CuratedFile
-from curate.pool import Pool, Shard
+from curate.pool import ADDED_COLUMN, Pool, Shard
 from curate.selected import read_selected, selected_name
 from curate.storage import Store
 from curate.write import chosen_rows, read_written, record_written, write_curated, written_name
@@ -23,6 +23,7 @@ def write_round(
     file_rows: int,
     round_number: int,
     folder: str,
+    steps: str,
 ) -> list[CuratedFile]:
     """Write every curated file of a round that is not in place yet.
 
@@ -34,6 +35,7 @@ def write_round(
         file_rows: rows per file, rounded to whole sub-batches.
         round_number: of the round.
         folder: the round's.
+        steps: folder of its steps.
 
     Returns:
         The files in the order of their sub-batches.
@@ -42,13 +44,13 @@ def write_round(
         InputChangedError: a shard is not the file that was inventoried.
     """
     per_file = max(1, file_rows // sub_batch_size)
-    names = [written_name(folder, i) for i in range(-(-sub_batches // per_file))]
-    there = set(store.list(f"{folder}/steps"))
+    names = [written_name(steps, i) for i in range(-(-sub_batches // per_file))]
+    there = set(store.list(steps))
     todo = [i for i, name in enumerate(names) if name not in there]
     wanted = [i for i in range(sub_batches) if i // per_file in todo]
 
     def split(shards: list[Shard]) -> list[pa.Table]:
-        picks = _picks_of(store, shards, [selected_name(folder, i) for i in wanted])
+        picks = _picks_of(store, shards, [selected_name(steps, i) for i in wanted])
         rows = [
             chosen_rows(shard, pool, here, round_number)
             for shard in shards
@@ -56,9 +58,20 @@ def write_round(
         ]
         if not rows:
             return [None] * len(todo)
-        table = pa.concat_tables(rows)
-        number = table["curate"].combine_chunks().field("sub_batch").to_numpy() // per_file
-        return [table.take(pa.array(np.flatnonzero(number == i))) for i in todo]
+        # Batch by batch: `Table.take` would join all images first, copying them and overflowing 32-bit offsets.
+        batches = [batch for table in rows for batch in table.to_batches()]
+        numbers = [batch.column(ADDED_COLUMN).field("sub_batch").to_numpy() // per_file for batch in batches]
+        return [
+            pa.Table.from_batches(
+                [
+                    batch.take(pa.array(np.flatnonzero(number == i)))
+                    for batch, number in zip(batches, numbers, strict=True)
+                    if (number == i).any()
+                ],
+                batches[0].schema,
+            )
+            for i in todo
+        ]
 
     def join(number: int, parts: Sequence[pa.Table | None]) -> None:
         pieces = [part for part in parts if part is not None]

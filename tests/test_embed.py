@@ -62,7 +62,7 @@ def embedded(
 ) -> pa.Table:
     """The embedding file of one shard; `how` is threads, wanted, or sizes."""
     sizes = {key: how.pop(key) for key in ("batch_size", "chunk_rows") if key in how}
-    embed_shard(pool.shards[shard], pool.columns, {name: encoder}, store, EmbedSection(**sizes), **how)
+    embed_shard(pool.shards[shard], {name: encoder}, store, EmbedSection(**sizes), **how)
     with store.open_input(name) as file:
         return pq.read_table(file)
 
@@ -79,7 +79,7 @@ def test_one_row_per_row_with_the_status_that_the_truth_demands(store: Store, po
     for shard in pool.shards:
         truth = pq.read_table(shard.path).to_pylist()
         name = embedding_name(encoder.spec.sha, shard)
-        counts = embed_shard(shard, pool.columns, {name: encoder}, store, EmbedSection(**sizes))
+        counts = embed_shard(shard, {name: encoder}, store, EmbedSection(**sizes))
         table = read_embeddings(store, name, ["uid", "status", "error", "content", "zimg", "ztxt"])
         assert table["uid"].to_pylist() == [row["key"] for row in truth]
         statuses = [row["broken"] or "ok" for row in truth]
@@ -218,7 +218,7 @@ def test_a_shard_of_no_rows(store: Store, encoder: Encoder, tmp_path: Path):
     table = pa.Table.from_pylist([one_row()])
     pool = write_pool(tmp_path / "pool", table, table.slice(0, 0))
     assert [shard.rows for shard in pool.shards] == [1, 0]
-    assert embed_shard(pool.shards[1], pool.columns, {"embeddings/x": encoder}, store, EmbedSection()) == {}
+    assert embed_shard(pool.shards[1], {"embeddings/x": encoder}, store, EmbedSection()) == {}
     found = read_embeddings(store, "embeddings/x", ["status", "content", "zimg"])
     assert found.num_rows == 0
     assert vectors(found["zimg"], 16).shape == (0, 16)
@@ -264,7 +264,7 @@ def test_two_encoders_share_one_decoding(store: Store, pool: Pool, encoder: Enco
         crop = e.crop
         monkeypatch.setattr(e, "crop", lambda image, crop=crop: cropped.append(crop) or crop(image))
     names = {f"both/{i}": e for i, e in enumerate((encoder, other, twin))}
-    counts = embed_shard(pool.shards[0], pool.columns, names, store, EmbedSection(chunk_rows=11), threads=2)
+    counts = embed_shard(pool.shards[0], names, store, EmbedSection(chunk_rows=11), threads=2)
     captioned = 60 - counts["caption_empty"]
     assert len(decoded) == captioned
     assert len(cropped) == 2 * counts["ok"]  # encoders with equal views share the pixels as well
@@ -318,7 +318,7 @@ def test_one_tower_is_enough_to_spoil_a_row_and_only_that_row(store: Store, pool
 def test_embeddings_of_zero(store: Store, pool: Pool, encoder: Encoder):
     before = embedded(store, pool, encoder)["status"].to_pylist()
     encoder.model.text_projection.zero_()
-    counts = embed_shard(pool.shards[0], pool.columns, {"embeddings/x": encoder}, store, EmbedSection(chunk_rows=9))
+    counts = embed_shard(pool.shards[0], {"embeddings/x": encoder}, store, EmbedSection(chunk_rows=9))
     table = read_embeddings(store, "embeddings/x", ["status", "zimg"])
     assert table["status"].to_pylist() == [EMBEDDING_ZERO if status == "ok" else status for status in before]
     assert table["zimg"].null_count == 60
@@ -328,7 +328,7 @@ def test_embeddings_of_zero(store: Store, pool: Pool, encoder: Encoder):
 def test_a_row_spoilt_for_one_encoder_is_whole_for_another(store: Store, pool: Pool, encoder: Encoder, tmp_path: Path):
     other = load_encoder(store, tiny_encoder(store, tmp_path, seed=1), CPU)
     other.model.visual.proj[0, 0] = torch.nan
-    counts = embed_shard(pool.shards[0], pool.columns, {"a/x": encoder, "b/x": other}, store, EmbedSection())
+    counts = embed_shard(pool.shards[0], {"a/x": encoder, "b/x": other}, store, EmbedSection())
     a, b = (read_embeddings(store, name, ["status"])["status"].to_pylist() for name in ("a/x", "b/x"))
     assert [EMBEDDING_NONFINITE if status == "ok" else status for status in a] == b
     assert counts == Counter(b)

@@ -339,7 +339,7 @@ def test_any_text_is_returned_or_dropped(text):
 def shared_data() -> Path:
     folder = Path(__file__).parents[2] / "shared/data"
     if not folder.is_dir():
-        pytest.skip("the test data of our workplace is not here")
+        pytest.skip("the shared test data is not here")
     return folder
 
 

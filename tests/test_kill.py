@@ -101,7 +101,7 @@ def test_killed_at_three_stages_and_finished(world: Path, undisturbed: Path, tmp
     expected = (undisturbed / "rounds/r000000/manifest.json").read_bytes()
 
     arguments = command(world, str(disturbed), "disturbed.toml")
-    steps = disturbed / "rounds/r000000/steps"
+    steps = disturbed / "rounds/r000000"
 
     def files(pattern: str) -> list[Path]:
         return [path for path in disturbed.glob(pattern) if ".tmp-" not in str(path)]
@@ -116,8 +116,8 @@ def test_killed_at_three_stages_and_finished(world: Path, undisturbed: Path, tmp
             lambda: len(files("embeddings/*/*.parquet")) >= 3,
             lambda: len(files("embeddings/*/*.parquet")) == 2 * SHARDS,
         ),
-        ("select", lambda: any(steps.glob("selected-*")), lambda: any(steps.glob("written-*"))),
-        ("write", lambda: any(steps.glob("written-*")), committed),
+        ("select", lambda: any(steps.glob("steps-*/selected-*")), lambda: any(steps.glob("steps-*/written-*"))),
+        ("write", lambda: any(steps.glob("steps-*/written-*")), committed),
     ):
         kill_when(arguments, reached, complete)
         now = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files("embeddings/*/*.parquet")}

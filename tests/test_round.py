@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from curate.embeddings import embedding_name, read_embeddings
+from curate.embeddings import read_embeddings
 from curate.errors import UserError
 from curate.explain import describe_round, explain_uid, summarize_rounds
 from curate.learner import newest_learner
 from curate.manifest import Manifest, manifest_name, round_folder
-from curate.pool import load_pool
+from curate.pool import take_inventory
 from curate.reader import CuratedReader
 from curate.recipe import Recipe
-from curate.spec import EncoderSpec
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool
 from jobs.train import train
@@ -75,6 +75,14 @@ def recipe_of(world: Path, root: Path | str, **changes: Any) -> Recipe:
 def committed(world: Path, ray_local: None) -> tuple[Recipe, Manifest]:
     recipe = recipe_of(world, world / "root")
     return recipe, run_round(recipe, base=world)
+
+
+@pytest.fixture
+def warm(committed: tuple[Recipe, Manifest], tmp_path: Path) -> Path:
+    """A root without rounds that holds the pool's embeddings already: starting actors takes most of a test's time."""
+    for name in ("embeddings", "models"):
+        shutil.copytree(Path(committed[0].root) / name, tmp_path / "root" / name)
+    return tmp_path / "root"
 
 
 def curated(recipe: Recipe, manifest: Manifest) -> pa.Table:
@@ -194,68 +202,33 @@ def test_describe_round_is_json_and_complete(committed: tuple[Recipe, Manifest])
     assert found["learnability"] > found["uniform_learnability"]
 
 
-def test_small_rounds_walk_through_the_pool_without_replacement(world: Path, tmp_path: Path) -> None:
+def test_small_rounds_walk_through_the_pool_without_replacement(world: Path, warm: Path) -> None:
     """Rounds of one super-batch score only their own candidates; an epoch of them never offers a row twice."""
-    recipe = recipe_of(world, tmp_path / "root", selection__super_batches=1)
-    seen: list[str] = []
+    recipe = recipe_of(world, warm, selection__super_batches=1)
     store = Store(recipe.root)
-    for number in range(3):
+    originals = {row["key"]: row["duplicate_of"] or row["key"] for row in truth(world).to_pylist()}
+    offered: list[set[str]] = []
+    scopes: list[str] = []
+    for number in range(2):
         manifest = run_round(recipe, base=world)
         assert manifest.lineage["walk"]["range"] == {"epoch": 0, "start": number, "super_batches": 1}
-        pool = load_pool(store, manifest.lineage["pool"]["fingerprint"])
-        learner = EncoderSpec(**{k: v for k, v in manifest.lineage["learner"].items() if k != "number"})
-        scopes = store.list(f"embeddings/{learner.sha}")
-        assert len(scopes) == number + 1
-        scored = [
-            uid
-            for shard in pool.shards
-            for uid, status in zip(
-                *read_embeddings(
-                    store,
-                    embedding_name(learner.sha, shard, _newest(scopes, seen, store, pool, learner)),
-                    ["uid", "status"],
-                )
-                .to_pydict()
-                .values(),
-                strict=True,
-            )
-            if status == "ok"
-        ]
-        keys = {row["duplicate_of"] or row["key"] for row in truth(world).to_pylist() if row["key"] in scored}
-        assert len(keys) == 5 * B_SMALL
-        assert not keys & set(seen)
-        seen += keys
-
-
-def _newest(scopes: list[str], seen: list[str], store: Store, pool: Any, learner: EncoderSpec) -> str:
-    """The scope whose rows were not seen in an earlier round."""
-    for scope in scopes:
-        name = scope.rpartition("/")[2]
-        rows = [
-            uid
-            for shard in pool.shards
-            for uid, status in zip(
-                *read_embeddings(store, embedding_name(learner.sha, shard, name), ["uid", "status"])
-                .to_pydict()
-                .values(),
-                strict=True,
-            )
-            if status == "ok"
-        ]
-        if not set(rows) & set(seen):
-            return name
-    raise AssertionError("every scope was seen before")
+        learner = manifest.lineage["learner"]["model"]
+        (scope,) = {name for name in store.list(f"embeddings/{learner}") if "/walk-" in name} - set(scopes)
+        scopes.append(scope)
+        tables = [read_embeddings(store, name, ["uid", "status"]) for name in store.list(scope)]
+        scored = pa.concat_tables(tables).filter(pc.field("status") == "ok")["uid"].to_pylist()
+        offered.append({originals[uid] for uid in scored})
+        assert len(offered[-1]) == 5 * B_SMALL
+    assert not offered[0] & offered[1]
 
 
 @pytest.mark.parametrize(
     ("method", "criterion"), [("joint", "easy_reference"), ("uniform", "learnability"), ("independent", "learnability")]
 )
-def test_criteria_that_ignore_the_learner_do_not_run_it(
-    world: Path, tmp_path: Path, method: str, criterion: str
-) -> None:
+def test_criteria_that_ignore_the_learner_do_not_run_it(world: Path, warm: Path, method: str, criterion: str) -> None:
     recipe = recipe_of(
         world,
-        tmp_path / "root",
+        warm,
         selection__method=method,
         selection__criterion=criterion,
         selection__super_batches=2,
@@ -269,16 +242,16 @@ def test_criteria_that_ignore_the_learner_do_not_run_it(
     assert added.field("learner_loss").null_count == (len(added) if ignored else 0)
 
 
-def test_a_round_is_finished_with_the_recipe_it_was_begun_with(world: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(world, tmp_path / "root", pool__max_dropped_share=0.001)
+def test_a_round_is_finished_with_the_recipe_it_was_begun_with(world: Path, warm: Path) -> None:
+    recipe = recipe_of(world, warm, pool__max_dropped_share=0.001)
     with pytest.raises(UserError, match=r"12 of 600 rows cannot be used .*caption_empty 3.* pool\.max_dropped_share"):
         run_round(recipe, base=world)
     with pytest.raises(UserError, match=r"begun with another recipe \(selection\.gain: 1\.0 → 7\.0\)"):
-        run_round(recipe_of(world, tmp_path / "root", pool__max_dropped_share=0.001, selection__gain=7.0), base=world)
+        run_round(recipe_of(world, warm, pool__max_dropped_share=0.001, selection__gain=7.0), base=world)
 
 
-def test_too_small_a_pool_is_the_users_mistake(world: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(world, tmp_path / "root", selection__sub_batch_size=200, pool__uid=None)
+def test_too_small_a_pool_is_the_users_mistake(world: Path, warm: Path) -> None:
+    recipe = recipe_of(world, warm, selection__sub_batch_size=200)
     with pytest.raises(UserError, match=r"wants 1,000 candidates .* the pool holds 558 distinct usable pairs"):
         run_round(recipe, base=world)
 
@@ -300,3 +273,28 @@ def test_a_shard_that_changes_during_a_round_stops_it(world: Path, tmp_path: Pat
         path.unlink()
     with pytest.raises(Exception, match="the shard changed while the round was running"):
         run_round(recipe, base=world)
+
+
+def test_columns_are_part_of_what_embeddings_are_named_by(world: Path, warm: Path) -> None:
+    """Another uid or caption column must not find the files that the first one made."""
+    recipe = recipe_of(world, warm, selection__super_batches=1)
+    by_key = take_inventory(recipe.pool)
+    by_content = take_inventory(recipe.pool.model_copy(update={"uid": None}))
+    assert {shard.key for shard in by_key.shards}.isdisjoint(shard.key for shard in by_content.shards)
+
+
+def test_learner_0_is_published_only_by_a_recipe_without_mistakes(world: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(world, tmp_path / "root", pool={"path": str(tmp_path / "nowhere")})
+    with pytest.raises(UserError, match="nowhere"):
+        run_round(recipe, base=world)
+    assert newest_learner(Store(recipe.root)) is None
+
+
+def test_another_untrained_learner_than_the_roots_is_refused(
+    world: Path, committed: tuple[Recipe, Manifest], tmp_path: Path
+) -> None:
+    shutil.copytree(Path(committed[0].root) / "models", tmp_path / "root" / "models")
+    shutil.copytree(Path(committed[0].root) / "learners/l000000", tmp_path / "root" / "learners/l000000")
+    other = recipe_of(world, tmp_path / "root", learner={"model": "reference.json"})
+    with pytest.raises(UserError, match=r"learners/l000000/learner\.json holds another untrained model"):
+        run_round(other, base=world)

@@ -258,8 +258,8 @@ def test_a_selected_file_comes_back(tmp_path: Path, learner: Scale | None):
     selection = SELECTION if learner else SELECTION.model_copy(update={"criterion": "easy_reference"})
     _, stats, table = drawn(pool if learner else replace(pool, learner=None), selection, learner=learner)
     store = Store(str(tmp_path / "root"))
-    name = selected_name("rounds/r000002", 7)
-    assert name == "rounds/r000002/steps/selected-000007.parquet"
+    name = selected_name("rounds/r000002/steps-0a", 7)
+    assert name == "rounds/r000002/steps-0a/selected-000007.parquet"
     write_selected(store, name, table, stats)
     first = store.read_bytes(name)
     found, others = read_selected(store, name)

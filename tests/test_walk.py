@@ -253,8 +253,8 @@ def test_rounds_walk_without_replacement(held: int, wishes: list[int]) -> None:
 
 
 def pool_of(*names: str) -> Pool:
-    shards = [Shard(index=i, name=n, path=n, size=1, version="1", rows=1) for i, n in enumerate(names)]
     columns = Columns(image="jpg", caption="caption", uid=None)
+    shards = [Shard(index=i, name=n, path=n, size=1, version="1", rows=1, columns=columns) for i, n in enumerate(names)]
     return Pool(shards=tuple(shards), columns=columns, schema=pa.schema([]), ignored=(), skipped=())
 
 

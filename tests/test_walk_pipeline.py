@@ -37,7 +37,13 @@ def world(
     made = []
     for index, rows in enumerate(shards):
         shard = Shard(
-            index=index, name=f"{index}.parquet", path=f"/pool/{index}.parquet", size=1, version="1", rows=len(rows)
+            index=index,
+            name=f"{index}.parquet",
+            path=f"/pool/{index}.parquet",
+            size=1,
+            version="1",
+            rows=len(rows),
+            columns=Columns(image="jpg", caption="caption", uid=None),
         )
         made.append(shard)
         vectors = pa.array(
@@ -98,13 +104,13 @@ def duplicates(store: Store, pool: Pool, *, seed: int, epoch: int, size: int) ->
 
 
 @pytest.mark.parametrize(
-    ("rows_per_bucket", "most_groups", "size"), [(2_000_000, 256, 7), (23, 2, 7), (10, 1, 1), (1, 256, 30)]
+    ("rows_per_bucket", "group_rows", "size"), [(2_000_000, 65_536, 7), (23, 40, 7), (10, 65_536, 1), (1, 1, 30)]
 )
 def test_every_super_batch_holds_b_distinct_pairs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_bucket: int, most_groups: int, size: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_bucket: int, group_rows: int, size: int
 ) -> None:
     monkeypatch.setattr(walk_step, "ROWS_PER_BUCKET", rows_per_bucket)
-    monkeypatch.setattr(cluster, "MOST_GROUPS", most_groups)
+    monkeypatch.setattr(cluster, "GROUP_ROWS", group_rows)
     shards = crowded(1)
     store, pool = world(tmp_path, shards)
     walk = lay_walk(store, pool, SPEC, seed=3, epoch=2, super_batch_size=size)
@@ -136,9 +142,9 @@ def test_every_super_batch_holds_b_distinct_pairs(
 def test_buckets_and_groups_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     laid: set[bytes] = set()
     pointed: set[tuple[tuple[Place, Place], ...]] = set()
-    for rows_per_bucket, most_groups in [(2_000_000, 256), (40, 1), (9, 3)]:
+    for rows_per_bucket, group_rows in [(2_000_000, 65_536), (40, 1), (9, 50)]:
         monkeypatch.setattr(walk_step, "ROWS_PER_BUCKET", rows_per_bucket)
-        monkeypatch.setattr(cluster, "MOST_GROUPS", most_groups)
+        monkeypatch.setattr(cluster, "GROUP_ROWS", group_rows)
         store, pool = world(tmp_path / str(rows_per_bucket), crowded(2))
         laid.add(lay_walk(store, pool, SPEC, seed=0, epoch=0, super_batch_size=11).to_bytes())
         pointed.add(tuple(sorted(duplicates(store, pool, seed=0, epoch=0, size=11))))

@@ -227,8 +227,8 @@ def test_the_file_is_named_by_its_content(store: Store, tmp_path: Path):
     assert file.size == len(data)
     assert store.list(FOLDER) == [f"{FOLDER}/{file.name}"]
     assert not list(Path(store.url).glob(".tmp-*"))
-    name = written_name(FOLDER, 4)
-    assert name == f"{FOLDER}/steps/written-000004.json"
+    name = written_name(f"{FOLDER}/steps-0a", 4)
+    assert name == f"{FOLDER}/steps-0a/written-000004.json"
     record_written(store, name, file)
     assert read_written(store, name) == file
 
