@@ -77,9 +77,9 @@ def device() -> "torch.device":
 def groups(shards: Sequence[Shard]) -> list[list[Shard]]:
     """Consecutive shards in groups of at most `GROUP_ROWS` rows, or of one shard that alone has more."""
     found: list[list[Shard]] = []
-    rows = GROUP_ROWS
+    rows = 0
     for shard in shards:
-        if rows + shard.rows > GROUP_ROWS:
+        if not found or rows + shard.rows > GROUP_ROWS:
             found.append([])
             rows = 0
         found[-1].append(shard)

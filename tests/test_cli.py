@@ -172,7 +172,7 @@ def test_check_reports_the_mistakes_of_pool_models_and_root_together(curate: Cur
     for line, start in zip(
         lines,
         [
-            "root = ",
+            "root: ",
             f"{recipe.parent}/pool/b.parquet: ",
             f"{recipe.parent}/pool/c.parquet: ",
             "reference.model",
