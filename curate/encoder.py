@@ -99,12 +99,12 @@ def load_model(store: Store, spec: EncoderSpec, device: torch.device) -> OpenCli
         if found != spec.weights_sha256:
             raise UserError(
                 f"{spec.folder}/{WEIGHTS_NAME}: expected sha256 {spec.weights_sha256[:12]}, found {found[:12]}; "
-                "the file was changed after it was stored: delete that folder and run the command again"
+                "the file was changed after it was stored: restore it from a copy of the root"
             )
         if not config.is_file() or _identity(config, found) != spec.model:
             raise UserError(
                 f"{spec.folder}/{CONFIG_NAME}: expected the configuration that its folder names, found another; "
-                "it was changed after it was stored: delete that folder and run the command again"
+                "it was changed after it was stored: restore it from a copy of the root"
             )
         name = f"{LOCAL_DIR_PREFIX}{folder}"
         model = open_clip.create_model(name, device=device)

@@ -200,7 +200,7 @@ def _with_added(
         bad = next(i for i, digest in enumerate(found) if digest != expected[16 * i : 16 * i + 16])
         raise InputChangedError(
             f"{shard.path}: row {picks['row'][bad]} is not the pair that was embedded; the shard changed but kept its "
-            "size and date: delete its embedding files and run the round again"
+            "size and date: touch the shard, and delete the round's folder to begin it anew"
         )
     uid = pool.columns.uid
     added = {

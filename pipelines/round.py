@@ -158,7 +158,7 @@ def place_round(
             raise UserError(
                 f"selection: a round wants {wanted * size:,} candidates ({wanted} super-batches of {size:,}), the "
                 f"pool holds {walk.candidates:,} distinct usable pairs; lower sub_batch_size, filter_ratio or "
-                "super_batches, or add shards"
+                "super_batches, or add shards, and delete the round's folder to begin it anew"
             )
         if walk_range.epoch == epoch:
             return walk, walk_range

@@ -236,7 +236,7 @@ def test_weights_that_changed_in_the_root_are_refused(tmp_path: Path, store: Sto
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{spec.folder}/{WEIGHTS_NAME}: expected .*, found .*delete that"):
+    with pytest.raises(UserError, match=f"{spec.folder}/{WEIGHTS_NAME}: expected .*, found .*restore it"):
         load_encoder(store, spec, CPU)
     path.unlink()
     with pytest.raises(UserError, match=f"{spec.folder}/{WEIGHTS_NAME}: expected sha256 .*, found none"):
