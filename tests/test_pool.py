@@ -19,7 +19,7 @@ from curate.reshard import reshard_file
 from curate.storage import Store
 
 HOUSE = Path(__file__).parents[1]
-ODD = HOUSE.parent / "shared" / "data" / "odd-parquet"
+ODD = (HOUSE.parent / "shared" / "data" / "odd-parquet").resolve()  # inventories name files by their real path
 PAIRS = pa.table({"jpg": [b"\xff\xd8one", b"\xff\xd8two"], "caption": ["a dog", "zwei Hünd"]})
 
 
