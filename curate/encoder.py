@@ -26,6 +26,7 @@ from torch.nn.functional import normalize
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from curate.errors import UserError
+from curate.messages import one_line
 from curate.recipe import EncoderSection
 from curate.seeds import derive_seed
 from curate.spec import EncoderSpec
@@ -207,7 +208,7 @@ def create_model(section: EncoderSection, *, role: str, base: Path, seed: int) -
                 load_checkpoint(model, str(checkpoint), weights_only=not section.trusted)
             tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # a wrong configuration or checkpoint raises whatever open_clip and torch like
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise UserError(
                 f"{role}.model = {section.model!r}, pretrained = {pretrained!r}: cannot be loaded ({reason}); "
                 "weights must fit the model and be complete"

@@ -14,6 +14,7 @@ import torch
 
 from curate.encoder import load_model, store_encoder, store_model
 from curate.errors import UserError
+from curate.messages import one_line
 from curate.recipe import EncoderSection
 from curate.spec import EncoderSpec
 from curate.storage import Store
@@ -92,7 +93,7 @@ def publish_learner(
         encoder = store_model(store, model, config, open_clip.get_tokenizer(model_name), source=model_name)
         load_model(store, encoder, torch.device("cpu"))  # as the next round will
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise UserError(
             f"model_name = {model_name!r}: does not describe this model ({reason}); give the name that made it, and "
             "the model itself, without wrappers such as DDP"

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from curate import storage
 from curate.errors import InputChangedError, UserError
+from curate.messages import one_line
 from curate.recipe import PoolSection
 from curate.storage import FileInfo, Store
 
@@ -171,7 +172,7 @@ def take_inventory(
             except pa.ArrowException as error:
                 lines = [
                     f"{file.path}: expected the column types of the shards before it, found others "
-                    f"({_one_line(error)}); give the column one type in all shards"
+                    f"({one_line(error)}); give the column one type in all shards"
                 ]
         bad += lines
     if bad and section.on_bad_shard == "fail":
@@ -229,7 +230,7 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
             raise  # the store failed, not the file: Arrow's own OSErrors carry no number
         raise InputChangedError(
             f"{shard.path}: expected {shard.rows} readable rows, found a damaged page after row {rows} "
-            f"({_one_line(error)}); replace the file, or move it out of the pool"
+            f"({one_line(error)}); replace the file, or move it out of the pool"
         ) from error
     if rows != shard.rows:
         raise InputChangedError(
@@ -275,14 +276,10 @@ def _read_footer(file: FileInfo) -> _Footer:
     except Exception as error:  # a fuzzed footer raises whatever it likes, ValueError and OverflowError included
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the store failed, not the file: Arrow's own OSErrors carry no number
-        reason = _one_line(error)
+        reason = one_line(error)
         return _Footer(
             error=f"{file.path}: expected a Parquet file, found a broken footer ({reason}); remove or replace it"
         )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _listed(schema: pa.Schema) -> str:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from curate.errors import UserError
 from curate.images import clean_caption, decode_image
 from curate.manifest import CuratedFile, Manifest, manifest_name, read_manifest, round_folder
+from curate.messages import one_line
 from curate.pool import ADDED_COLUMN, caption_bytes, image_bytes
 from curate.storage import Store
 
@@ -270,7 +271,7 @@ class _Batches(Dataset[Batch | UserError]):
         except UserError as error:  # the store refused
             return error
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             where = f"{place.file}: cannot be read at sub-batch {place.sub_batch}"
             return UserError(f"{where} ({reason}); restore the file")
         return Batch(

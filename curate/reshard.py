@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from curate import storage
 from curate.errors import UserError
+from curate.messages import one_line
 
 ROW_GROUP_ROWS = 256
 ROW_GROUP_BYTES = 2**26
@@ -60,7 +61,7 @@ def _opened(url: str) -> Iterator[pq.ParquetFile]:
         try:
             parquet = stack.enter_context(pq.ParquetFile(stack.enter_context(storage.open_input(url))))
         except (OSError, ValueError) as error:  # pyarrow's own are either
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)
             raise UserError(f"{url}: expected a Parquet file; {reason}; correct the path") from error
         yield parquet
 

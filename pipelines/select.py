@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 
 from curate.embeddings import contents, embedding_name, read_embeddings, vectors
 from curate.pool import Pool, Shard
 from curate.recipe import SelectionSection
-from curate.select import Candidates, Scale, select_sub_batch
+from curate.select import Candidates, Scale, Vectors, select_sub_batch
 from curate.selected import SubBatchStats, read_selected, selected_name, write_selected
 from curate.spec import EncoderSpec
 from curate.storage import Store
@@ -53,7 +54,10 @@ def select_round(
 
     def split(shards: list[Shard]) -> list[Candidates]:
         loaded = Candidates.concatenate(
-            [_load(store, shard, reference, learner, learner_scope, seed, walk_range.epoch) for shard in shards]
+            [
+                _load(store, shard, reference, learner, learner_scope, boundaries, seed, walk_range.epoch)
+                for shard in shards
+            ]
         )
         number = super_batch_of(loaded.rows["key"], boundaries)
         return [loaded.take(np.flatnonzero(number == i)) for i in todo]
@@ -81,21 +85,23 @@ def _load(
     reference: EncoderSpec,
     learner: EncoderSpec | None,
     learner_scope: str,
+    boundaries: Sequence[int],
     seed: int,
     epoch: int,
 ) -> Candidates:
-    """The usable rows of a shard with their vectors."""
+    """The usable rows of a shard that some super-batch of the round holds, with their vectors."""
     columns = ["status", "content", "zimg", "ztxt"]
     table = read_embeddings(store, embedding_name(reference.sha, shard), columns)
     usable = np.flatnonzero(np.asarray(table["status"].to_pylist(), object) == "ok")
-    other = read_embeddings(store, embedding_name(learner.sha, shard, learner_scope), columns[2:]) if learner else None
-    width = reference.embed_dim
-    return Candidates(
-        rows=walk_rows(contents(table["content"])[usable], shard.index, usable, seed=seed, epoch=epoch),
-        reference=(vectors(table["zimg"], width)[usable], vectors(table["ztxt"], width)[usable]),
-        learner=(
-            (vectors(other["zimg"], learner.embed_dim)[usable], vectors(other["ztxt"], learner.embed_dim)[usable])
-            if learner and other is not None
-            else None
-        ),
-    )
+    rows = walk_rows(contents(table["content"])[usable], shard.index, usable, seed=seed, epoch=epoch)
+    rows = rows[super_batch_of(rows["key"], boundaries) >= 0]
+    wanted = pa.array(rows["row"])
+
+    def towers(embedded: pa.Table, width: int) -> tuple[Vectors, Vectors]:
+        return vectors(embedded["zimg"].take(wanted), width), vectors(embedded["ztxt"].take(wanted), width)
+
+    own = None
+    if learner is not None:
+        name = embedding_name(learner.sha, shard, learner_scope)
+        own = towers(read_embeddings(store, name, columns[2:]), learner.embed_dim)
+    return Candidates(rows=rows, reference=towers(table, reference.embed_dim), learner=own)

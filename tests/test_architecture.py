@@ -15,6 +15,7 @@ FOLDERS = ["curate", "pipelines", "jobs"]
 ORDER = [
     # what everything rests on
     "errors",
+    "messages",
     "seeds",
     "images",
     "storage",
