@@ -4,6 +4,7 @@
     ├── UserError            the user's mistake: one line each, exit status 2
     ├── InputChangedError    a shard is no longer the file that was inventoried, exit status 2
     ├── RowsLostError        a tally does not close; a round that loses rows is never committed
+    ├── StreamStalledError   neither the next round nor the end of the stream came in time
     ├── CommitConflictError  somebody else committed other bytes under this name, exit status 3
     └── CommitUnknownError   the store did not answer; the commit may or may not stand
 
@@ -38,6 +39,10 @@ class InputChangedError(CurateError):
 
 class RowsLostError(CurateError):
     """Rows in differ from rows kept plus rows dropped."""
+
+
+class StreamStalledError(CurateError):
+    """A follower waited as long as it was told to, and neither a round nor the end of the stream came."""
 
 
 class CommitConflictError(CurateError):

@@ -204,10 +204,42 @@ def sub_batch_learnability(learner: Embeddings, reference: Embeddings, positions
     """
     _require_choice("loss", loss, LOSSES)
     _shared_rows([(1, learner), (-1, reference)])
+    return sub_batch_loss(learner, positions, loss=loss) - sub_batch_loss(reference, positions, loss=loss)
+
+
+@torch.no_grad()
+def sub_batch_loss(model: Embeddings, positions: Tensor, *, loss: Loss) -> float:
+    """Compute one model's loss of a batch, the mean per example, as open_clip's losses of these pairs give it.
+
+    Args:
+        model: Embeddings of the super-batch.
+        positions: Int64 [b], the rows of the batch.
+        loss: Equation 1 (softmax) or 2 (sigmoid) of arXiv 2406.17711, b × b pairs in tiles, summed in float64.
+
+    Raises:
+        ValueError: If ``positions`` is empty or not one-dimensional, or ``loss`` is none of `LOSSES`.
+    """
+    _require_choice("loss", loss, LOSSES)
     if positions.ndim != 1 or not len(positions):
         found = list(positions.shape)
         raise ValueError(f"positions must be [b], b at least 1: found {found}; pass SubBatch.positions")
-    return _mean_loss(learner, positions, loss) - _mean_loss(reference, positions, loss)
+    batch = Embeddings(model.zimg[positions], model.ztxt[positions], model.logit_scale, model.logit_bias)
+    dtype = _accumulator(batch.zimg)
+    own = _diagonal_logits(batch, loss, dtype)
+    buffer = _tile_buffer(own, COLUMNS_PER_TILE)
+    if loss == "sigmoid":
+        # All pairs as negatives, then the b positives put right: softplus(-x) = softplus(x) - x.
+        total = -own.sum(dtype=torch.float64)
+        for columns in _blocks(batch.ztxt, COLUMNS_PER_TILE):
+            for _, tile in _logit_tiles(batch.zimg, columns, model.logit_scale, model.logit_bias, buffer):
+                total += softplus(tile).sum(dtype=torch.float64)
+        return float(total) / len(positions)
+    lse = own.new_full((2, len(own)), -math.inf)
+    for d, (rows, others) in enumerate(((batch.zimg, batch.ztxt), (batch.ztxt, batch.zimg))):
+        for columns in _blocks(others, COLUMNS_PER_TILE):
+            for at, tile in _logit_tiles(rows, columns, model.logit_scale, 0.0, buffer):
+                _add_logsumexp_(lse[d, at], tile)
+    return float((0.5 * lse.sum(0) - own).mean(dtype=torch.float64))
 
 
 class _Conditional:
@@ -309,27 +341,6 @@ def _add_logsumexp_(running: Tensor, tile: Tensor) -> None:
     peak = tile.amax(1, keepdim=True)
     tile_lse = tile.sub_(peak).exp_().sum(1).log_().add_(peak.squeeze(1))
     torch.logaddexp(running, tile_lse, out=running)
-
-
-def _mean_loss(model: Embeddings, positions: Tensor, loss: Loss) -> float:
-    """Mean over a batch of equation 1 or 2, b × b pairs in tiles, summed in float64."""
-    batch = Embeddings(model.zimg[positions], model.ztxt[positions], model.logit_scale, model.logit_bias)
-    dtype = _accumulator(batch.zimg)
-    own = _diagonal_logits(batch, loss, dtype)
-    buffer = _tile_buffer(own, COLUMNS_PER_TILE)
-    if loss == "sigmoid":
-        # All pairs as negatives, then the b positives put right: softplus(-x) = softplus(x) - x.
-        total = -own.sum(dtype=torch.float64)
-        for columns in _blocks(batch.ztxt, COLUMNS_PER_TILE):
-            for _, tile in _logit_tiles(batch.zimg, columns, model.logit_scale, model.logit_bias, buffer):
-                total += softplus(tile).sum(dtype=torch.float64)
-        return float(total) / len(positions)
-    lse = own.new_full((2, len(own)), -math.inf)
-    for d, (rows, others) in enumerate(((batch.zimg, batch.ztxt), (batch.ztxt, batch.zimg))):
-        for columns in _blocks(others, COLUMNS_PER_TILE):
-            for at, tile in _logit_tiles(rows, columns, model.logit_scale, 0.0, buffer):
-                _add_logsumexp_(lse[d, at], tile)
-    return float((0.5 * lse.sum(0) - own).mean(dtype=torch.float64))
 
 
 def _diagonal_logits(model: Embeddings, loss: Loss, dtype: torch.dtype) -> Tensor:

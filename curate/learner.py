@@ -5,8 +5,10 @@ learners/l000008/learner.json     put-if-absent; names models/<sha>/, which is t
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import open_clip
@@ -15,7 +17,7 @@ import torch
 from curate.encoder import load_model, store_encoder, store_model
 from curate.errors import UserError
 from curate.messages import one_line
-from curate.recipe import EncoderSection
+from curate.recipe import EncoderSection, Precision
 from curate.spec import EncoderSpec
 from curate.storage import Store
 
@@ -30,6 +32,8 @@ class LearnerCheckpoint:
     """Optimiser steps taken since the learner was made."""
     next_batch: int
     """State of the reader: the first batch that this learner has not been trained on."""
+    batch_losses: dict[int, float] = field(default_factory=dict)
+    """By number of the batch, its loss per example when it was trained on; those since the learner before."""
 
 
 def learner_name(number: int) -> str:
@@ -48,8 +52,9 @@ def read_learner(store: Store, number: int) -> LearnerCheckpoint:
     data = store.read_bytes(name)
     try:
         record = json.loads(data)
-        return LearnerCheckpoint(**record | {"encoder": EncoderSpec(**record["encoder"])})
-    except (ValueError, KeyError, TypeError) as error:
+        losses = {int(number): float(loss) for number, loss in record["batch_losses"].items()}
+        return LearnerCheckpoint(**record | {"encoder": EncoderSpec(**record["encoder"]), "batch_losses": losses})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: expected a learner, found something else ({error}); restore the file") from error
 
 
@@ -70,6 +75,8 @@ def publish_learner(
     step: int,
     next_batch: int,
     number: int | None = None,
+    precision: Precision = "fp32",
+    batch_losses: Mapping[int, float] | None = None,
 ) -> LearnerCheckpoint:
     """Publish an open_clip model as the learner that the next round scores with.
 
@@ -80,6 +87,9 @@ def publish_learner(
         step: optimiser steps taken.
         next_batch: `CuratedReader.state_dict()["next_batch"]`.
         number: of the learner; the next free one if None.
+        precision: of the forward pass when the next rounds score with it.
+        batch_losses: by `Batch.number`, the loss per example when that batch was trained on, since the learner before;
+            lets the next manifest say how learnable the batches still were by then.
 
     Raises:
         UserError: unknown `model_name`, or a model that it does not describe; nothing is published.
@@ -90,7 +100,8 @@ def publish_learner(
         config = open_clip.get_model_config(model_name)
         if config is None:
             raise UserError(f"model_name = {model_name!r}: not an open_clip model; give the name that made the model")
-        encoder = store_model(store, model, config, open_clip.get_tokenizer(model_name), source=model_name)
+        tokenizer = open_clip.get_tokenizer(model_name)
+        encoder = store_model(store, model, config, tokenizer, source=model_name, precision=precision)
         load_model(store, encoder, torch.device("cpu"))  # as the next round will
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         reason = one_line(error, 300)
@@ -98,7 +109,9 @@ def publish_learner(
             f"model_name = {model_name!r}: does not describe this model ({reason}); give the name that made it, and "
             "the model itself, without wrappers such as DDP"
         ) from error
-    return record_learner(store, encoder, step=step, next_batch=next_batch, number=number)
+    return record_learner(
+        store, encoder, step=step, next_batch=next_batch, number=number, batch_losses=batch_losses or {}
+    )
 
 
 def first_learner(store: Store, section: EncoderSection, *, base: Path, seed: int) -> LearnerCheckpoint:
@@ -122,9 +135,15 @@ def first_learner(store: Store, section: EncoderSection, *, base: Path, seed: in
 
 
 def record_learner(
-    store: Store, encoder: EncoderSpec, *, step: int, next_batch: int, number: int | None = None
+    store: Store,
+    encoder: EncoderSpec,
+    *,
+    step: int,
+    next_batch: int,
+    number: int | None = None,
+    batch_losses: Mapping[int, float] = MappingProxyType({}),
 ) -> LearnerCheckpoint:
-    """Publish a model of the root as a learner: the one act of its publication.
+    """Publish a model of the root as a learner: the one act of its publication. Doing it twice changes nothing.
 
     Raises:
         CommitConflictError: another learner was published under this number.
@@ -132,7 +151,9 @@ def record_learner(
     if number is None:
         newest = newest_learner(store)
         number = newest.number + 1 if newest else 0
-    learner = LearnerCheckpoint(number=number, encoder=encoder, step=step, next_batch=next_batch)
+    learner = LearnerCheckpoint(
+        number=number, encoder=encoder, step=step, next_batch=next_batch, batch_losses=dict(batch_losses)
+    )
     record: dict[str, Any] = asdict(learner)
     store.put_if_absent(learner_name(number), (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
     return learner

@@ -15,6 +15,7 @@ from curate.storage import Store
 from curate.tally import Tally, check_chain
 
 FORMAT_VERSION = 1
+BY_SUB_BATCH = ("learnability", "uniform_learnability", "reference_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Manifest:
     round: int
     parent: str | None
     """sha256 of the manifest of the round before; None for round 0."""
+    first_batch: int
+    """Number of this round's first sub-batch, counted from round 0: where the reader's state stands before it."""
     sub_batch_size: int
     sub_batches: int
     columns: dict[str, str | None]
@@ -46,7 +49,17 @@ class Manifest:
     learnability: tuple[float | None, ...]
     """Per example, of each sub-batch, at the time it was chosen."""
     uniform_learnability: tuple[float | None, ...]
+    """Of a uniform sub-batch of the same super-batch."""
+    reference_loss: tuple[float, ...]
+    """Of each sub-batch, per example: the loss in training less this is the learnability when it is trained on."""
+    quality: dict[str, Any]
+    """How good this round and the one before it are, as far as can be known now: see `curate.quality`."""
     lineage: dict[str, Any]
+
+    @property
+    def stop_batch(self) -> int:
+        """Number of the first batch after this round."""
+        return self.first_batch + self.sub_batches
 
     def to_bytes(self) -> bytes:
         """The bytes that are committed.
@@ -77,8 +90,8 @@ class Manifest:
                 )
             files = tuple(CuratedFile(**file) for file in record.pop("files"))
             tallies = tuple(Tally(**tally) for tally in record.pop("tallies"))
-            learnability, uniform = tuple(record.pop("learnability")), tuple(record.pop("uniform_learnability"))
-            return cls(files=files, tallies=tallies, learnability=learnability, uniform_learnability=uniform, **record)
+            by_sub_batch: dict[str, Any] = {name: tuple(record.pop(name)) for name in BY_SUB_BATCH}
+            return cls(files=files, tallies=tallies, **by_sub_batch, **record)
         except (ValueError, KeyError, TypeError, AttributeError, RowsLostError) as error:
             raise UserError(f"{name}: expected a manifest, found something else ({error}); restore the file") from error
 

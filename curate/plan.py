@@ -9,7 +9,8 @@ from typing import Any
 
 from curate.encoder import create_model, store_encoder
 from curate.errors import UserError
-from curate.learner import first_learner
+from curate.learner import first_learner, newest_learner
+from curate.manifest import round_folder
 from curate.pool import take_inventory
 from curate.recipe import Recipe
 from curate.select import needs_learner
@@ -30,6 +31,7 @@ class Plan:
     learner: EncoderSpec | None
     """None if selection does not look at it."""
     learner_number: int | None
+    """Of the newest learner; None if there is none, as there need not be where selection does not look at it."""
 
     def to_bytes(self) -> bytes:
         """JSON for the root."""
@@ -48,12 +50,17 @@ class Plan:
         return cls(reference=EncoderSpec(**reference), learner=EncoderSpec(**learner) if learner else None, **record)
 
 
+def plan_name(number: int) -> str:
+    """Name of a round's plan within the root: a round that has one was begun."""
+    return f"{round_folder(number)}/plan.json"
+
+
 def pin_plan(
     store: Store,
     recipe: Recipe,
     *,
     base: Path,
-    folder: str,
+    number: int,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> Plan:
     """The plan that a round was begun with, else one made now from recipe, pool and newest learner.
@@ -62,14 +69,14 @@ def pin_plan(
         store: the root.
         recipe: the whole recipe.
         base: the recipe's folder.
-        folder: the round's.
+        number: of the round.
         progress: as `take_inventory` takes it.
 
     Raises:
         UserError: mistakes in pool or models, all together; or another recipe than the round was begun with.
         CommitConflictError: somebody else is beginning this round differently.
     """
-    name = f"{folder}/plan.json"
+    name = plan_name(number)
     if not store.exists(name):
         store.put_if_absent(name, _make(store, recipe, base, progress).to_bytes())
     plan = Plan.from_bytes(store.read_bytes(name))
@@ -77,7 +84,7 @@ def pin_plan(
         changed = "; ".join(_differences(plan.recipe, recipe.of_round()))
         raise UserError(
             f"{name}: this round was begun with another recipe ({changed}); finish it with that one, or delete "
-            f"{folder} to begin it anew"
+            f"{round_folder(number)} to begin it anew"
         )
     return plan
 
@@ -102,6 +109,7 @@ def _make(
     # Last, because it publishes: learner 0 must not outlive a recipe that is about to be mended.
     if needs_learner(recipe.selection):
         learner = first_learner(store, recipe.learner, base=base, seed=recipe.seed)
+    newest = learner or newest_learner(store)
     store.put_bytes(f"pools/{pool.fingerprint}.json", pool.to_bytes())
     return Plan(
         recipe=recipe.of_round(),
@@ -109,7 +117,7 @@ def _make(
         pool=pool.fingerprint,
         reference=reference,
         learner=learner.encoder if learner else None,
-        learner_number=learner.number if learner else None,
+        learner_number=newest.number if newest else None,
     )
 
 

@@ -6,8 +6,7 @@ row of round 0, of the next batch; so training may go on with another number of 
 """
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +23,7 @@ from curate.manifest import CuratedFile, Manifest, manifest_name, read_manifest,
 from curate.messages import one_line
 from curate.pool import ADDED_COLUMN, caption_bytes, image_bytes
 from curate.storage import Store
-
-FIRST_WAIT_S = 0.5
-LONGEST_WAIT_S = 15.0
+from curate.stream import await_round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +73,13 @@ class CuratedReader:
         tokenize: open_clip's tokenizer; captions are returned as they are if None.
         workers: processes that read, decode and tokenise ahead; batches come in order all the same.
         batch_size: global batch size that the trainer is about to use; refused unless it is b.
-        follow: wait for the next round where the committed ones end, rather than stop.
-        timeout_s: with `follow`, stop waiting after this long without a new round; for ever if None.
+        follow: wait for the next round where the committed ones end, until somebody ends the stream.
+        timeout_s: with `follow`, how long to wait for a round; for ever if None.
         verify: hash each file when it is first opened; its size is compared always.
 
     Raises:
         UserError: no such root, b not divisible by `world_size`, another batch size, a damaged file or manifest.
+        StreamStalledError: with `follow`, neither a round nor the end of the stream came within `timeout_s`.
     """
 
     def __init__(
@@ -109,6 +107,7 @@ class CuratedReader:
         self.verify = verify
         self.workers = workers
         self._next = 0
+        self._passed: list[tuple[str, int]] = []  # sha256 and stop_batch of the rounds that lie behind
         self._batches = _Batches(self.store, preprocess, tokenize)
 
     def state_dict(self) -> dict[str, int]:
@@ -126,7 +125,7 @@ class CuratedReader:
             raise UserError(f"state: expected {{'next_batch': n}} with n at least 0, found {state!r}")
         self._next = number
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         places = _Places()
         loader: DataLoader[Batch | UserError] = DataLoader(
             self._batches,
@@ -135,53 +134,47 @@ class CuratedReader:
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
-        first = 0  # number of the round's first batch
-        parent: str | None = None
-        number = 0
+        # A round once read is not read again, but for those that an earlier state goes back to.
+        while self._passed and self._passed[-1][1] > self._next:
+            self._passed.pop()
         try:
-            while (found := self._wait_for(number)) is not None:
+            while (found := self._read_round(len(self._passed))) is not None:
                 manifest, digest = found
-                self._check_parent(manifest, parent)
-                if self._next < first + manifest.sub_batches:
+                self._check_parent(manifest)
+                if self._next < manifest.stop_batch:
                     self._check_sizes(manifest)
                     self._check_files(manifest)
-                    places.places = self._of_round(manifest, first)[self._next - first :]
+                    places.places = self._of_round(manifest)[self._next - manifest.first_batch :]
                     for batch in loader:
                         if isinstance(batch, UserError):
                             raise UserError(*batch.lines)  # anew: one that this frame holds would keep it alive
                         self._next = batch.number + 1
                         yield batch
-                first += manifest.sub_batches
-                parent = digest
-                number += 1
+                self._passed.append((digest, manifest.stop_batch))
         finally:
             del loader  # its workers end now; the garbage collector would wait 5 s for each of them
-        if self._next > first:
+        stop = self._passed[-1][1] if self._passed else 0
+        if self._next > stop:
             raise UserError(
                 f"{self.store.url}: the state says that batch {self._next} is next, but the committed rounds hold only "
-                f"{first}; the state belongs to another root"
+                f"{stop}; the state belongs to another root"
             )
 
-    def _wait_for(self, number: int) -> tuple[Manifest, str] | None:
-        """The manifest of a round; with `follow`, once it is there. Followers ask for it by name, never list."""
-        wait = FIRST_WAIT_S
-        until = None if self.timeout_s is None else time.monotonic() + self.timeout_s
-        while (found := read_manifest(self.store, number)) is None and self.follow:
-            left = LONGEST_WAIT_S if until is None else until - time.monotonic()
-            if left <= 0:
-                return None
-            time.sleep(min(wait, left))
-            wait = min(2 * wait, LONGEST_WAIT_S)
+    def _read_round(self, number: int) -> tuple[Manifest, str] | None:
+        """The manifest of a round, with `follow` once it is there; None where the stream ends."""
+        if self.follow:
+            return await_round(self.store, number, timeout_s=self.timeout_s)
+        found = read_manifest(self.store, number)
         if found is None and number == 0:
             raise UserError(f"{self.store.url}: expected a committed round, found none; run: curate round RECIPE")
         return found
 
-    def _check_parent(self, manifest: Manifest, parent: str | None) -> None:
-        name = manifest_name(manifest.round)
-        if manifest.parent != parent:
+    def _check_parent(self, manifest: Manifest) -> None:
+        parent, stop = self._passed[-1] if self._passed else (None, 0)
+        if (manifest.parent, manifest.first_batch) != (parent, stop):
             raise UserError(
-                f"{name}: its parent is {manifest.parent}, but round {manifest.round - 1} as read here is {parent}; "
-                "the rounds of two roots are mixed: restore the root"
+                f"{manifest_name(manifest.round)}: its parent is {manifest.parent}, but round {manifest.round - 1} as "
+                f"read here is {parent}; the rounds of two roots are mixed: restore the root"
             )
 
     def _check_sizes(self, manifest: Manifest) -> None:
@@ -211,13 +204,13 @@ class CuratedReader:
             if found != file.sha256:
                 raise UserError(f"{name}: expected sha256 {file.sha256[:12]}, found {found[:12]}; restore the file")
 
-    def _of_round(self, manifest: Manifest, first: int) -> list[_Place]:
+    def _of_round(self, manifest: Manifest) -> list[_Place]:
         """This rank's slice of each sub-batch of a round."""
         b = manifest.sub_batch_size
         share = b // self.world_size
         return [
             _Place(
-                number=first + sub_batch,
+                number=manifest.first_batch + sub_batch,
                 round=manifest.round,
                 sub_batch=sub_batch,
                 file=f"{round_folder(manifest.round)}/{file.name}",

@@ -22,6 +22,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from curate.criteria import Criterion, Loss, Method
 from curate.errors import UserError
 
+Precision = Literal["fp32", "bf16"]
+
 
 class Section(BaseModel):
     """A table of the recipe. Unknown fields are mistakes, values are never coerced from another type."""
@@ -68,7 +70,7 @@ class EncoderSection(Section):
         None, description="open_clip pretrained tag or checkpoint file; random weights from the seed if not given"
     )
     trusted: bool = Field(False, description="allow a checkpoint that is not safetensors (it is unpickled)")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the forward pass; bf16 pays on GPUs")
+    precision: Precision = Field("fp32", description="arithmetic of the forward pass; bf16 pays on GPUs")
 
 
 class EmbedSection(Section):
@@ -131,14 +133,33 @@ class TrainSection(Section):
 
     data: Literal["rounds", "pool"] = Field("rounds", description="committed rounds, or uniform batches of the pool")
     steps: int | None = Field(
-        None, ge=1, validate_default=True, description="steps to train; every committed sub-batch if data is rounds"
+        None,
+        ge=1,
+        validate_default=True,
+        description="steps in all, where the cosine ends; without it the rate stays at its peak while rounds come",
     )
-    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak of the cosine schedule")
-    warmup_share: float = Field(0.05, ge=0, lt=1, description="share of the steps that warm up linearly")
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak, after the warm-up")
+    warmup_steps: int = Field(15, ge=0, description="steps that warm up linearly; 1 % of all is usual")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's")
     beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's; 0.999 spikes at high filter ratios (paper, A.2)")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    workers: int = Field(0, ge=0, description="decoding processes; 0 decodes in the trainer's own")
+    workers: int = Field(0, ge=0, description="decoding processes per rank; 0 decodes in the trainer's own")
+    follow: Literal["stop", "wait", "repeat"] = Field(
+        "stop",
+        description="after the newest round: stop, wait for the next one, or train on the newest again meanwhile",
+    )
+    max_wait_s: float | None = Field(
+        None, gt=0, description="longest wait for a round, seconds; for ever if not given; repeats do not count"
+    )
+    max_repeats: int = Field(1, ge=1, description='most times that a round is trained on again, with follow = "repeat"')
+    publish_every: int | None = Field(
+        None, ge=1, description="steps between published learners; one at the end of each round if not given"
+    )
+    checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints; one with each learner, too")
+    log_every: int = Field(10, ge=1, description="steps between lines of the log")
+    logs: str | None = Field(
+        None, description="local folder of log.jsonl and TensorBoard; trainer/ in the root, or here if that is on S3"
+    )
 
     @field_validator("steps")
     @classmethod
@@ -148,6 +169,45 @@ class TrainSection(Section):
                 "steps", 'must be given: with data = "pool" there is no natural end; add it or use --set train.steps=…'
             )
         return steps
+
+
+class EvaluateSection(Section):
+    """A held-out set on which the learner is measured while it trains."""
+
+    path: str | list[str] = Field(description="as pool.path; at most 100,000 pairs, which are held in memory")
+    image: str | None = Field(None, description="image column; found by convention if not given")
+    caption: str | None = Field(None, description="caption column; found by convention if not given")
+    label: str | None = Field(None, description="column of class names, for zero-shot classification")
+    templates: list[str] = Field(
+        ["a photo of a {}."],
+        min_length=1,
+        description="prompts for a class, {} being its name; embeddings are averaged",
+    )
+    every: int = Field(500, ge=1, description="steps between evaluations; also before the first step")
+    batch_size: int = Field(256, ge=1, description="pairs per forward pass")
+
+    @field_validator("templates")
+    @classmethod
+    def _name_the_class(cls, templates: list[str]) -> list[str]:
+        if bad := [template for template in templates if template.count("{}") != 1]:
+            raise PydanticCustomError("templates", "must each hold {} once; correct {bad}", {"bad": repr(bad[0])})
+        return templates
+
+
+class ScheduleSection(Section):
+    """`curate rounds`: when the next round begins."""
+
+    policy: Literal["learner", "ahead", "clock"] = Field(
+        "learner",
+        description="a round for each new learner; up to `ahead` rounds that the trainer has not finished; or by time",
+    )
+    ahead: int = Field(2, ge=1, description="with policy = ahead: 2 lets one be made while one is trained on")
+    every_s: float = Field(3600, gt=0, description="with policy = clock: seconds from one commit to the next round")
+    rounds: int | None = Field(
+        None, ge=1, description="rounds in all, whereupon the stream is ended; without it until somebody ends it"
+    )
+    attempts: int = Field(3, ge=1, description="tries of one round before giving up")
+    backoff_s: float = Field(10, ge=0, description="wait before the second try, doubled before each later one")
 
 
 class Recipe(Section):
@@ -163,10 +223,12 @@ class Recipe(Section):
     output: OutputSection = OutputSection()
     resources: ResourcesSection = ResourcesSection()
     train: TrainSection = TrainSection()
+    evaluate: EvaluateSection | None = Field(None, description="held-out set for `curate train`")
+    schedule: ScheduleSection = ScheduleSection()
 
     def of_round(self) -> dict[str, Any]:
         """The fields that decide what a round contains, as stored in its plan and its manifest."""
-        return self.model_dump(mode="json", exclude={"root", "resources", "train"})
+        return self.model_dump(mode="json", exclude={"root", "resources", "train", "evaluate", "schedule"})
 
     def fingerprint(self) -> str:
         """Hash of `of_round`: two recipes with the same fingerprint choose the same rounds."""
@@ -226,7 +288,7 @@ def _line(path: Path, details: ErrorDetails) -> str:
     known = _section(names[:-1]).model_fields
     found = "" if kind == "missing" or value is None or isinstance(value, dict) else f" = {value!r}"
     where = f"{path}: {name}{found}"
-    if kind in {"chunks", "steps"}:
+    if kind in {"chunks", "steps", "templates"}:
         return f"{where}: {details['msg']}"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], known, n=1)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from curate.errors import UserError
-from curate.jest import Embeddings, diagonal_losses, jointly_sample_batch, sub_batch_learnability
+from curate.jest import Embeddings, diagonal_losses, jointly_sample_batch, sub_batch_learnability, sub_batch_loss
 from curate.recipe import SelectionSection
 from curate.seeds import derive_seed
 from curate.selected import SELECTED_SCHEMA, SubBatchStats
@@ -112,8 +112,8 @@ def select_sub_batch(
             "learner's weights, and publish a sound one under the next number"
         )
     try:
-        ref = _embeddings(pool.reference, reference, device)
-        own = _embeddings(pool.learner, learner, device) if pool.learner is not None and learner is not None else None
+        ref = embeddings_of(pool.reference, reference, device)
+        own = embeddings_of(pool.learner, learner, device) if pool.learner is not None and learner is not None else None
         drawn = jointly_sample_batch(
             own,
             ref,
@@ -153,17 +153,23 @@ def select_sub_batch(
         kept=b,
         dropped={"not_selected": len(pool.rows) - b, "embedding_nonfinite": B - len(pool.rows)},
     )
+    reference_loss = sub_batch_loss(ref, drawn.positions, loss=selection.loss)
     learnability = uniform = None
     if own is not None:
-        learnability = sub_batch_learnability(own, ref, drawn.positions, loss=selection.loss)
+        learnability = sub_batch_loss(own, drawn.positions, loss=selection.loss) - reference_loss
         some = torch.randperm(len(pool.rows), generator=_generator(seed, "uniform", round_number, sub_batch))
         uniform = sub_batch_learnability(own, ref, some[:b].to(device), loss=selection.loss)
     return table, SubBatchStats(
-        sub_batch=sub_batch, tally=tally, learnability=learnability, uniform_learnability=uniform
+        sub_batch=sub_batch,
+        tally=tally,
+        learnability=learnability,
+        uniform_learnability=uniform,
+        reference_loss=reference_loss,
     )
 
 
-def _embeddings(vectors: tuple[Vectors, Vectors], scale: Scale, device: torch.device) -> Embeddings:
+def embeddings_of(vectors: tuple[Vectors, Vectors], scale: Scale, device: torch.device) -> Embeddings:
+    """Stored vectors as selection takes them, widened to float32."""
     zimg, ztxt = (torch.from_numpy(v).to(device).float() for v in vectors)
     return Embeddings(zimg, ztxt, scale.logit_scale, scale.logit_bias)
 

@@ -36,6 +36,8 @@ class SubBatchStats:
     learnability: float | None
     uniform_learnability: float | None
     """Of a uniform sub-batch of the same super-batch: what selection is to be compared with."""
+    reference_loss: float
+    """Of the whole sub-batch, per example: what the learner's loss in training is to be compared with."""
 
     def to_bytes(self) -> bytes:
         """JSON, for the metadata of the selected file."""
@@ -45,6 +47,7 @@ class SubBatchStats:
                 "tally": self.tally.to_json(),
                 "learnability": self.learnability,
                 "uniform_learnability": self.uniform_learnability,
+                "reference_loss": self.reference_loss,
             }
         ).encode()
 

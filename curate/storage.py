@@ -194,6 +194,19 @@ class Store:
                 "another writer published this name first, nothing was overwritten"
             )
 
+    def modified(self, name: str) -> float | None:
+        """Return when a name was last written, seconds since 1970 by the store's clock; None if it is absent."""
+        fs, path = self._locate(name)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _explained(self.url):
+            return float(os.stat(path).st_mtime if _is_local(self.url) else fs.modified(path).timestamp())
+        return None
+
+    def delete(self, name: str) -> None:
+        """Remove a name that is neither published nor wanted any more; nothing to do if it is absent."""
+        fs, path = self._locate(name)
+        with contextlib.suppress(FileNotFoundError), _explained(self.url):
+            fs.rm_file(path)
+
     def put_bytes(self, name: str, data: bytes) -> None:
         """Write or overwrite atomically: for caches and hints, never for what is published once."""
         fs, path = self._locate(name)

@@ -23,6 +23,8 @@ READ_ROWS = 1024
 class UniformBatch:
     """Pairs drawn without regard to what they are."""
 
+    number: int
+    """Of the batch, counted from the first of epoch 0."""
     images: Tensor
     """[b, 3, H, W]"""
     texts: Tensor
@@ -37,6 +39,8 @@ def uniform_batches(
     preprocess: Callable[[PIL.Image.Image], Tensor],
     tokenize: Callable[[list[str]], Tensor],
     threads: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[UniformBatch]:
     """Endless batches, epoch after epoch in new orders; rows that cannot be used are passed over.
 
@@ -47,11 +51,17 @@ def uniform_batches(
         preprocess: open_clip's transform.
         tokenize: open_clip's tokenizer.
         threads: that decode.
+        rank: whose slice of each batch is given; b divides by `world_size`.
+        world_size: number of ranks, each of which decodes all, because a row's place depends on those before it.
 
     Raises:
-        UserError: a whole epoch holds fewer than b usable rows.
+        UserError: a whole epoch holds fewer than b usable rows, or b does not divide by `world_size`.
         InputChangedError: a shard is not the file that was inventoried.
     """
+    if batch_size % world_size:
+        raise UserError(f"{batch_size} pairs per batch do not divide over {world_size} ranks; use a divisor")
+    share = batch_size // world_size
+    number = 0
     with ThreadPoolExecutor(threads) as executor:
         pairs: list[tuple[Tensor, str]] = []
         for epoch in range(2**31):
@@ -65,9 +75,11 @@ def uniform_batches(
                     found += len(usable)
                     pairs += usable
                     while len(pairs) >= batch_size:
-                        batch, pairs = pairs[:batch_size], pairs[batch_size:]
-                        images = torch.stack([image for image, _ in batch])
-                        yield UniformBatch(images=images, texts=tokenize([caption for _, caption in batch]))
+                        mine, pairs = pairs[rank * share : (rank + 1) * share], pairs[batch_size:]
+                        images = torch.stack([image for image, _ in mine])
+                        texts = tokenize([caption for _, caption in mine])
+                        yield UniformBatch(number=number, images=images, texts=texts)
+                        number += 1
             if found < batch_size:
                 raise UserError(f"pool: {found} of {pool.rows} rows can be used, a batch wants {batch_size}")
 

@@ -66,7 +66,10 @@ def train(
         Path | None, typer.Option(help='also save the model here, for `model = "local-dir:FOLDER"`')
     ] = None,
 ) -> None:
-    """Train the learner on committed rounds, or on uniform batches of the pool, and publish it."""
+    """Train the learner on committed rounds, or on uniform batches of the pool, and publish it.
+
+    Goes on from the newest checkpoint in the root. On N GPUs: torchrun --nproc-per-node N -m jobs.cli train RECIPE
+    """
     loaded = _load(recipe, overrides)
     from curate.encoder import fetch_model  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
@@ -75,8 +78,32 @@ def train(
     trained = run(loaded, base=recipe.parent)
     if save_to is not None:
         fetch_model(Store(loaded.root), trained.learner.encoder, save_to)
-    losses = trained.losses
-    print(f"learner {trained.learner.number}: {trained.steps} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}")
+    if losses := trained.losses:
+        print(f"learner {trained.learner.number}: {trained.steps} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}")
+    else:
+        print(f"learner {trained.learner.number}: was trained on all there is; run another round first")
+
+
+@app.command()
+def rounds(
+    recipe: RecipeArgument,
+    address: Annotated[
+        str | None, typer.Option(help="run each round as a job of this cluster: Ray's dashboard", metavar="URL")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="container image for these jobs", metavar="URI")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Schedule rounds: look at the root, run the next one when the policy says so, stop after [schedule] rounds."""
+    loaded = _load(recipe, overrides)
+    from curate.storage import Store  # noqa: PLC0415
+    from jobs import rounds as scheduler  # noqa: PLC0415
+
+    run = (
+        scheduler.as_jobs(recipe, overrides or [], address, image)
+        if address
+        else scheduler.in_own_ray(loaded, recipe.parent)
+    )
+    scheduler.schedule_rounds(Store(loaded.root), loaded.schedule, run, lambda line: print(line, flush=True))
 
 
 @app.command()
@@ -120,6 +147,43 @@ def reshard(
 
     for path in reshard_file(shard, to, rows_per_shard=rows, row_group_bytes=row_group_bytes):
         print(path)
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    command: Annotated[
+        list[str], typer.Argument(help="check, round, rounds or train, and its options", metavar="-- VERB [OPTIONS]")
+    ],
+    address: Annotated[
+        str, typer.Option(help="of Ray's dashboard", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", show_default=False)
+    ],
+    wait: Annotated[bool, typer.Option(help="show the log until the job has ended")] = True,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="folder to upload, with the recipe in it; .gitignore is honoured")
+    ] = None,
+    image: Annotated[str | None, typer.Option(help="container image to run in", metavar="URI")] = None,
+    requirements: Annotated[
+        Path | None, typer.Option(help="requirements.txt to be installed by uv before the job runs", metavar="FILE")
+    ] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the job; may be repeated")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Run a verb as a job of a Ray cluster; the same work is not run twice at a time."""
+    from jobs.submit import submit as run  # noqa: PLC0415
+
+    status = run(
+        recipe,
+        command,
+        address=address,
+        overrides=overrides or (),
+        wait=wait,
+        working_dir=working_dir,
+        image=image,
+        requirements=requirements,
+        env=env or (),
+    )
+    raise typer.Exit(status)
 
 
 def silence_open_clip() -> None:

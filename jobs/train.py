@@ -1,11 +1,19 @@
-"""The trainer: an open_clip model, open_clip's loss, committed rounds or uniform batches, a published learner.
+"""The trainer: an open_clip model, open_clip's loss, committed rounds or uniform batches, published learners.
 
-curate train RECIPE
+    curate train RECIPE
+    torchrun --nproc-per-node 8 -m jobs.cli train RECIPE
+
+It meets the curation in files alone: it reads committed rounds and publishes learners, and either can be killed and
+started again at any time. Its own state is a checkpoint in the root; from it a run goes on exactly, on any number of
+ranks that divides the batch.
 """
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,17 +25,30 @@ from tqdm import tqdm
 
 from curate.criteria import Loss
 from curate.encoder import eval_transform, load_model, store_encoder, store_model
-from curate.errors import UserError
-from curate.learner import LearnerCheckpoint, first_learner, record_learner
-from curate.manifest import last_round, read_manifest
+from curate.errors import CommitConflictError, UserError
+from curate.evaluate import HeldOut, evaluate, load_held_out
+from curate.learner import (
+    LearnerCheckpoint,
+    first_learner,
+    newest_learner,
+    read_learner,
+    record_learner,
+)
 from curate.pool import take_inventory
 from curate.reader import Batch, CuratedReader
 from curate.recipe import Recipe, TrainSection
+from curate.seeds import derive_seed
 from curate.storage import Store
 from curate.uniform import UniformBatch, uniform_batches
+from jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
+from jobs.ranks import Ranks, join_ranks
+from jobs.stretch import Stretch, committed_stretch, starved_stretch
+from jobs.train_log import TrainingLog, log_folder
 
 LARGEST_LOG_SCALE = math.log(100)
 """Where CLIP stops its temperature (arXiv 2103.00020, 2.5)."""
+VISIBLE_S = 300.0
+"""What one rank has seen of a shared file system every other sees within this time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,143 +56,335 @@ class Trained:
     """What one run of the trainer did."""
 
     learner: LearnerCheckpoint
+    """The newest one that it published, now or before."""
     steps: int
+    """Taken in this run."""
     losses: list[float]
     """Of each step; not comparable between ways of choosing batches."""
 
 
 def train(recipe: Recipe, *, base: Path) -> Trained:
-    """Train the learner and publish it.
+    """Train the learner and publish it, going on from the newest checkpoint.
 
-    With `train.data = "rounds"` the newest learner goes on where its reader stopped, through every committed
-    sub-batch. With `"pool"` the recipe's own model is trained from its start on uniform batches.
+    With `train.data = "rounds"` the learner is trained on every committed sub-batch and then, as `train.follow` says,
+    on those to come. With `"pool"` the recipe's own model is trained on uniform batches.
 
     Args:
         recipe: the whole recipe.
         base: the recipe's folder.
 
     Raises:
-        UserError: nothing to train on, or a loss that the model cannot have.
+        UserError: nothing to train on, a loss that the model cannot have or that is not finite any more.
+        StreamStalledError: neither a round nor the end of the stream came within `train.max_wait_s`.
+        CommitConflictError: another trainer publishes learners in this root.
     """
-    store = Store(recipe.root)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    of_rounds = recipe.train.data == "rounds"
-    if of_rounds:
-        start = first_learner(store, recipe.learner, base=base, seed=recipe.seed)
-    else:
-        encoder = store_encoder(store, recipe.learner, role="learner", base=base, seed=recipe.seed)
-        start = LearnerCheckpoint(number=0, encoder=encoder, step=0, next_batch=0)
-    model, config, tokenizer = load_model(store, start.encoder, device)
-    if recipe.selection.loss == "sigmoid" and getattr(model, "logit_bias", None) is None:
-        raise UserError(
-            f"learner.model = {recipe.learner.model!r}: the sigmoid loss has a bias and this model none; add "
-            '"init_logit_bias": -10 to its configuration, or set selection.loss = "softmax"'
-        )
+    with join_ranks() as ranks, contextlib.ExitStack() as stack:
+        return _Training(recipe, base, ranks, stack).run()
 
-    preprocess = eval_transform(model)
-    if of_rounds:
-        reader = CuratedReader(recipe.root, preprocess=preprocess, tokenize=tokenizer, workers=recipe.train.workers)
-        reader.load_state_dict({"next_batch": start.next_batch})
-        available = _committed_batches(store) - start.next_batch
-        steps = min(available, recipe.train.steps or available)
-        if steps < 1:
+
+class _Training:
+    """One run of the trainer on one rank."""
+
+    def __init__(self, recipe: Recipe, base: Path, ranks: Ranks, stack: contextlib.ExitStack) -> None:
+        self.recipe = recipe
+        self.settings = recipe.train
+        self.ranks = ranks
+        self.store = Store(recipe.root)
+        self.progress, checkpoint = ranks.agree(lambda: _begin(self.store, recipe, base))
+        self.model, self.config, self.tokenizer = load_model(self.store, self.progress.start, ranks.device)
+        self.preprocess = eval_transform(self.model)
+        loss = recipe.selection.loss
+        bias = getattr(self.model, "logit_bias", None)
+        if loss == "sigmoid" and bias is None:
             raise UserError(
-                f"{recipe.root}: learner {start.number} was trained on all committed rounds; run another round first"
+                f"learner.model = {recipe.learner.model!r}: the sigmoid loss has a bias and this model none; add "
+                '"init_logit_bias": -10 to its configuration, or set selection.loss = "softmax"'
             )
-        batches: Iterator[Batch | UniformBatch] = iter(reader)
-    else:
-        assert recipe.train.steps is not None  # the recipe's own law
-        steps = recipe.train.steps
-        batches = uniform_batches(
-            take_inventory(recipe.pool),
-            recipe.selection.sub_batch_size,
-            seed=recipe.seed,
-            preprocess=preprocess,
-            tokenize=tokenizer,
-            threads=max(1, recipe.train.workers),
+        if loss == "softmax" and bias is not None:
+            bias.requires_grad_(False)  # shifts every logit alike, so that this loss has no gradient for it
+        self.optimizer = _optimizer(self.model, self.settings)
+        if checkpoint is not None:
+            _, tensors = load_checkpoint(self.store, checkpoint)
+            restore(tensors, self.model, self.optimizer)
+        self.parallel = ranks.wrap(self.model)
+        self.criterion = _criterion(loss, ranks)
+        self.first_step = self.progress.step
+        self.losses: list[float] = []
+        self.held_out: HeldOut | None = None
+        self.log: TrainingLog | None = None
+        if ranks.first:
+            if recipe.evaluate is not None:
+                section = recipe.evaluate
+                self.held_out = load_held_out(
+                    section.path, image=section.image, caption=section.caption, label=section.label
+                )
+            # Without a checkpoint all lines are of a run that left nothing else.
+            step = self.progress.step if checkpoint is not None else -1
+            self.log = stack.enter_context(TrainingLog(log_folder(self.store, self.settings.logs), step=step))
+        steps = self.settings.steps
+        hidden = None if ranks.first else True  # None: where there is no terminal
+        self.bar = stack.enter_context(
+            tqdm(total=steps, initial=self.progress.step, desc="train", unit="step", disable=hidden)
         )
-    losses = fit(model, islice(batches, steps), steps=steps, loss=recipe.selection.loss, settings=recipe.train)
-    encoder = store_model(
-        store, model, config, tokenizer, source=start.encoder.source, precision=start.encoder.precision
-    )
-    learner = record_learner(
-        store,
-        encoder,
-        step=start.step + steps,
-        next_batch=start.next_batch + steps if of_rounds else 0,
-        # Learners of rounds descend from each other: of two trainers that started from one, the second is told.
-        number=start.number + 1 if of_rounds else None,
-    )
-    return Trained(learner=learner, steps=steps, losses=losses)
+        self.clock = time.monotonic()
+        if self.progress.step == 0 and checkpoint is None:
+            self._evaluate()
+
+    def run(self) -> Trained:
+        """Train until there is nothing more to train on, or all steps are taken."""
+        self._publish_due()
+        source: Generator[Batch | UniformBatch] = self._pool() if self.settings.data == "pool" else self._rounds()
+        with contextlib.closing(source):
+            for batch in source:
+                self._step(batch)
+        self._publish()
+        learner = read_learner(self.store, self.progress.learner)
+        return Trained(learner=learner, steps=self.progress.step - self.first_step, losses=self.losses)
+
+    # --- which batches ---------------------------------------------------------------------------------------------
+
+    def _pool(self) -> Generator[UniformBatch]:
+        """The rest of the uniform batches. Those that were taken are read again: where one begins depends on them."""
+        assert self.settings.steps is not None  # the recipe's own law
+        first, left = self.progress.next_batch, self.settings.steps - self.progress.step
+        if left <= 0:
+            return
+        batches = uniform_batches(
+            take_inventory(self.recipe.pool),
+            self.recipe.selection.sub_batch_size,
+            seed=self.recipe.seed,
+            preprocess=self.preprocess,
+            tokenize=self.tokenizer,
+            threads=max(1, self.settings.workers),
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+        yield from islice(batches, first, first + left)
+
+    def _rounds(self) -> Generator[Batch]:
+        """Committed batches, round after round, as the first rank finds them."""
+        reader = CuratedReader(
+            self.recipe.root,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            preprocess=self.preprocess,
+            tokenize=self.tokenizer,
+            workers=self.settings.workers,
+            follow=True,
+            timeout_s=VISIBLE_S,
+        )
+        batches: Iterator[Batch] | None = None
+        with contextlib.ExitStack() as stack:
+            while (stretch := self._next_stretch()) is not None:
+                # One iteration goes through many rounds, so that the reader's workers live on; a repeat goes back.
+                if batches is None or reader.state_dict()["next_batch"] != stretch.start:
+                    stack.close()
+                    reader.load_state_dict({"next_batch": stretch.start})
+                    batches = stack.enter_context(contextlib.closing(iter(reader)))
+                self.progress = replace(self.progress, next_batch=stretch.start, repeats=stretch.repeats)
+                yield from islice(batches, stretch.stop - stretch.start)
+
+    def _next_stretch(self) -> Stretch | None:
+        """Where training goes on, the same on every rank; None at the end."""
+        store, settings, now = self.store, self.settings, self.progress
+        found = self.ranks.agree(lambda: committed_stretch(store, next_batch=now.next_batch, repeats=now.repeats))
+        between_rounds = found is None or found.start == found.first
+        # Here and not where a round ends, or one that was killed in between would forget it. And before waiting in any
+        # case, because the next round may wait for this learner.
+        if found is None or (between_rounds and settings.publish_every is None):
+            self._publish()
+        if found is None:
+            self.bar.set_postfix_str("no round to train on")
+            found = self.ranks.agree(lambda: starved_stretch(store, settings, repeats=now.repeats))
+        if found is None or settings.steps is None:
+            return found
+        left = settings.steps - self.progress.step
+        return replace(found, stop=min(found.stop, found.start + left)) if left > 0 else None
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def _step(self, batch: Batch | UniformBatch) -> None:
+        settings, device = self.settings, self.ranks.device
+        step = self.progress.step + 1
+        assert isinstance(batch.images, Tensor), "the reader was given a transform"
+        assert isinstance(batch.texts, Tensor), "the reader was given a tokenizer"
+        # What a step draws (dropout, say) depends on nothing before it, so that a resumed one draws the same.
+        torch.manual_seed(derive_seed(self.recipe.seed, "step", step, self.ranks.rank))
+        rate = learning_rate(step, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.train()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            zimg, ztxt, scale, *bias = self.parallel(batch.images.to(device), batch.texts.to(device))
+        bias = bias if self.recipe.selection.loss == "sigmoid" else []
+        value = self.criterion(zimg.float(), ztxt.float(), scale, *bias)
+        loss = self.ranks.mean(value)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {step}: the loss is {loss}; the newest learner stays {self.progress.learner}: lower "
+                f"train.learning_rate = {settings.learning_rate} or train.grad_clip = {settings.grad_clip}"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, LARGEST_LOG_SCALE)
+
+        self.losses.append(loss)
+        self.progress = replace(self.progress, step=step, next_batch=batch.number + 1)
+        if isinstance(batch, Batch):
+            self.progress.batch_losses[batch.number] = loss
+        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        self.bar.update()
+        if step % settings.log_every == 0:
+            self._log(batch, loss=loss, learning_rate=rate, grad_norm=norm.item())
+        if self.recipe.evaluate is not None and step % self.recipe.evaluate.every == 0:
+            self._evaluate()
+        if settings.publish_every is not None and step % settings.publish_every == 0:
+            self._publish()
+        elif step % settings.checkpoint_every == 0:
+            self._save()
+
+    def _log(self, batch: Batch | UniformBatch, **values: float) -> None:
+        place: dict[str, Any] = {"batch": batch.number}
+        if isinstance(batch, Batch):
+            uids = self.ranks.gather(batch.uids)
+            digest = hashlib.sha256("\n".join(uid for part in uids for uid in part).encode()).hexdigest()
+            place |= {"round": batch.round, "sub_batch": batch.sub_batch, "uids_sha256": digest}
+        if self.log is None:
+            return
+        now = time.monotonic()
+        rows = len(batch.texts) * self.ranks.world_size * min(self.settings.log_every, len(self.losses))
+        bias = getattr(self.model, "logit_bias", None)
+        self.log.write(
+            self.progress.step,
+            **place,
+            **values,
+            logit_scale=self.model.logit_scale.exp().item(),
+            **({} if bias is None else {"logit_bias": bias.item()}),
+            rows_per_s=round(rows / max(1e-9, now - self.clock), 1),
+        )
+        self.clock = now
+
+    def _evaluate(self) -> None:
+        section = self.recipe.evaluate
+        if self.log is None or self.held_out is None or section is None:
+            return
+        found = evaluate(
+            self.model,
+            self.tokenizer,
+            self.preprocess,
+            self.held_out,
+            device=self.ranks.device,
+            batch_size=section.batch_size,
+            templates=section.templates,
+            threads=max(1, self.settings.workers),
+        )
+        self.log.write(self.progress.step, **found)
+
+    # --- what is left behind ---------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.ranks.first:
+            save_checkpoint(self.store, self.progress, self.model, self.optimizer)
+
+    def _publish(self) -> None:
+        """Publish the model as the next learner, unless the newest learner is this very model."""
+        step = self.progress.step
+        if self.progress.learner_step == step:
+            return
+        self.progress = replace(self.progress, learner=self.progress.learner + 1, learner_step=step, due=True)
+        self._save()
+        self._publish_due()
+
+    def _publish_due(self) -> None:
+        """Publish what the checkpoint says is due. Killed before it is done, the next run does it from there."""
+        if not self.progress.due:
+            return
+        if self.ranks.first:
+            start, progress = self.progress.start, self.progress
+            encoder = store_model(
+                self.store, self.model, self.config, self.tokenizer, source=start.source, precision=start.precision
+            )
+            try:
+                record_learner(
+                    self.store,
+                    encoder,
+                    step=progress.step,
+                    next_batch=progress.next_batch if progress.data == "rounds" else 0,
+                    number=progress.learner,
+                    batch_losses=progress.batch_losses,
+                )
+            except CommitConflictError as error:
+                raise CommitConflictError(
+                    f"{error}: learners descend from each other, and another trainer is at work in this root; stop "
+                    f"one of the two, or delete {FOLDER} in the root to go on from the newest learner"
+                ) from error
+        self.progress = replace(self.progress, due=False, batch_losses={})
 
 
-def fit(
-    model: Any, batches: Iterable[Batch | UniformBatch], *, steps: int, loss: Loss, settings: TrainSection
-) -> list[float]:
-    """Take one optimiser step per batch, learning rate warmed up linearly and let down along a cosine.
+def learning_rate(step: int, settings: TrainSection) -> float:
+    """The rate of a step, counted from 1: linear warm-up, then a cosine down to zero, if there is an end."""
+    done = step - 1
+    if done < settings.warmup_steps:
+        return settings.learning_rate * step / settings.warmup_steps
+    if settings.steps is None:
+        return settings.learning_rate
+    share = (done - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
-    Args:
-        model: of open_clip, on its device; trained in place.
-        batches: at most `steps` of them.
-        steps: length of the schedule.
-        loss: as the batches were chosen for.
-        settings: of the optimiser.
 
-    Returns:
-        The loss at each step, mean per example.
+def _begin(store: Store, recipe: Recipe, base: Path) -> tuple[Progress, str | None]:
+    """Where training stands, and the checkpoint that says so; None if it begins with a learner.
 
     Raises:
-        UserError: the loss is not finite any more.
+        UserError: the checkpoint is of another kind of training.
     """
+    if names := checkpoints(store):
+        progress, _ = load_checkpoint(store, names[-1])
+        if progress.data != recipe.train.data:
+            raise UserError(
+                f"train.data = {recipe.train.data!r}: {names[-1]} was trained with {progress.data!r}; choose another "
+                'root, and give its model as learner.model = "local-dir:FOLDER" (curate train --save-to FOLDER)'
+            )
+        return progress, names[-1]
+    if recipe.train.data == "rounds":
+        start = first_learner(store, recipe.learner, base=base, seed=recipe.seed)
+        encoder, step, next_batch, number = start.encoder, start.step, start.next_batch, start.number
+    else:
+        newest = newest_learner(store)
+        encoder = store_encoder(store, recipe.learner, role="learner", base=base, seed=recipe.seed)
+        step, next_batch, number = 0, 0, newest.number if newest else -1
+    progress = Progress(
+        data=recipe.train.data,
+        start=encoder,
+        step=step,
+        next_batch=next_batch,
+        learner=number,
+        learner_step=step,
+        batch_losses={},
+    )
+    return progress, None
+
+
+def _optimizer(model: Any, settings: TrainSection) -> torch.optim.Optimizer:
     # Gains, biases and the logit scale are not decayed, as in open_clip's own trainer.
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=settings.learning_rate,
         betas=(0.9, settings.beta2),
     )
-    warmup = max(1, round(settings.warmup_share * steps))
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    criterion = open_clip.loss.SigLipLoss() if loss == "sigmoid" else open_clip.loss.ClipLoss()
-    model.train()
-    device = model.logit_scale.device
-    losses: list[float] = []
-    with tqdm(batches, total=steps, desc="train", unit="step", disable=None) as bar:
-        for batch in bar:
-            assert isinstance(batch.images, Tensor), "the reader was given a transform"
-            assert isinstance(batch.texts, Tensor), "the reader was given a tokenizer"
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                zimg = model.encode_image(batch.images.to(device), normalize=True)
-                ztxt = model.encode_text(batch.texts.to(device), normalize=True)
-            scale = model.logit_scale.exp()
-            if loss == "sigmoid":
-                value = criterion(zimg.float(), ztxt.float(), scale, model.logit_bias)
-            else:
-                value = criterion(zimg.float(), ztxt.float(), scale)
-            losses.append(value.item())
-            if not math.isfinite(losses[-1]):
-                raise UserError(
-                    f"step {len(losses)} of {steps}: the loss is {losses[-1]}; nothing was published: lower "
-                    f"train.learning_rate = {settings.learning_rate} or train.grad_clip = {settings.grad_clip}"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(0, LARGEST_LOG_SCALE)
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    return losses
 
 
-def _committed_batches(store: Store) -> int:
-    manifests = (read_manifest(store, number) for number in range(last_round(store) + 1))
-    return sum(found[0].sub_batches for found in manifests if found)
+def _criterion(loss: Loss, ranks: Ranks) -> Any:
+    """open_clip's loss over all ranks' pairs, so that a sub-batch is one loss however many ranks share it.
+
+    Each rank computes its own rows' part, whose mean over the ranks is the loss, and so is that of their gradients.
+    """
+    where = {"rank": ranks.rank, "world_size": ranks.world_size}
+    if loss == "sigmoid":
+        return open_clip.loss.SigLipLoss(**where)
+    return open_clip.loss.ClipLoss(local_loss=True, gather_with_grad=True, **where)

@@ -7,11 +7,9 @@ dropped rows again. Here what remains to do is the set of shards whose file is m
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
@@ -27,8 +25,8 @@ from curate.pool import Columns, Pool, Shard
 from curate.recipe import EmbedSection, ResourcesSection
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from curate.walk import END, walk_keys
 from pipelines.cluster import device, free_cpus, gpus, largest_node_cpus, own_errors
+from pipelines.keys import KeyRange, Sample
 
 # A shard is one task. A slow CPU may spend hours on one, so Ray's guard of 30 minutes would stop healthy work.
 NO_PROGRESS_S = 6 * 3600
@@ -37,27 +35,6 @@ MOST_BLOCKS = 1000
 CPU_SHARE = 0.9
 # Without limits Ray restarts an actor for ever on a row that kills it.
 RETRIES = {"max_restarts": 4, "max_task_retries": 2}
-
-
-@dataclass(frozen=True, kw_only=True)
-class KeyRange:
-    """Rows to score: those whose key in this epoch's walk is at least `low` and below `high`."""
-
-    seed: int
-    epoch: int
-    low: int
-    high: int
-
-    @property
-    def scope(self) -> str:
-        """Names the folder of files that score these rows only."""
-        return f"walk-{self.seed}-{self.epoch}-{self.low:016x}-{self.high:016x}"
-
-    def wanted(self, content: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """Whether each content [n, 2] is in the range: [n]."""
-        keys = walk_keys(content, seed=self.seed, epoch=self.epoch)
-        below = np.ones(len(keys), bool) if self.high == END else keys < np.uint64(self.high)
-        return np.asarray((keys >= np.uint64(self.low)) & below)
 
 
 def missing_shards(store: Store, pool: Pool, spec: EncoderSpec, scope: str = "") -> set[int]:
@@ -75,6 +52,7 @@ def embed_pool(
     resources: ResourcesSection,
     *,
     key_range: KeyRange | None = None,
+    sample: Sample | None = None,
 ) -> None:
     """Write every embedding file that is missing; a pair that several encoders want is decoded once.
 
@@ -85,6 +63,7 @@ def embed_pool(
         settings: sizes.
         resources: number of actors and their threads.
         key_range: score only these rows, into files of their own.
+        sample: and these, with a `key_range`.
 
     Raises:
         UserError: a worker asks for more CPUs than any node has.
@@ -115,7 +94,7 @@ def embed_pool(
         warnings.filterwarnings("ignore", message="`ray_remote_args`")
         receipts = blocks.map_batches(
             EmbedShards,
-            fn_constructor_args=(store, list(encoders), settings, resources.threads, key_range),
+            fn_constructor_args=(store, list(encoders), settings, resources.threads, key_range, sample),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=workers),
@@ -143,6 +122,7 @@ class EmbedShards:
         settings: EmbedSection,
         threads: int,
         key_range: KeyRange | None,
+        sample: Sample | None,
     ) -> None:
         logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every load on the root logger
         torch.set_num_threads(threads)
@@ -150,7 +130,8 @@ class EmbedShards:
         self.settings = settings
         self.threads = threads
         self.scope = key_range.scope if key_range else ""
-        self.wanted: Wanted | None = key_range.wanted if key_range else None
+        self.key_range = key_range
+        self.sample = sample
         self.encoders = {spec.sha: load_encoder(store, spec, device()) for spec in encoders}
 
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
@@ -164,7 +145,16 @@ class EmbedShards:
                 self.store,
                 self.settings,
                 threads=self.threads,
-                wanted=self.wanted,
+                wanted=self._wanted(shard),
             )
             dropped = sum(rows for status, rows in counts.items() if status not in ("ok", NOT_SCORED))
             yield {"rows": [shard.rows], "dropped": [dropped]}
+
+    def _wanted(self, shard: Shard) -> Wanted | None:
+        """Which rows of a shard to score; all if None."""
+        key_range, sample = self.key_range, self.sample
+        if key_range is None:
+            return None
+        if sample is None or shard.index not in sample.shards:
+            return key_range.wanted
+        return lambda content: key_range.wanted(content) | sample.keys.wanted(content)

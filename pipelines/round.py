@@ -14,10 +14,13 @@ from curate.plan import Plan, pin_plan
 from curate.pool import Pool, load_pool
 from curate.recipe import Recipe
 from curate.storage import Store
+from curate.stream import END_NAME, stream_end
 from curate.tally import Tally
 from curate.walk import Walk, WalkRange, next_range
 from pipelines.cluster import connect
-from pipelines.embed import KeyRange, embed_pool
+from pipelines.embed import embed_pool
+from pipelines.keys import KeyRange, fixed_sample
+from pipelines.quality import measure_round
 from pipelines.select import select_round
 from pipelines.walk import lay_walk
 from pipelines.write import write_round
@@ -46,11 +49,13 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
         )
     if (committed := read_manifest(store, number)) is not None:
         return committed[0]
+    if stream_end(store) is not None:
+        raise UserError(f"{store.url}: the stream of rounds was ended after round {newest}; delete {END_NAME} to go on")
     store.probe()
     connect(recipe.resources.address)
 
     folder = round_folder(number)
-    plan = pin_plan(store, recipe, base=base, folder=folder, progress=_footers_bar)
+    plan = pin_plan(store, recipe, base=base, number=number, progress=_footers_bar)
     steps = steps_folder(number, plan.digest)
     pool = load_pool(store, plan.pool)
     parent = read_manifest(store, number - 1)
@@ -83,6 +88,18 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
         folder=folder,
         steps=steps,
     )
+    quality = measure_round(
+        store,
+        pool,
+        plan,
+        recipe,
+        parent=parent[0] if parent else None,
+        scope=scope,
+        steps=steps,
+        sub_batches=walk_range.super_batches,
+        through=_through(plan, recipe),
+        epoch=walk_range.epoch,
+    )
 
     taken = walk_range.super_batches * selection.super_batch_size
     waiting = Tally(
@@ -95,6 +112,7 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
     manifest = Manifest(
         round=number,
         parent=parent[1] if parent else None,
+        first_batch=parent[0].stop_batch if parent else 0,
         sub_batch_size=selection.sub_batch_size,
         sub_batches=walk_range.super_batches,
         columns=pool.columns.__dict__,
@@ -103,6 +121,8 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
         tallies=(walk.embedded, walk.deduplicated, waiting, selected),
         learnability=tuple(s.learnability for s in stats),
         uniform_learnability=tuple(s.uniform_learnability for s in stats),
+        reference_loss=tuple(s.reference_loss for s in stats),
+        quality=quality,
         lineage=lineage(plan, pool, walk_range, recipe),
     )
     commit(store, manifest)
@@ -126,7 +146,15 @@ def embed_learner(store: Store, pool: Pool, plan: Plan, recipe: Recipe, epoch: i
     if plan.learner is None or _whole_pool(pool, recipe):
         return ""
     keys = KeyRange(seed=recipe.seed, epoch=epoch, low=boundaries[0], high=boundaries[-1])
-    embed_pool(store, pool, [plan.learner], recipe.embed, recipe.resources, key_range=keys)
+    embed_pool(
+        store,
+        pool,
+        [plan.learner],
+        recipe.embed,
+        recipe.resources,
+        key_range=keys,
+        sample=fixed_sample(pool, recipe.seed),
+    )
     return keys.scope
 
 

@@ -55,7 +55,9 @@ def select_round(
     def split(shards: list[Shard]) -> list[Candidates]:
         loaded = Candidates.concatenate(
             [
-                _load(store, shard, reference, learner, learner_scope, boundaries, seed, walk_range.epoch)
+                load_candidates(
+                    store, shard, reference, learner, learner_scope, boundaries, seed=seed, epoch=walk_range.epoch
+                )
                 for shard in shards
             ]
         )
@@ -79,13 +81,14 @@ def select_round(
     return [read_selected(store, name)[1] for name in names]
 
 
-def _load(
+def load_candidates(
     store: Store,
     shard: Shard,
     reference: EncoderSpec,
     learner: EncoderSpec | None,
     learner_scope: str,
     boundaries: Sequence[int],
+    *,
     seed: int,
     epoch: int,
 ) -> Candidates:

@@ -123,6 +123,7 @@ def commit_round(
     manifest = Manifest(
         round=number,
         parent=parent[1] if parent else None,
+        first_batch=parent[0].stop_batch if parent else 0,
         sub_batch_size=b,
         sub_batches=len(sub_batches),
         columns=pool.columns.__dict__,
@@ -131,6 +132,8 @@ def commit_round(
         tallies=(Tally(step="select", rows_in=pool.rows, kept=kept, dropped={"not_selected": pool.rows - kept}),),
         learnability=(None,) * len(sub_batches),
         uniform_learnability=(None,) * len(sub_batches),
+        reference_loss=(0.5,) * len(sub_batches),
+        quality={},
         lineage={"made": "by a test"},
     )
     commit(store, manifest)

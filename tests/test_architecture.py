@@ -38,10 +38,13 @@ ORDER = [
     "select",
     "manifest",
     "write",
+    "quality",
     "plan",
     # those who look at rounds
+    "stream",
     "reader",
     "uniform",
+    "evaluate",
     "explain",
     "__init__",
 ]
@@ -181,6 +184,7 @@ def test_the_selection_exports() -> None:
         "diagonal_losses",
         "jointly_sample_batch",
         "sub_batch_learnability",
+        "sub_batch_loss",
     ]
 
 
@@ -191,7 +195,7 @@ def test_the_command_line_has_these_verbs() -> None:
             for decorator in node.decorator_list:
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "app.command":
                     verbs[ast.literal_eval(decorator.args[0]) if decorator.args else node.name] = node
-    assert list(verbs) == ["check", "round", "train", "show", "reshard"]
+    assert list(verbs) == ["check", "round", "train", "rounds", "show", "reshard", "submit"]
     assert all(ast.get_docstring(function) for function in verbs.values())
 
 
@@ -208,6 +212,7 @@ def test_exit_statuses() -> None:
         "UserError": 2,
         "InputChangedError": 2,
         "RowsLostError": 1,
+        "StreamStalledError": 1,
         "CommitConflictError": 3,
         "CommitUnknownError": 1,
     }

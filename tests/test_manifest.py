@@ -38,6 +38,7 @@ def manifest(store: Store | None, number: int = 0, parent: str | None = None) ->
     return Manifest(
         round=number,
         parent=parent,
+        first_batch=4 * number,
         sub_batch_size=4,
         sub_batches=4,
         columns={"image": "jpg", "caption": "ü", "uid": None},
@@ -50,6 +51,8 @@ def manifest(store: Store | None, number: int = 0, parent: str | None = None) ->
         ),
         learnability=(0.1, None, 0.3, -1.5e-9),
         uniform_learnability=(None, 0.2, 0.3, 0.4),
+        reference_loss=(0.1, 0.2, 0.3, 0.4),
+        quality={"unique_examples": 16},
         lineage={"seed": 0, "reference": {"sha": "x"}, "shards": [1, 2]},
     )
 

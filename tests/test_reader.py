@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ import torch
 from PIL import Image
 
 import curate.reader
+import curate.stream
 from curate import CuratedReader
-from curate.errors import UserError
+from curate.errors import StreamStalledError, UserError
 from curate.manifest import Manifest, manifest_name, read_manifest, round_folder
 from curate.pool import Pool
 from curate.reader import Batch
 from curate.storage import Store
+from curate.stream import end_stream, stream_end
 from jobs.drawn_pool import draw_pair
 from tests.helpers import commit_round, commit_rounds, drawn_pool, write_pool
 
@@ -60,7 +62,7 @@ def copied(committed: tuple[str, list[list[str]]], tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curate.reader, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(curate.stream, "FIRST_WAIT_S", 0.01)
 
 
 def refusal(what: Callable[[], Any]) -> str:
@@ -308,7 +310,7 @@ def test_a_follower_picks_up_what_is_published_later(tmp_path: Path, pool: Pool,
     found += [next(batches), next(batches)]
     assert uids(found) == [[f"{s:05d}{row:04d}" for s, row in batch] for batch in places]
     assert [batch.round for batch in found] == [0, 0, 1, 1]
-    reader.timeout_s = 0.1
+    end_stream(store)
     assert next(batches, None) is None
 
 
@@ -333,24 +335,60 @@ def test_a_follower_checks_the_parent_of_what_is_published_later(tmp_path: Path,
 
 
 @pytest.mark.parametrize("rounds", [0, 1])
-def test_a_follower_stops_when_nothing_comes_for_so_long(tmp_path: Path, pool: Pool, rounds: int, monkeypatch):
-    monkeypatch.setattr(curate.reader, "FIRST_WAIT_S", 0.25)
+def test_a_follower_says_when_nothing_came_for_so_long(tmp_path: Path, pool: Pool, rounds: int, monkeypatch):
+    monkeypatch.setattr(curate.stream, "FIRST_WAIT_S", 0.25)
     store = Store(str(tmp_path / "root"))
     if rounds:
         commit_round(store, pool, [[(0, 0), (0, 1)]], number=0)
     start = time.monotonic()
-    assert len(list(CuratedReader(store.url, follow=True, timeout_s=0.4))) == rounds
+    batches = iter(CuratedReader(store.url, follow=True, timeout_s=0.4))
+    assert sum(1 for _ in islice(batches, rounds)) == rounds
+    with pytest.raises(StreamStalledError, match=f"round {rounds} did not come within 0.4 s"):
+        next(batches)
     assert 0.39 <= time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_follower_stops_where_the_stream_was_ended(root: str, pool: Pool, rounds: int):
+    store = Store(root)
+    for number in range(rounds):
+        commit_round(store, pool, [[(0, 0), (0, 1)]], number=number)
+    assert end_stream(store) == end_stream(store) == stream_end(store) == rounds
+    assert len(list(CuratedReader(root, follow=True, timeout_s=30))) == rounds
+
+
+def test_an_end_that_comes_while_a_follower_waits(tmp_path: Path, pool: Pool, publisher):
+    store = Store(str(tmp_path / "root"))
+    commit_round(store, pool, [[(0, 0), (0, 1)]], number=0)
+    batches = iter(CuratedReader(store.url, follow=True, timeout_s=30))
+    next(batches)
+    publisher(lambda: end_stream(store))
+    assert next(batches, None) is None
+
+
+def test_rounds_behind_are_not_read_again(tmp_path: Path, pool: Pool, monkeypatch):
+    store = Store(str(tmp_path / "root"))
+    commit_rounds(store, pool, rounds=3, sub_batches=2, b=4)
+    reader = CuratedReader(store.url)
+    first = uids(list(reader))
+    read: list[int] = []
+    monkeypatch.setattr(curate.reader, "read_manifest", lambda s, n: read.append(n) or read_manifest(s, n))
+    assert list(reader) == []
+    assert read == [3]
+    reader.load_state_dict({"next_batch": 3})
+    assert uids(list(reader)) == first[3:]
+    assert read == [3, 1, 2, 3]
+
+
 def test_a_follower_waits_for_all_of_its_time(tmp_path: Path, pool: Pool, publisher, monkeypatch):
-    monkeypatch.setattr(curate.reader, "FIRST_WAIT_S", 0.3)
+    monkeypatch.setattr(curate.stream, "FIRST_WAIT_S", 0.3)
     store = Store(str(tmp_path / "root"))
     manifest = commit_round(store, pool, [[(0, 0), (0, 1)]], number=0)
     store.local_path(manifest_name(0)).unlink()
     publisher(lambda: store.put_bytes(manifest_name(0), manifest.to_bytes()), 0.4)
     # Looked for at 0, at 0.3 and, rather than at 0.9, at the end.
-    assert len(list(CuratedReader(store.url, follow=True, timeout_s=0.8))) == 1
+    batches = iter(CuratedReader(store.url, follow=True, timeout_s=0.8))
+    assert next(batches).round == 0
 
 
 def test_a_round_that_is_not_committed_is_not_there(copied: str, committed):

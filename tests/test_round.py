@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from curate.embeddings import read_embeddings
+from curate.embeddings import contents, read_embeddings
 from curate.errors import UserError
 from curate.explain import describe_round, explain_uid, summarize_rounds
 from curate.learner import newest_learner
@@ -23,6 +23,7 @@ from curate.recipe import Recipe
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool
 from jobs.train import train
+from pipelines.keys import KeyRange
 from pipelines.round import run_round
 from tests.helpers import write_tiny
 
@@ -215,9 +216,12 @@ def test_small_rounds_walk_through_the_pool_without_replacement(world: Path, war
         learner = manifest.lineage["learner"]["model"]
         (scope,) = {name for name in store.list(f"embeddings/{learner}") if "/walk-" in name} - set(scopes)
         scopes.append(scope)
-        tables = [read_embeddings(store, name, ["uid", "status"]) for name in store.list(scope)]
-        scored = pa.concat_tables(tables).filter(pc.field("status") == "ok")["uid"].to_pylist()
-        offered.append({originals[uid] for uid in scored})
+        tables = [read_embeddings(store, name, ["uid", "status", "content"]) for name in store.list(scope)]
+        scored = pa.concat_tables(tables).filter(pc.field("status") == "ok")
+        low, high = (int(bound, 16) for bound in scope.rsplit("-", 2)[1:])
+        candidates = KeyRange(seed=0, epoch=0, low=low, high=high).wanted(contents(scored["content"]))
+        offered.append({originals[uid] for uid in scored.filter(pa.array(candidates))["uid"].to_pylist()})
+        assert len(scored) - candidates.sum() < 0.15 * ROWS  # the sample, by which learners are compared
         assert len(offered[-1]) == 5 * B_SMALL
     assert not offered[0] & offered[1]
 

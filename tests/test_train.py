@@ -1,7 +1,10 @@
 """The trainer learns from exactly the batches that it should, always the same way, and publishes what it learned."""
 
+import hashlib
+import json
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,15 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import curate.stream
 import jobs.train
 from curate.encoder import load_model
-from curate.errors import InputChangedError, UserError
-from curate.learner import newest_learner
+from curate.errors import CommitConflictError, InputChangedError, StreamStalledError, UserError
+from curate.learner import LearnerCheckpoint, newest_learner, read_learner, record_learner
+from curate.manifest import manifest_name
 from curate.pool import Pool
-from curate.recipe import Recipe
+from curate.recipe import Recipe, TrainSection
 from curate.storage import Store
+from curate.stream import end_stream
 from curate.uniform import uniform_batches
-from jobs.train import Trained, train
+from jobs.checkpoint import checkpoints
+from jobs.train import Trained, learning_rate, train
 from tests.helpers import CPU, commit_round, drawn_pool, write_tiny
 
 torch.set_num_threads(1)
@@ -41,7 +48,7 @@ def recipe(
             "pool": {"path": str(Path(pool.shards[0].path).parent)},
             "learner": {"model": "tiny.json"},
             "selection": {"sub_batch_size": b, "n_chunks": 4, "loss": loss},
-            "train": {"learning_rate": 3e-3} | train,
+            "train": {"learning_rate": 3e-3, "warmup_steps": 2, "log_every": 1} | train,
         }
     )
 
@@ -75,7 +82,7 @@ def mean(losses: list[float]) -> float:
 @pytest.mark.parametrize(("loss", "most"), [("softmax", 1.5), ("sigmoid", 3.85)])
 def test_training_lowers_the_loss_and_publishes(tmp_path: Path, loss: str, most: float):
     few = drawn_pool(tmp_path / "pool", rows=16)
-    made = recipe(tmp_path, few, loss=loss, data="pool", steps=50, warmup_share=0.1)
+    made = recipe(tmp_path, few, loss=loss, data="pool", steps=50, warmup_steps=5)
     done = trained(made, tmp_path)
     assert done.steps == len(done.losses) == 50
     assert done.losses[0] > {"softmax": 2.5, "sigmoid": 5}[loss]
@@ -98,12 +105,12 @@ def test_twice_the_same_weights(tmp_path: Path, pool: Pool):
 
 def test_the_published_weights_are_the_trained_ones(tmp_path: Path, pool: Pool, monkeypatch):
     models = []
-    fit = jobs.train.fit
-    monkeypatch.setattr(jobs.train, "fit", lambda model, *args, **how: models.append(model) or fit(model, *args, **how))
+    load = jobs.train.load_model
+    monkeypatch.setattr(jobs.train, "load_model", lambda *args: models.append(load(*args)) or models[-1])
     made = recipe(tmp_path, pool, data="pool", steps=3)
     trained(made, tmp_path)
     found = weights(made)
-    assert all(found[name].equal(tensor) for name, tensor in models[0].state_dict().items())
+    assert all(found[name].equal(tensor) for name, tensor in models[0][0].state_dict().items())
 
 
 def test_precision_is_kept(tmp_path: Path, pool: Pool):
@@ -133,58 +140,79 @@ def test_a_loss_that_is_not_finite_any_more(tmp_path: Path, pool: Pool):
 # --- committed rounds --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[str]]]:
-    """Number and uids of each batch that is trained on."""
-    found: list[tuple[int, list[str]]] = []
-    fit = jobs.train.fit
-
-    def spy(model: Any, batches: Iterator[Any], **how: Any) -> list[float]:
-        def noted() -> Iterator[Any]:
-            for batch in batches:
-                found.append((batch.number, batch.uids))
-                yield batch
-
-        return fit(model, noted(), **how)
-
-    monkeypatch.setattr(jobs.train, "fit", spy)
-    return found
-
-
 def sub_batches(first: int, count: int, b: int = 8) -> list[list[tuple[int, int]]]:
     return [[(0, b * i + j) for j in range(b)] for i in range(first, first + count)]
 
 
-def expected(first: int, count: int) -> list[tuple[int, list[str]]]:
-    return [(first + i, [f"{s:05d}{row:04d}" for s, row in batch]) for i, batch in enumerate(sub_batches(first, count))]
+def expected(first: int, count: int) -> list[tuple[int, str]]:
+    """Number and digest of the uids of each batch that is to be trained on."""
+    uids = [[f"{s:05d}{row:04d}" for s, row in batch] for batch in sub_batches(first, count)]
+    return [(first + i, hashlib.sha256("\n".join(batch).encode()).hexdigest()) for i, batch in enumerate(uids)]
+
+
+def log(recipe: Recipe) -> list[dict[str, Any]]:
+    lines = (Path(recipe.root) / "trainer/log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def seen(recipe: Recipe) -> list[tuple[int, str]]:
+    """Number and digest of the uids of each batch that was trained on, by the log."""
+    lines = [line for line in log(recipe) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [(line["batch"], line["uids_sha256"]) for line in lines]
+
+
+def learners(recipe: Recipe) -> list[LearnerCheckpoint]:
+    newest = newest_learner(Store(recipe.root))
+    return [read_learner(Store(recipe.root), number) for number in range(newest.number + 1)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_every_committed_batch_once(tmp_path: Path, pool: Pool, seen, workers: int):
+def test_every_committed_batch_once(tmp_path: Path, pool: Pool, workers: int):
     made = recipe(tmp_path, pool, b=8, workers=workers)
     store = Store(made.root)
     commit_round(store, pool, sub_batches(0, 3), number=0)
     commit_round(store, pool, sub_batches(3, 2), number=1)
     first = trained(made, tmp_path)
-    assert seen == expected(0, 5)
-    assert (first.learner.number, first.learner.step, first.learner.next_batch) == (1, 5, 5)
+    assert seen(made) == expected(0, 5)
+    # One learner at the end of each round, each with the losses of its own batches.
+    assert [(one.number, one.step, one.next_batch) for one in learners(made)] == [(0, 0, 0), (1, 3, 3), (2, 5, 5)]
+    assert [list(one.batch_losses) for one in learners(made)] == [[], [0, 1, 2], [3, 4]]
+    assert first.learner == learners(made)[-1]
+    assert [loss for one in learners(made) for loss in one.batch_losses.values()] == first.losses
 
-    assert "trained on all committed rounds; run another round first" in refusal(made, tmp_path)
-    assert newest_learner(store) == first.learner
+    # Again, with nothing new: nothing happens.
+    again = trained(made, tmp_path)
+    assert (again.steps, again.learner) == (0, first.learner)
+    assert len(learners(made)) == 3
 
     commit_round(store, pool, sub_batches(5, 2), number=2)
     before = weights(made)
     second = trained(made, tmp_path)
-    assert seen[5:] == expected(5, 2)
-    assert (second.learner.number, second.learner.step, second.learner.next_batch) == (2, 7, 7)
+    assert seen(made) == expected(0, 7)
+    assert (second.learner.number, second.learner.step, second.learner.next_batch) == (3, 7, 7)
     assert any(not tensor.equal(before[name]) for name, tensor in weights(made).items())
 
 
-def test_fewer_steps_than_there_are_batches(tmp_path: Path, pool: Pool, seen):
-    made = recipe(tmp_path, pool, b=8, steps=2)
-    commit_round(Store(made.root), pool, sub_batches(0, 5), number=0)
-    assert [trained(made, tmp_path).learner.next_batch for _ in range(3)] == [2, 4, 5]
-    assert seen == expected(0, 5)
+def test_steps_are_those_of_all_runs_together(tmp_path: Path, pool: Pool):
+    made = recipe(tmp_path, pool, b=8, steps=4)
+    commit_round(Store(made.root), pool, sub_batches(0, 3), number=0)
+    assert trained(made, tmp_path).steps == 3
+    commit_round(Store(made.root), pool, sub_batches(3, 3), number=1)
+    last = trained(made, tmp_path)
+    assert (last.steps, last.learner.next_batch) == (1, 4)
+    assert trained(made, tmp_path).steps == 0
+    assert seen(made) == expected(0, 4)
+
+
+def test_learners_every_so_many_steps(tmp_path: Path, pool: Pool):
+    made = recipe(tmp_path, pool, b=8, publish_every=2)
+    commit_round(Store(made.root), pool, sub_batches(0, 3), number=0)
+    commit_round(Store(made.root), pool, sub_batches(3, 2), number=1)
+    trained(made, tmp_path)
+    # One more where the batches end: the next round may be waiting for it.
+    assert [one.step for one in learners(made)] == [0, 2, 4, 5]
+    assert [list(one.batch_losses) for one in learners(made)] == [[], [0, 1], [2, 3], [4]]
 
 
 def test_rounds_are_trained_on_the_same_way_twice(tmp_path: Path, pool: Pool):
@@ -197,7 +225,229 @@ def test_rounds_are_trained_on_the_same_way_twice(tmp_path: Path, pool: Pool):
 
 
 def test_no_rounds_at_all(tmp_path: Path, pool: Pool):
-    assert "run another round first" in refusal(recipe(tmp_path, pool), tmp_path)
+    assert "expected a committed round, found none" in refusal(recipe(tmp_path, pool), tmp_path)
+
+
+# --- following ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curate.stream, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(curate.stream, "LONGEST_WAIT_S", 0.1)
+
+
+class Curation(threading.Thread):
+    """Commits each further round as soon as a learner of this number is published, then ends the stream."""
+
+    def __init__(self, recipe: Recipe, pool: Pool, wanted: list[int]) -> None:
+        super().__init__(daemon=True)
+        self.recipe, self.pool, self.wanted = recipe, pool, wanted
+        self.start()
+
+    def run(self) -> None:
+        store = Store(self.recipe.root)
+        for number, learner in enumerate(self.wanted):
+            while (newest := newest_learner(store)) is None or newest.number < learner:
+                time.sleep(0.01)
+            commit_round(store, self.pool, sub_batches(2 * number, 2), number=number)
+        end_stream(store)
+
+
+def test_a_trainer_waits_for_rounds_until_the_stream_is_ended(tmp_path: Path, pool: Pool):
+    made = recipe(tmp_path, pool, b=8, follow="wait", max_wait_s=60)
+    curation = Curation(made, pool, [0, 1, 2])
+    assert trained(made, tmp_path).steps == 6
+    curation.join()
+    assert seen(made) == expected(0, 6)
+    assert [one.step for one in learners(made)] == [0, 2, 4, 6]
+    assert trained(made, tmp_path).steps == 0  # the end is still the end
+
+
+def test_a_wait_has_a_bound(tmp_path: Path, pool: Pool):
+    made = recipe(tmp_path, pool, b=8, follow="wait", max_wait_s=0.2)
+    commit_round(Store(made.root), pool, sub_batches(0, 2), number=0)
+    with pytest.raises(StreamStalledError, match=r"round 1 did not come within 0\.2 s"):
+        trained(made, tmp_path)
+    assert [one.step for one in learners(made)] == [0, 2]  # what was learned is not lost
+
+
+def test_the_newest_round_again_while_none_comes(tmp_path: Path, pool: Pool):
+    made = recipe(tmp_path, pool, b=8, follow="repeat", max_repeats=2, max_wait_s=60)
+    # Round 1 comes after round 0 was trained on three times; round 2 is the last one and trained on once.
+    curation = Curation(made, pool, [0, 3])
+    trained(made, tmp_path)
+    curation.join()
+    numbers = [number for number, _ in seen(made)]
+    assert numbers[:6] == [0, 1, 0, 1, 0, 1]
+    assert numbers[6:8] == [2, 3]
+    assert set(numbers[8:]) <= {2, 3}  # again, if the end came a little later than the round
+    digests = dict(expected(0, 4))
+    assert seen(made) == [(number, digests[number]) for number in numbers]
+
+
+# --- interrupted -------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for what no `except` of ours catches."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, call: int, *, after: bool) -> None:
+    """Let the trainer die at the `call`-th call of one of its functions, before or after it has done its work."""
+    real = getattr(jobs.train, where)
+    calls = iter(range(1, 1000))
+
+    def dying(*args: Any, **how: Any) -> Any:
+        number = next(calls)
+        if number == call and not after:
+            raise Killed
+        result = real(*args, **how)
+        if number == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(jobs.train, where, dying)
+
+
+# Of 7 steps in rounds of 4 and 3, checkpoints after 2, 4, 6 and 7, learners after 4 and 7.
+@pytest.mark.parametrize(
+    ("where", "call", "after"),
+    [
+        ("learning_rate", 1, False),  # before the first step
+        ("learning_rate", 4, False),  # between checkpoints
+        ("save_checkpoint", 2, True),  # at the end of a round, before it is known to be the end
+        ("save_checkpoint", 3, False),
+        ("save_checkpoint", 3, True),  # a learner is due
+        ("store_model", 1, True),
+        ("record_learner", 1, True),
+        ("record_learner", 2, False),
+    ],
+)
+def test_killed_anywhere_and_started_again_equals_undisturbed(
+    tmp_path: Path, undisturbed: tuple[Recipe, Trained], pool: Pool, where: str, call: int, after: bool
+):
+    made = undisturbed[0].model_copy(update={"root": str(tmp_path / "killed")})
+    commit_two_rounds(made, pool)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, where, call, after=after)
+        with pytest.raises(Killed):
+            train(made, base=Path(undisturbed[0].root).parent)
+    train(made, base=Path(undisturbed[0].root).parent)
+    clean = [{k: v for k, v in line.items() if k != "rows_per_s"} for line in log(undisturbed[0])]
+    assert [{k: v for k, v in line.items() if k != "rows_per_s"} for line in log(made)] == clean
+    assert learners(made) == learners(undisturbed[0])  # weights by their hash, and every loss
+    assert len(checkpoints(Store(made.root))) == 2
+
+
+def commit_two_rounds(made: Recipe, pool: Pool) -> None:
+    commit_round(Store(made.root), pool, sub_batches(0, 4), number=0)
+    commit_round(Store(made.root), pool, sub_batches(4, 3), number=1)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> tuple[Recipe, Trained]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    made = recipe(folder, pool, b=8, checkpoint_every=2, steps=9)
+    held_out = {"path": str(Path(pool.shards[0].path)), "every": 3}
+    made = Recipe.model_validate(made.model_dump() | {"evaluate": held_out})
+    commit_two_rounds(made, pool)
+    return made, train(made, base=folder)
+
+
+def test_what_is_logged(undisturbed: tuple[Recipe, Trained]):
+    made, done = undisturbed
+    lines = log(made)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["loss"] for line in steps] == done.losses
+    assert [(line["round"], line["sub_batch"]) for line in steps] == [(0, i) for i in range(4)] + [
+        (1, i) for i in range(3)
+    ]
+    assert [line["learning_rate"] for line in steps] == [learning_rate(step, made.train) for step in range(1, 8)]
+    measured = [line for line in lines if "loss" not in line]
+    assert [line["step"] for line in measured] == [0, 3, 6]
+    assert all(0 <= line["image_to_text_r1"] <= line["image_to_text_r5"] <= 1 for line in measured)
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(Path(made.root) / "trainer")).Reload()
+    scalars = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in board.Scalars("loss")]
+    assert scalars == list(enumerate(done.losses, 1))
+
+
+def test_the_rate_of_each_step():
+    def rates(**how: Any) -> list[float]:
+        settings = TrainSection(learning_rate=1.0, **how)
+        return [round(learning_rate(step, settings), 6) for step in range(1, 11)]
+
+    assert rates(warmup_steps=4) == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1, 1, 1]
+    assert rates(warmup_steps=0, steps=4)[:5] == [1, 0.853553, 0.5, 0.146447, 0]
+    assert rates(warmup_steps=2, steps=6)[:6] == [0.5, 1, 1, 0.853553, 0.5, 0.146447]
+
+
+def test_interrupted_on_uniform_batches(tmp_path: Path, pool: Pool, monkeypatch):
+    whole = recipe(tmp_path, pool, data="pool", steps=7, checkpoint_every=2, root="whole")
+    done = trained(whole, tmp_path)
+    cut = whole.model_copy(update={"root": str(tmp_path / "cut")})
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "learning_rate", 6, after=False)
+        with pytest.raises(Killed):
+            trained(cut, tmp_path)
+    rest = trained(cut, tmp_path)
+    assert rest.losses == done.losses[4:]
+    assert rest.learner == done.learner
+    assert trained(cut, tmp_path).steps == 0
+
+
+# --- what else lies in the root ----------------------------------------------------------------------------------
+
+
+def test_checkpoints_of_another_kind_of_training(tmp_path: Path, pool: Pool):
+    trained(recipe(tmp_path, pool, data="pool", steps=1), tmp_path)
+    made = recipe(tmp_path, pool)
+    line = refusal(made, tmp_path)
+    assert line.startswith("train.data = 'rounds': trainer/checkpoint-000000001.safetensors was trained with 'pool'")
+
+
+def test_another_trainers_learner(tmp_path: Path, pool: Pool):
+    made = recipe(tmp_path, pool, b=8)
+    commit_two_rounds(made, pool)
+    done = trained(made, tmp_path)
+    record_learner(Store(made.root), done.learner.encoder, step=9, next_batch=7, number=3)
+    commit_round(Store(made.root), pool, sub_batches(7, 1), number=2)
+    with pytest.raises(CommitConflictError, match=r"l000003/learner\.json: .*another trainer .* or delete trainer in"):
+        trained(made, tmp_path)
+
+
+def test_a_damaged_checkpoint(tmp_path: Path, pool: Pool):
+    made = recipe(tmp_path, pool, b=8, checkpoint_every=1)
+    commit_two_rounds(made, pool)
+    trained(made, tmp_path)
+    name = checkpoints(Store(made.root))[-1]
+    path = Path(made.root) / name
+    path.write_bytes(path.read_bytes()[:-100])
+    line = refusal(made, tmp_path)
+    assert line.startswith(f"{name}: expected a checkpoint, found something else")
+    path.unlink()  # as the line says
+    assert trained(made, tmp_path).steps == 1
+
+
+def test_rounds_that_end_before_the_checkpoint(tmp_path: Path, pool: Pool):
+    made = recipe(tmp_path, pool, b=8)
+    commit_two_rounds(made, pool)
+    trained(made, tmp_path)
+    (Path(made.root) / manifest_name(1)).unlink()
+    assert "before batch 7, but the committed rounds hold only 4" in refusal(made, tmp_path)
+
+
+def test_a_root_on_s3(s3_root: str, tmp_path: Path, pool: Pool):
+    made = recipe(tmp_path, pool, b=8, logs=str(tmp_path / "logs")).model_copy(update={"root": s3_root})
+    commit_round(Store(s3_root), pool, sub_batches(0, 3), number=0)
+    first = trained(made, tmp_path)
+    commit_round(Store(s3_root), pool, sub_batches(3, 2), number=1)
+    assert trained(made, tmp_path).steps == 2
+    assert first.steps == 3
+    assert len((tmp_path / "logs/log.jsonl").read_text().splitlines()) == 5
 
 
 # --- uniform batches ---------------------------------------------------------------------------------------------

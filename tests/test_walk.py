@@ -29,7 +29,7 @@ from curate.walk import (
     walk_keys,
     walk_rows,
 )
-from pipelines.embed import KeyRange
+from pipelines.keys import KeyRange
 
 SPEC = EncoderSpec(model="m", source="s", weights_sha256="w", embed_dim=4, logit_scale=10.0, logit_bias=0.0)
 GOLDEN = ["d048df9fbbea3ab1", "483651459155626d", "a0e9091e24a2f9c2", "78f3fa84836205fb"]

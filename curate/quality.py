@@ -1,0 +1,149 @@
+"""Round quality: does the learner still see the pool as it did, was a round worth its batches, does it choose anew?
+
+What each round leaves for the next ones to compare with, in its steps' folder:
+
+    sample.parquet    learnability of each pair of a fixed sample under the round's learner
+    chosen.parquet    contents of the chosen pairs, ascending
+
+After jest.py's paper these are the questions that a round made ahead of its training raises (arXiv 2406.17711 rescores
+at every step and need not ask them).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from curate.errors import UserError
+from curate.manifest import Manifest
+from curate.storage import Store
+
+CONTENT = np.dtype([("low", "<u8"), ("high", "<u8")])
+"""Both halves of a content hash."""
+Contents = npt.NDArray[np.void]
+DIGITS = 6
+"""To which a manifest rounds correlations and shares."""
+
+
+def rank_correlation(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float | None:
+    """Spearman's correlation of two samples [n]: that of their ranks, equal values sharing their mean rank.
+
+    None where it is not defined: fewer than two values, or all equal.
+
+    >>> rank_correlation(np.array([1.0, 2, 3, 4]), np.array([10.0, 20, 40, 30]))
+    0.8
+    """
+    ranks = [_mean_ranks(values) for values in (a, b)]
+    if len(a) < 2 or any(np.ptp(values) == 0 for values in ranks):
+        return None
+    return round(float(np.corrcoef(ranks[0], ranks[1])[0, 1]), DIGITS)
+
+
+def trained_rounds(rounds: Sequence[Manifest], batch_losses: Mapping[int, float]) -> list[dict[str, Any]]:
+    """How learnable the batches of earlier rounds were when they were trained on, against when they were chosen.
+
+    Args:
+        rounds: committed ones.
+        batch_losses: by number of the batch, the learner's loss per example when it was trained on it.
+
+    Returns:
+        For each round with such batches: how many, and the mean learnability per example of these batches then
+        (`realised`) and at the time of the choice (`chosen`, None if selection did not look at the learner).
+    """
+    found = []
+    for manifest in rounds:
+        numbers = [n for n in range(manifest.first_batch, manifest.stop_batch) if n in batch_losses]
+        if not numbers:
+            continue
+        places = [n - manifest.first_batch for n in numbers]
+        realised = [batch_losses[n] - manifest.reference_loss[i] for n, i in zip(numbers, places, strict=True)]
+        chosen = [value for i in places if (value := manifest.learnability[i]) is not None]
+        found.append(
+            {
+                "round": manifest.round,
+                "batches": len(numbers),
+                "realised": round(float(np.mean(realised)), DIGITS),
+                "chosen": round(float(np.mean(chosen)), DIGITS) if chosen else None,
+            }
+        )
+    return found
+
+
+def count_known(chosen: Contents, earlier: Iterable[Contents]) -> int:
+    """How many of these contents some earlier round chose, too; holds one earlier round at a time.
+
+    Args:
+        chosen: ascending, each once.
+        earlier: likewise, of each round.
+    """
+    known = np.zeros(len(chosen), bool)
+    for contents in earlier:
+        # Numpy finds plain integers faster than pairs of them, and 64 bits tell a round's rows apart well enough.
+        known |= np.isin(chosen["low"], contents["low"])
+    return int(known.sum())
+
+
+def write_sample(store: Store, steps: str, content: Contents, learnability: npt.NDArray[np.float64]) -> None:
+    """Leave the sample's learnability [n] for the next round."""
+    _write(store, _sample_name(steps), {"low": content["low"], "high": content["high"], "learnability": learnability})
+
+
+def correlate_samples(store: Store, steps: str, parent_steps: str) -> tuple[float | None, int]:
+    """Rank correlation of the sample's learnability in two rounds, and the pairs that both of them hold."""
+    ours, theirs = _read(store, _sample_name(steps)), _read(store, _sample_name(parent_steps))
+    _, here, there = np.intersect1d(ours["low"].to_numpy(), theirs["low"].to_numpy(), return_indices=True)
+    values = ours["learnability"].to_numpy()[here], theirs["learnability"].to_numpy()[there]
+    return rank_correlation(*values), len(here)
+
+
+def has_sample(store: Store, steps: str) -> bool:
+    """Whether a round looked at its learner, and so left a sample."""
+    return store.exists(_sample_name(steps))
+
+
+def write_chosen(store: Store, steps: str, content: Contents) -> Contents:
+    """Leave the contents of a round's chosen pairs for later rounds; returns them ascending."""
+    content = np.unique(content)
+    _write(store, f"{steps}/chosen.parquet", {"low": content["low"], "high": content["high"]})
+    return content
+
+
+def read_chosen(store: Store, steps: str) -> Contents:
+    """The inverse of `write_chosen`.
+
+    Raises:
+        UserError: the file is gone.
+    """
+    table = _read(store, f"{steps}/chosen.parquet")
+    content = np.empty(len(table), CONTENT)
+    content["low"], content["high"] = table["low"].to_numpy(), table["high"].to_numpy()
+    return content
+
+
+def _sample_name(steps: str) -> str:
+    return f"{steps}/sample.parquet"
+
+
+def _mean_ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    first, last = (pc.rank(pa.array(values), tiebreaker=tie).to_numpy() for tie in ("min", "max"))
+    return np.asarray((first + last) / 2)
+
+
+def _write(store: Store, name: str, columns: dict[str, Any]) -> None:
+    with store.local_scratch() as scratch:
+        path = Path(scratch) / "quality.parquet"
+        pq.write_table(pa.table({key: np.ascontiguousarray(value) for key, value in columns.items()}), path)
+        store.put_file(path, name)
+
+
+def _read(store: Store, name: str) -> pa.Table:
+    try:
+        with store.open_input(name) as file:
+            return pq.read_table(file)
+    except FileNotFoundError:
+        raise UserError(f"{name}: expected what the round left for later ones, found nothing; restore it") from None

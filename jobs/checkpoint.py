@@ -1,0 +1,108 @@
+"""Checkpoints of the trainer: one safetensors file each, written atomically, enough to go on exactly.
+
+    trainer/checkpoint-000000500.safetensors     model.<name>, optimizer.<name>.<state>; metadata: where it stands
+
+The tensors of a training do not depend on the number of ranks, so any number of them may go on from a checkpoint.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from curate.errors import UserError
+from curate.messages import one_line
+from curate.spec import EncoderSpec
+from curate.storage import Store
+
+FOLDER = "trainer"
+KEPT = 2
+"""Checkpoints that stay: the newest, and the one before it in case that is damaged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a training stands: all of a checkpoint that is not a tensor."""
+
+    data: str
+    """`rounds` or `pool`, as the recipe says."""
+    start: EncoderSpec
+    """The model that it started from: tells architecture, tokenizer and precision."""
+    step: int
+    next_batch: int
+    """First batch that was not trained on; with `pool`, of the uniform ones."""
+    repeats: int = 0
+    """Times that the newest round has been trained on again."""
+    learner: int
+    """Number of the newest learner that was published, or is due."""
+    learner_step: int
+    """The step at which it was."""
+    due: bool = False
+    """Whether this very model is to be published as learner number `learner`, which is done before going on."""
+    batch_losses: dict[int, float]
+    """Since the last learner before this, by number of the batch."""
+
+
+def save_checkpoint(store: Store, progress: Progress, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write a checkpoint, then remove those that are older than the one before it."""
+    tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value.detach().cpu().contiguous()
+    with store.local_scratch() as scratch:
+        path = scratch / "checkpoint"
+        safetensors.torch.save_file(tensors, path, {"progress": json.dumps(asdict(progress), sort_keys=True)})
+        store.put_file(path, f"{FOLDER}/checkpoint-{progress.step:09d}.safetensors")
+    for name in checkpoints(store)[:-KEPT]:
+        store.delete(name)
+
+
+def checkpoints(store: Store) -> list[str]:
+    """Names of the checkpoints of a root, the newest last."""
+    return [name for name in store.list(FOLDER) if re.fullmatch(rf"{FOLDER}/checkpoint-\d+\.safetensors", name)]
+
+
+def load_checkpoint(store: Store, name: str) -> tuple[Progress, dict[str, torch.Tensor]]:
+    """A checkpoint's progress and tensors.
+
+    Raises:
+        UserError: not a checkpoint of ours, or damaged.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = store.local_path(name) or Path(scratch) / "checkpoint"
+        if store.local_path(name) is None:
+            with store.open_input(name) as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, 2**24)
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                record = json.loads(file.metadata()["progress"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
+            losses = {int(number): loss for number, loss in record["batch_losses"].items()}
+            progress = Progress(**record | {"start": EncoderSpec(**record["start"]), "batch_losses": losses})
+        except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{name}: expected a checkpoint, found something else ({one_line(error)}); delete it, and the one "
+                "before it is taken"
+            ) from error
+    return progress, tensors
+
+
+def restore(tensors: dict[str, torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's tensors into a model of the same architecture and its optimiser."""
+    weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    model.load_state_dict(weights)
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            name, _, state = key.removeprefix("optimizer.").rpartition(".")
+            parameter = parameters[name]
+            # The step count stays on the CPU, as AdamW keeps it unless it is fused.
+            moved: Any = value if value.ndim == 0 else value.to(parameter.device)
+            optimizer.state[parameter][state] = moved

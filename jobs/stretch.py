@@ -1,0 +1,74 @@
+"""What the trainer trains on next: a stretch of committed batches, found in the root each time anew."""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from curate.errors import UserError
+from curate.manifest import Manifest, last_round, read_manifest
+from curate.recipe import TrainSection
+from curate.storage import Store
+from curate.stream import await_round, stream_end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Batches to train on without asking again: from number `start` up to `stop`, within one round."""
+
+    first: int
+    """First batch of the round."""
+    start: int
+    stop: int
+    repeats: int = 0
+    """How many times this round has been trained on before."""
+
+
+def committed_stretch(store: Store, *, next_batch: int, repeats: int) -> Stretch | None:
+    """The rest of the round that `next_batch` lies in, or None if that is not committed yet.
+
+    Raises:
+        UserError: the committed rounds end before `next_batch`.
+    """
+    newest = last_round(store)
+    # Rounds are contiguous, so that the one wanted is found by a few reads however many there are.
+    number = bisect_right(range(newest + 1), next_batch, key=lambda n: _read(store, n).first_batch) - 1
+    stop = _read(store, number).stop_batch if number >= 0 else 0
+    if next_batch > stop:
+        raise UserError(
+            f"{store.url}: training stands before batch {next_batch}, but the committed rounds hold only {stop}; "
+            "restore the rounds, or choose another root"
+        )
+    if next_batch == stop:
+        return None
+    first = _read(store, number).first_batch
+    return Stretch(first=first, start=next_batch, stop=stop, repeats=0 if next_batch == first else repeats)
+
+
+def starved_stretch(store: Store, settings: TrainSection, *, repeats: int) -> Stretch | None:
+    """What to train on where the committed rounds end: None to stop, as the recipe or the end of the stream says.
+
+    Raises:
+        UserError: there is no round at all, and the recipe says not to wait.
+        StreamStalledError: no round came within `max_wait_s`.
+    """
+    newest = last_round(store)
+    if settings.follow == "stop":
+        if newest < 0:
+            raise UserError(f"{store.url}: expected a committed round, found none; run: curate round RECIPE")
+        return None
+    if settings.follow == "repeat" and newest >= 0 and repeats < settings.max_repeats and stream_end(store) is None:
+        manifest = _read(store, newest)
+        return _whole(manifest, repeats=repeats + 1)
+    found = await_round(store, newest + 1, timeout_s=settings.max_wait_s)
+    return _whole(found[0]) if found else None
+
+
+def _whole(manifest: Manifest, *, repeats: int = 0) -> Stretch:
+    first = manifest.first_batch
+    return Stretch(first=first, start=first, stop=manifest.stop_batch, repeats=repeats)
+
+
+def _read(store: Store, number: int) -> Manifest:
+    found = read_manifest(store, number)
+    if found is None:
+        raise UserError(f"{store.url}: round {number} is missing between others; restore its manifest")
+    return found[0]
