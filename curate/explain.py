@@ -40,6 +40,9 @@ def summarize_rounds(store: Store) -> list[dict[str, Any]]:
     Raises:
         UserError: there is none.
     """
+    manifests = _rounds(store)
+    # How a round's batches did in training is known to the rounds whose learner was trained on them.
+    trained = {entry["round"]: entry for manifest in manifests for entry in manifest.quality["trained"]}
     return [
         {
             "round": manifest.round,
@@ -47,11 +50,16 @@ def summarize_rounds(store: Store) -> list[dict[str, Any]]:
             "sub_batch_size": manifest.sub_batch_size,
             "rows": manifest.tallies[-1].kept,
             "pool_rows": manifest.pool_rows,
-            "learner": (manifest.lineage["learner"] or {}).get("number"),
+            "learner": manifest.quality["learner"],
+            "staleness_batches": manifest.quality["staleness_batches"],
             "learnability": _mean(manifest.learnability),
             "uniform_learnability": _mean(manifest.uniform_learnability),
+            "realised_learnability": trained.get(manifest.round, {}).get("realised"),
+            "rank_correlation": (manifest.quality["rank_correlation"] or {}).get("value"),
+            "chosen_again": manifest.quality["chosen_again"],
+            "unique_examples": manifest.quality["unique_examples"],
         }
-        for manifest in _rounds(store)
+        for manifest in manifests
     ]
 
 
@@ -75,6 +83,7 @@ def describe_round(store: Store, number: int) -> dict[str, Any]:
         "sub_batch_size": manifest.sub_batch_size,
         "learnability": _mean(manifest.learnability),
         "uniform_learnability": _mean(manifest.uniform_learnability),
+        "quality": manifest.quality,
         "files": [{"name": f.name, "size": f.size, "sub_batches": f.sub_batches} for f in manifest.files],
         "lineage": manifest.lineage,
     }

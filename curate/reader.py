@@ -34,6 +34,8 @@ class Batch:
     """Of the batch, counted from round 0 on."""
     round: int
     sub_batch: int
+    last: bool
+    """Whether its round ends with it: a good moment to publish a learner."""
     uids: list[str]
     images: Tensor | list[PIL.Image.Image]
     """[b/W, 3, H, W] if the reader was given `preprocess`, else pictures."""
@@ -55,6 +57,7 @@ class _Place:
     number: int
     round: int
     sub_batch: int
+    last: bool
     file: str
     first_row: int
     rows: int
@@ -213,6 +216,7 @@ class CuratedReader:
                 number=manifest.first_batch + sub_batch,
                 round=manifest.round,
                 sub_batch=sub_batch,
+                last=sub_batch + 1 == manifest.sub_batches,
                 file=f"{round_folder(manifest.round)}/{file.name}",
                 first_row=(sub_batch - file.first_sub_batch) * b + self.rank * share,
                 rows=share,
@@ -271,6 +275,7 @@ class _Batches(Dataset[Batch | UserError]):
             number=place.number,
             round=place.round,
             sub_batch=place.sub_batch,
+            last=place.last,
             uids=uids,
             images=torch.stack([self.preprocess(image) for image in images]) if self.preprocess else images,
             texts=self.tokenize(captions) if self.tokenize else captions,

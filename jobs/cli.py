@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from curate.errors import CurateError, UserError
 
@@ -75,7 +76,9 @@ def train(
     from curate.storage import Store  # noqa: PLC0415
     from jobs.train import train as run  # noqa: PLC0415
 
-    trained = run(loaded, base=recipe.parent)
+    trained = run(loaded, base=recipe.parent, say=_say)
+    if not trained.first:
+        return
     if save_to is not None:
         fetch_model(Store(loaded.root), trained.learner.encoder, save_to)
     if losses := trained.losses:
@@ -103,7 +106,7 @@ def rounds(
         if address
         else scheduler.in_own_ray(loaded, recipe.parent)
     )
-    scheduler.schedule_rounds(Store(loaded.root), loaded.schedule, run, lambda line: print(line, flush=True))
+    scheduler.schedule_rounds(Store(loaded.root), loaded.schedule, run, _say)
 
 
 @app.command()
@@ -120,7 +123,8 @@ def show(
     match what or ["rounds"]:
         case ["rounds"]:
             found: Any = explain.summarize_rounds(store)
-            shown: Sequence[Table | str] = [_table("rounds", found)]
+            # Upright: a round has more to say than a line holds.
+            shown: Sequence[Table | str] = [_table("rounds", _turned(found))]
         case ["round", number] if number.isdecimal():
             found = explain.describe_round(store, int(number))
             shown = _round_tables(found)
@@ -201,6 +205,12 @@ def main() -> None:
         sys.exit(error.exit_status)
 
 
+def _say(line: str) -> None:
+    # Not print: a bar may be on the terminal.
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
 def _load(path: Path, overrides: list[str] | None) -> "Recipe":
     # Not at the top: `--help` answers at once, and a verb loads what it needs once its recipe is right.
     from curate.recipe import load_recipe  # noqa: PLC0415
@@ -227,6 +237,23 @@ def _round_tables(found: dict[str, Any]) -> list[Table | str]:
         facts.append(
             f"learnability per example: {found['learnability']:.3f} chosen, {found['uniform_learnability']:.3f} uniform"
         )
+    quality = found["quality"]
+    if (staleness := quality["staleness_batches"]) is not None:
+        facts.append(f"staleness: {staleness} committed batches that the learner had not been trained on")
+    if correlation := quality["rank_correlation"]:
+        facts.append(
+            f"rank correlation of learnability with learner {correlation['learner']}: {correlation['value']} on "
+            f"{correlation['pairs']} pairs"
+        )
+    facts += [
+        f"round {entry['round']} in training: learnability {entry['realised']} over {entry['batches']} batches, "
+        f"{'unknown' if entry['chosen'] is None else entry['chosen']} when chosen"
+        for entry in quality["trained"]
+    ]
+    facts.append(
+        f"chosen again: {quality['chosen_again']:.1%} of this round; {quality['unique_examples']:,} unique examples "
+        "so far"
+    )
     steps = []
     for step in found["steps"]:
         steps.append({"step": step["step"], "rows in": step["rows_in"], "kept": step["kept"], "dropped": "", "why": ""})
@@ -251,6 +278,12 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         table.add_row(*(_cell(row.get(name)) for name in names))
     return table
+
+
+def _turned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as columns, headed by their first value."""
+    first, *names = rows[0]
+    return [{first: name.replace("_", " ")} | {str(row[first]): row[name] for row in rows} for name in names]
 
 
 def _cell(value: Any) -> str:

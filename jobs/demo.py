@@ -6,6 +6,9 @@ Each step is a command of `curate` that is printed before it runs, so everything
 import os
 import shlex
 import shutil
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +16,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from curate.embeddings import embedding_name, read_embeddings
-from curate.manifest import read_manifest, round_folder
+from curate.errors import CurateError
+from curate.manifest import last_round, read_manifest, round_folder
 from curate.pool import load_pool
 from curate.spec import EncoderSpec
 from curate.storage import Store
@@ -26,24 +30,25 @@ ROOT = FOLDER / "root"
 
 
 def main() -> None:
-    """Run the demo in the working directory; what an earlier run left in `demo/` is removed."""
+    """Run the demo in the working directory; what an earlier run left in `demo/` is removed.
+
+    Raises:
+        CurateError: a step failed.
+    """
     begun = time.monotonic()
     cli.silence_open_clip()
     shutil.rmtree(FOLDER, ignore_errors=True)
 
     say("a pool of drawn pictures: some captions belong to other pictures, some rows are broken, some are copies")
     draw_pool(FOLDER / "clean", rows=6_000, shards=2, seed=1)
+    draw_pool(FOLDER / "held-out", rows=1_000, shards=1, seed=2)
     truth = draw_pool(
         FOLDER / "pool", rows=12_000, shards=6, seed=0, swapped_share=0.3, broken_share=0.01, duplicate_share=0.05
     )
     say("a small reference model, trained on other pairs that are all clean")
     curate("train", f"{RECIPES}/demo-reference.toml", "--save-to", str(FOLDER / "reference-model"))
-    say("round 0: an untrained learner and the reference choose the first batches")
-    curate("round", f"{RECIPES}/demo.toml")
-    say("the learner trains on exactly these batches and is published")
-    curate("train", f"{RECIPES}/demo.toml")
-    say("round 1: the new learner scores")
-    curate("round", f"{RECIPES}/demo.toml")
+    say("curation and trainer, two processes that meet in files alone: each learner chooses the next batches")
+    side_by_side({"curation": ("rounds", f"{RECIPES}/demo.toml"), "trainer": ("train", f"{RECIPES}/demo.toml")})
 
     say("what was chosen, what was dropped, and why")
     curate("show", str(ROOT), "rounds")
@@ -62,6 +67,41 @@ def curate(*arguments: str) -> None:
     """Run a command of `curate` in this process, which keeps Ray running between commands."""
     print(f"$ curate {shlex.join(arguments)}", flush=True)
     cli.app(arguments, standalone_mode=False)
+
+
+def side_by_side(commands: dict[str, tuple[str, ...]]) -> None:
+    """Run commands of `curate` as processes of their own, each line of theirs headed by its name.
+
+    Raises:
+        CurateError: one of them failed; the others are stopped, for they might wait for it.
+    """
+    processes: dict[str, subprocess.Popen[str]] = {}
+    readers = []
+    width = max(map(len, commands))
+    for name, arguments in commands.items():
+        print(f"$ curate {shlex.join(arguments)}", flush=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        processes[name] = process
+        readers.append(threading.Thread(target=_pass_on, args=(process, f"{name:>{width}} │ "), daemon=True))
+        readers[-1].start()
+    try:
+        while any(process.poll() is None for process in processes.values()):
+            for name, process in processes.items():
+                if process.poll():
+                    raise CurateError(f"the {name} ended with status {process.returncode}; its last lines say why")
+            time.sleep(0.2)
+    finally:
+        for process in processes.values():
+            process.terminate()
+        for reader in readers:
+            reader.join()
+
+
+def _pass_on(process: "subprocess.Popen[str]", head: str) -> None:
+    for line in process.stdout or ():
+        print(f"{head}{line}", end="", flush=True)
 
 
 def examples() -> Sequence[str]:
@@ -97,7 +137,7 @@ def verdict(truth: PoolTruth) -> str:
     """How many swapped captions got into each round, against the pool: what the reference is for."""
     lines = [f"captions of another picture: {truth.swapped / truth.rows:.1%} of the pool"]
     store = Store(str(ROOT))
-    for number in range(2):
+    for number in range(last_round(store) + 1):
         found = read_manifest(store, number)
         assert found is not None
         files = [ROOT / round_folder(number) / file.name for file in found[0].files]

@@ -180,8 +180,14 @@ def _persist(store: Store, number: int, schedule: ScheduleSection, run: Runner, 
             pause *= 2
         else:
             break
-    if last_round(store) < number:
+    found = read_manifest(store, number)
+    if found is None:
         raise RoundFailedError(
             f"round {number}: is said to be made, but {store.url} does not hold it; if the root was emptied, delete "
             "the job that made it (ray job delete)"
         )
+    manifest, quality = found[0], found[0].quality
+    say(
+        f"round {number}: {manifest.sub_batches} sub-batches of {manifest.sub_batch_size} chosen"
+        + (f" by learner {quality['learner']}" if manifest.lineage["learner"] else "")
+    )

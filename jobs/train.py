@@ -12,7 +12,8 @@ import contextlib
 import hashlib
 import math
 import time
-from collections.abc import Generator, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -61,9 +62,11 @@ class Trained:
     """Taken in this run."""
     losses: list[float]
     """Of each step; not comparable between ways of choosing batches."""
+    first: bool
+    """Whether this is the first rank, the one that speaks."""
 
 
-def train(recipe: Recipe, *, base: Path) -> Trained:
+def train(recipe: Recipe, *, base: Path, say: Callable[[str], None] = lambda line: None) -> Trained:
     """Train the learner and publish it, going on from the newest checkpoint.
 
     With `train.data = "rounds"` the learner is trained on every committed sub-batch and then, as `train.follow` says,
@@ -72,6 +75,7 @@ def train(recipe: Recipe, *, base: Path) -> Trained:
     Args:
         recipe: the whole recipe.
         base: the recipe's folder.
+        say: told, on the first rank, of learners and evaluations.
 
     Raises:
         UserError: nothing to train on, a loss that the model cannot have or that is not finite any more.
@@ -79,13 +83,16 @@ def train(recipe: Recipe, *, base: Path) -> Trained:
         CommitConflictError: another trainer publishes learners in this root.
     """
     with join_ranks() as ranks, contextlib.ExitStack() as stack:
-        return _Training(recipe, base, ranks, stack).run()
+        return _Training(recipe, base, ranks, stack, say).run()
 
 
 class _Training:
     """One run of the trainer on one rank."""
 
-    def __init__(self, recipe: Recipe, base: Path, ranks: Ranks, stack: contextlib.ExitStack) -> None:
+    def __init__(
+        self, recipe: Recipe, base: Path, ranks: Ranks, stack: contextlib.ExitStack, say: Callable[[str], None]
+    ) -> None:
+        self.say = say
         self.recipe = recipe
         self.settings = recipe.train
         self.ranks = ranks
@@ -138,8 +145,9 @@ class _Training:
             for batch in source:
                 self._step(batch)
         self._publish()
-        learner = read_learner(self.store, self.progress.learner)
-        return Trained(learner=learner, steps=self.progress.step - self.first_step, losses=self.losses)
+        learner = self.ranks.agree(lambda: read_learner(self.store, self.progress.learner))
+        steps = self.progress.step - self.first_step
+        return Trained(learner=learner, steps=steps, losses=self.losses, first=self.ranks.first)
 
     # --- which batches ---------------------------------------------------------------------------------------------
 
@@ -282,6 +290,7 @@ class _Training:
             threads=max(1, self.settings.workers),
         )
         self.log.write(self.progress.step, **found)
+        self.say(f"step {self.progress.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
 
     # --- what is left behind ---------------------------------------------------------------------------------------
 
@@ -321,6 +330,7 @@ class _Training:
                     f"{error}: learners descend from each other, and another trainer is at work in this root; stop "
                     f"one of the two, or delete {FOLDER} in the root to go on from the newest learner"
                 ) from error
+            self.say(f"learner {self.progress.learner} published at step {self.progress.step}")
         self.progress = replace(self.progress, due=False, batch_losses={})
 
 
@@ -387,4 +397,6 @@ def _criterion(loss: Loss, ranks: Ranks) -> Any:
     where = {"rank": ranks.rank, "world_size": ranks.world_size}
     if loss == "sigmoid":
         return open_clip.loss.SigLipLoss(**where)
+    # open_clip gathers by a function that torch is about to replace.
+    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional", category=FutureWarning)
     return open_clip.loss.ClipLoss(local_loss=True, gather_with_grad=True, **where)

@@ -133,7 +133,14 @@ def commit_round(
         learnability=(None,) * len(sub_batches),
         uniform_learnability=(None,) * len(sub_batches),
         reference_loss=(0.5,) * len(sub_batches),
-        quality={},
+        quality={
+            "learner": None,
+            "staleness_batches": None,
+            "rank_correlation": None,
+            "trained": [],
+            "chosen_again": 0.0,
+            "unique_examples": kept,
+        },
         lineage={"made": "by a test"},
     )
     commit(store, manifest)
