@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 
 .PHONY: demo test lint types lock bench clean
 
-demo: $(READY)  ## the whole loop on a small drawn pool: two rounds and a learner trained between them
+demo: $(READY)  ## the whole loop on a small drawn pool: three rounds beside a trainer
 	$(BIN)/python -m jobs.demo
 
 test: $(READY)  ## what CI runs: lint, types, tests

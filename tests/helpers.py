@@ -104,7 +104,13 @@ def pieces_of(pool: Pool, picks: pa.Table, round_number: int = 0) -> list[pa.Tab
 
 
 def commit_round(
-    store: Store, pool: Pool, sub_batches: Sequence[Sequence[tuple[int, int]]], *, number: int, per_file: int = 2
+    store: Store,
+    pool: Pool,
+    sub_batches: Sequence[Sequence[tuple[int, int]]],
+    *,
+    number: int,
+    per_file: int = 2,
+    learner: int | None = None,
 ) -> Manifest:
     """Write and commit a round of these sub-batches of (shard, row), `per_file` of them in each curated file."""
     b = len(sub_batches[0])
@@ -134,7 +140,7 @@ def commit_round(
         uniform_learnability=(None,) * len(sub_batches),
         reference_loss=(0.5,) * len(sub_batches),
         quality={
-            "learner": None,
+            "learner": learner,
             "staleness_batches": None,
             "rank_correlation": None,
             "trained": [],

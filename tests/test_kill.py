@@ -1,4 +1,4 @@
-"""A driver that is killed with -9 at any stage: the same command again, the same bytes, nothing embedded twice.
+"""Drivers, schedulers and nodes that are killed: the same command again, the same bytes, nothing embedded twice.
 
 These runs are processes of their own, from the command line, because a signal 9 spares nothing within one.
 """
@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool
@@ -32,7 +33,12 @@ n_chunks = 4
 [output]
 file_rows = 16
 [resources]
-workers = 1
+workers = {workers}
+address = "{address}"
+[schedule]
+policy = "ahead"
+rounds = 2
+backoff_s = 1
 """
 ENDED_S = 240
 WORKERS = "ray::(MapWorker|split_all|join_all)"
@@ -49,16 +55,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The root of a round that nobody killed."""
+    """The root of two rounds, the second ahead of any training, of which nobody killed anything."""
     root = tmp_path_factory.mktemp("undisturbed")
     run(command(world, str(root), "undisturbed.toml"))
     return root
 
 
-def command(world: Path, root: str, name: str) -> list[str]:
+def command(world: Path, root: str, name: str, *verb: str, workers: int = 1, address: str = "local") -> list[str]:
     recipe = world / name
-    recipe.write_text(RECIPE.format(root=root, pool=world / "pool"))
-    return [sys.executable, "-m", "jobs.cli", "round", str(recipe), "--round", "0"]
+    recipe.write_text(RECIPE.format(root=root, pool=world / "pool", workers=workers, address=address))
+    verb, *options = verb or ("rounds",)
+    return [sys.executable, "-m", "jobs.cli", verb, str(recipe), *options]
 
 
 def kill_when(arguments: list[str], reached: Callable[[], bool], finished: Callable[[], bool]) -> None:
@@ -95,49 +102,85 @@ def run(arguments: list[str]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.timeout(800)
-def test_killed_at_three_stages_and_finished(world: Path, undisturbed: Path, tmp_path: Path) -> None:
-    disturbed = tmp_path / "disturbed"
-    expected = (undisturbed / "rounds/r000000/manifest.json").read_bytes()
+class Disturbed:
+    """A root whose rounds are disturbed, and what is there of it."""
 
-    arguments = command(world, str(disturbed), "disturbed.toml")
-    steps = disturbed / "rounds/r000000"
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
-    def files(pattern: str) -> list[Path]:
-        return [path for path in disturbed.glob(pattern) if ".tmp-" not in str(path)]
+    def files(self, pattern: str) -> list[Path]:
+        return [path for path in self.root.glob(pattern) if ".tmp-" not in str(path)]
 
-    def committed() -> bool:
-        return (disturbed / "rounds/r000000/manifest.json").exists()
+    def embedded(self) -> dict[Path, tuple[int, int]]:
+        """Every embedding file, and what changes if it is written again."""
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in self.files("embeddings/*/*.parquet")}
 
-    embedded: dict[Path, tuple[int, int]] = {}
-    for stage, reached, complete in (
-        (
-            "embed",
-            lambda: len(files("embeddings/*/*.parquet")) >= 3,
-            lambda: len(files("embeddings/*/*.parquet")) == 2 * SHARDS,
-        ),
-        ("select", lambda: any(steps.glob("steps-*/selected-*")), lambda: any(steps.glob("steps-*/written-*"))),
-        ("write", lambda: any(steps.glob("steps-*/written-*")), committed),
-    ):
-        kill_when(arguments, reached, complete)
-        now = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files("embeddings/*/*.parquet")}
-        assert now, stage
-        assert {path: now[path] for path in embedded} == embedded, f"embedded twice after {stage}"
-        embedded = now
+    def reached(self, number: int, what: str) -> Callable[[], bool]:
+        return lambda: bool(self.files(f"rounds/r{number:06d}/{what}"))
+
+    def assert_equal(self, undisturbed: Path) -> None:
+        """Two rounds, none missing, none double, each as it would have been."""
+        folders = [path.name for path in self.files("rounds/*")]
+        assert sorted(folders) == ["end.json", "r000000", "r000001"]
+        for name in ("r000000", "r000001"):
+            for pattern in ("manifest.json", "curated-*"):
+                mine, theirs = (
+                    {path.name: path.read_bytes() for path in root.glob(f"rounds/{name}/{pattern}")}
+                    for root in (self.root, undisturbed)
+                )
+                assert mine == theirs
+        assert len(self.embedded()) == 2 * SHARDS
+
+
+@pytest.mark.timeout(400)
+def test_a_scheduler_killed_with_the_ray_that_it_started(world: Path, undisturbed: Path, tmp_path: Path) -> None:
+    disturbed = Disturbed(tmp_path / "disturbed")
+    arguments = command(world, str(disturbed.root), "disturbed.toml")
+    kill_when(arguments, lambda: len(disturbed.embedded()) >= 3, lambda: len(disturbed.embedded()) == 2 * SHARDS)
+    before = disturbed.embedded()
+    assert before
     run(arguments)
+    now = disturbed.embedded()
+    assert {path: now[path] for path in before} == before, "embedded twice"
+    disturbed.assert_equal(undisturbed)
 
-    assert (disturbed / "rounds/r000000/manifest.json").read_bytes() == expected
-    final = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files("embeddings/*/*.parquet")}
-    assert {path: final[path] for path in embedded} == embedded
-    assert len(final) == 2 * SHARDS
-    names = {path.name for path in (disturbed / "rounds/r000000").glob("curated-*")}
-    assert names == {path.name for path in (undisturbed / "rounds/r000000").glob("curated-*")}
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head and a node, neither of which is ours to join from here."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.timeout(600)
+def test_a_node_and_schedulers_killed_on_a_cluster(
+    world: Path, undisturbed: Path, tmp_path: Path, cluster: Cluster
+) -> None:
+    disturbed = Disturbed(tmp_path / "disturbed")
+    node = cluster.add_node(num_cpus=2)
+    arguments = command(world, str(disturbed.root), "cluster.toml", workers=2, address=cluster.address)
+
+    def selecting() -> bool:
+        if disturbed.embedded() and node in cluster.worker_nodes:
+            cluster.remove_node(node, allow_graceful=False)  # one of the two actors was there
+        return disturbed.reached(0, "steps-*/selected-*")()
+
+    kill_when(arguments, selecting, disturbed.reached(0, "manifest.json"))
+    assert node not in cluster.worker_nodes
+    embedded = disturbed.embedded()
+    assert len(embedded) == 2 * SHARDS
+    kill_when(arguments, disturbed.reached(0, "steps-*/written-*"), disturbed.reached(0, "manifest.json"))
+    kill_when(arguments, disturbed.reached(1, "plan.json"), disturbed.reached(1, "manifest.json"))
+    run(arguments)
+    assert disturbed.embedded() == embedded
+    disturbed.assert_equal(undisturbed)
 
 
 @pytest.mark.timeout(400)
 def test_a_round_on_s3_commits_what_a_local_one_does(world: Path, undisturbed: Path, s3_root: str) -> None:
     """The same pool and recipe with the root on an S3 server, driver and workers talking to it over HTTP."""
-    run(command(world, s3_root, "s3.toml"))
+    run(command(world, s3_root, "s3.toml", "round", "--round", "0"))
     on_s3 = Store(s3_root)
     name = "rounds/r000000/manifest.json"
     assert on_s3.read_bytes(name) == (undisturbed / name).read_bytes()

@@ -58,6 +58,9 @@ sub_batch_size = 16
 n_chunks = 4
 [resources]
 workers = 1
+[schedule]
+rounds = 1
+backoff_s = 0
 """
 
 
@@ -65,6 +68,8 @@ workers = 1
 class Cluster:
     address: str
     env: dict[str, str]
+    mark: str
+    """In the environment of all of its processes, and of no others."""
 
     @property
     def client(self) -> JobSubmissionClient:
@@ -77,6 +82,11 @@ class Cluster:
 
     def submit(self, recipe: Path, *arguments: str | Path, address: str = "", **env: str) -> "subprocess.Popen[str]":
         return self.start("-m", "jobs.cli", "submit", recipe, "--address", address or self.address, *arguments, **env)
+
+    def drivers(self, *words: str) -> list[int]:
+        """Processes of jobs whose command has these words one after the other."""
+        wanted = "\0".join(["", *words, ""]).encode()
+        return [pid for pid in own_processes(self.mark) if wanted in read(Path(f"/proc/{pid}/cmdline"))]
 
     def sleeper(self, name: str, code: str) -> str:
         """Start a job; `code` should wait before it prints, for Ray's own first line may come after what it prints."""
@@ -110,14 +120,15 @@ def wait_until(reached: Callable[[], bool]) -> None:
 
 def own_processes(mark: str) -> list[int]:
     """Processes with `mark` in the environment that they were started with: the cluster's, and nobody else's."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-        except OSError:  # ended meanwhile, or another user's
-            continue
-    return found
+    folders = Path("/proc").glob("[0-9]*")
+    return [int(folder.name) for folder in folders if mark.encode() in read(folder / "environ")]
+
+
+def read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # of a process that ended meanwhile, or of another user's
+        return b""
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +174,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
     try:
         wait_until(answers)
-        yield Cluster(f"http://127.0.0.1:{port}", env)
+        yield Cluster(f"http://127.0.0.1:{port}", env, mark)
     finally:
         head.terminate()  # Ray's own way to an end, which with --block takes all processes along
         try:
-            head.wait(10)
+            head.wait(3)
         except subprocess.TimeoutExpired:
             head.kill()
             head.wait()
@@ -198,39 +209,55 @@ def recipe_of(world: Path, root: str, *, folder: Path | None = None, pool: str |
 def test_the_status_of_a_job_is_the_status_of_the_command(cluster: Cluster, world: Path) -> None:
     below = world / "recipes"
     write_tiny(below, "tiny.json")
-    right, _ = recipe_of(world, "right", folder=below, pool="pool")  # of the uploaded folder
-    wrong, name = recipe_of(world, "wrong")
-    succeeding = cluster.submit(right, "--working-dir", world, "--", "check")
-    failing = cluster.submit(wrong, "--set", "pool.path=/no pool", "--env", "A=b=c", "--", "check")
-
-    status, out, err = ended(succeeding)
-    assert (status, err) == (0, "")
-    assert "python -m jobs.cli check recipes/right.toml" in out
-    assert out.count("pool: 200 rows in 2 shards") == 1
-
-    status, out, err = ended(failing)
+    recipe, name = recipe_of(world, "wrong", folder=below, pool="no pool")  # of the uploaded folder
+    status, out, err = ended(cluster.submit(recipe, "--working-dir", world, "--env", "A=b=c", "--", "check"))
     assert status == 2
-    assert out.splitlines()[-1].startswith("/no pool: expected")
+    assert "python -m jobs.cli check recipes/wrong.toml" in out
+    assert out.count("no pool: expected a file, folder or glob") == 1
+    assert out.splitlines()[-1].startswith("no pool: expected")
     assert err.startswith(f"job {name}-check-a1 failed with status 2: ")
     assert err.count("\n") == 1
     assert cluster.client.get_job_info(f"{name}-check-a1").runtime_env["env_vars"] == {"A": "b=c"}
 
 
 @pytest.mark.timeout(ENDED_S * 3)
-def test_a_round_by_its_number_is_run_once(cluster: Cluster, world: Path) -> None:
+def test_rounds_as_jobs_each_made_once_whoever_is_killed(cluster: Cluster, world: Path) -> None:
     recipe, name = recipe_of(world, "once")
-    command = ("--", "round", "--round", "0")
-    for process in [cluster.submit(recipe, *command) for _ in range(2)]:
-        status, out, _ = ended(process)
-        assert status == 0
-        assert out.count("round 0: 2 sub-batches of 16") == 1
+    jobs = [f"{name}-round-r000000-a{attempt}" for attempt in (1, 2)]
+
+    def scheduler() -> "subprocess.Popen[str]":
+        return cluster.start("-m", "jobs.cli", "rounds", recipe, "--address", cluster.address)
+
+    def status_of(job: str) -> str:
+        return {found.submission_id: str(found.status) for found in cluster.client.list_jobs()}.get(job, "")
+
+    killed = scheduler()
+    wait_until(lambda: bool(cluster.drivers("jobs.cli", "round")))
+    # Submitted again by somebody else: followed, not run twice.
+    second = cluster.submit(recipe, "--", "round", "--round", "0")
+    assert second.stderr is not None
+    assert next(iter(second.stderr)).startswith(f"job {jobs[0]} is there already")
+    for driver in cluster.drivers("jobs.cli", "round"):
+        os.kill(driver, signal.SIGKILL)
+    status, _, err = ended(second)
+    assert status == 137
+    assert err.startswith(f"job {jobs[0]} failed with status 137: ")
+
+    wait_until(lambda: status_of(jobs[1]) == "RUNNING")  # the scheduler's second try
+    killed.kill()
+    assert "round 0: try 1 of 3 failed: round 0: its job ended with status 137" in ended(killed)[1]
+
+    status, out, err = ended(scheduler())
+    assert status == 0
+    assert f"job {jobs[1]} is there already" in err
+    assert out.count("round 0: 2 sub-batches of 16 chosen by learner 0") == 1
+    assert out.splitlines()[-1] == "no round follows the 1 that are there"
     assert (world / "once/rounds/r000000/manifest.json").is_file()
 
-    status, out, _ = ended(cluster.submit(recipe, *command))
-    assert status == 0
-    assert out == f"job {name}-round-r000000-a1 has made this round; nothing to do\n"
+    status, out, _ = ended(cluster.submit(recipe, "--", "round", "--round", "0"))
+    assert (status, out) == (0, f"job {jobs[1]} has made this round; nothing to do\n")
     found = [job.submission_id for job in cluster.client.list_jobs() if str(job.submission_id).startswith(name)]
-    assert found == [f"{name}-round-r000000-a1"]
+    assert sorted(found) == jobs
 
 
 @pytest.mark.timeout(ENDED_S * 2)
