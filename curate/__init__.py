@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from curate.learner import publish_learner
+    from curate.publish import publish_learner
     from curate.reader import CuratedReader
 
 __all__ = ["CuratedReader", "publish_learner"]
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
 
         return CuratedReader
     if name == "publish_learner":
-        from curate.learner import publish_learner  # noqa: PLC0415
+        from curate.publish import publish_learner  # noqa: PLC0415
 
         return publish_learner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

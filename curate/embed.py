@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,13 @@ from curate.embeddings import (
     halves,
     uid_texts,
 )
-from curate.encoder import Encoder
 from curate.images import Dropped, clean_caption, decode_image
 from curate.pool import Columns, Shard, caption_bytes, image_bytes, read_batches
 from curate.recipe import EmbedSection
 from curate.storage import Store
+
+if TYPE_CHECKING:
+    from curate.encoder import Encoder
 
 Wanted = Callable[[npt.NDArray[np.uint64]], npt.NDArray[np.bool_]]
 
@@ -45,7 +48,7 @@ class Pair:
 
 def embed_shard(
     shard: Shard,
-    encoders: Mapping[str, Encoder],
+    encoders: "Mapping[str, Encoder]",
     store: Store,
     settings: EmbedSection,
     *,
@@ -121,7 +124,7 @@ def _decode(
     batch: pa.RecordBatch,
     *,
     columns: Columns,
-    encoders: Sequence[Encoder],
+    encoders: "Sequence[Encoder]",
     wanted: Wanted | None,
 ) -> list[Pair]:
     images = image_bytes(batch.column(columns.image)).to_pylist()
@@ -148,7 +151,7 @@ def _decode(
     return pairs
 
 
-def _embed_pairs(pairs: Sequence[Pair], encoder: Encoder, batch_size: int) -> tuple[pa.Table, dict[int, str]]:
+def _embed_pairs(pairs: Sequence[Pair], encoder: "Encoder", batch_size: int) -> tuple[pa.Table, dict[int, str]]:
     """The file's rows for these pairs, and the rows whose embedding turned out unusable."""
     usable = [row for row, pair in enumerate(pairs) if pair.status == "ok"]
     width = encoder.spec.embed_dim

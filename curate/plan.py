@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from curate.encoder import create_model, store_encoder
 from curate.errors import UserError
-from curate.learner import first_learner, newest_learner
+from curate.learner import newest_learner
 from curate.manifest import round_folder
 from curate.pool import take_inventory
 from curate.recipe import Recipe
@@ -92,6 +91,10 @@ def pin_plan(
 def _make(
     store: Store, recipe: Recipe, base: Path, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None
 ) -> Plan:
+    # Only who begins a round makes models; importing open_clip takes several seconds.
+    from curate.encoder import store_encoder  # noqa: PLC0415
+    from curate.publish import first_learner  # noqa: PLC0415
+
     mistakes: list[str] = []
     pool = reference = learner = None
     try:
@@ -123,6 +126,8 @@ def _make(
 
 def _learner_mistakes(recipe: Recipe, base: Path) -> Sequence[str]:
     """What is wrong with the recipe's learner, without publishing it."""
+    from curate.encoder import create_model  # noqa: PLC0415
+
     try:
         if needs_learner(recipe.selection):
             create_model(recipe.learner, role="learner", base=base, seed=recipe.seed)

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-
 from curate.errors import CommitConflictError, CurateError, InputChangedError, UserError
 from curate.learner import newest_learner
 from curate.manifest import Manifest, last_round, manifest_name, read_manifest
@@ -24,7 +22,6 @@ from curate.recipe import Recipe, ScheduleSection
 from curate.storage import Store
 from curate.stream import end_stream, stream_end
 from jobs.submit import submit
-from pipelines.round import run_round
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 15.0
@@ -123,6 +120,10 @@ def schedule_rounds(store: Store, schedule: ScheduleSection, run: Runner, say: C
 
 def in_own_ray(recipe: Recipe, base: Path) -> Runner:
     """Rounds in this process, whose Ray stays up from one to the next."""
+    # Not at the top: a scheduler of jobs needs neither torch nor a Ray of its own.
+    import ray  # noqa: PLC0415
+
+    from pipelines.round import run_round  # noqa: PLC0415
 
     def run(number: int) -> None:
         try:

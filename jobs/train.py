@@ -30,12 +30,12 @@ from curate.errors import CommitConflictError, UserError
 from curate.evaluate import HeldOut, evaluate, load_held_out
 from curate.learner import (
     LearnerCheckpoint,
-    first_learner,
     newest_learner,
     read_learner,
     record_learner,
 )
 from curate.pool import take_inventory
+from curate.publish import first_learner
 from curate.reader import Batch, CuratedReader
 from curate.recipe import Recipe, TrainSection
 from curate.seeds import derive_seed

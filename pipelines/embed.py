@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from curate.embed import Wanted, embed_shard
 from curate.embeddings import NOT_SCORED, embedding_name
-from curate.encoder import load_encoder
 from curate.errors import UserError
 from curate.pool import Columns, Pool, Shard
 from curate.recipe import EmbedSection, ResourcesSection
@@ -124,6 +123,9 @@ class EmbedShards:
         key_range: KeyRange | None,
         sample: Sample | None,
     ) -> None:
+        # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
+        from curate.encoder import load_encoder  # noqa: PLC0415
+
         logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every load on the root logger
         torch.set_num_threads(threads)
         self.store = store

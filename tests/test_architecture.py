@@ -30,6 +30,7 @@ ORDER = [
     "spec",
     "encoder",
     "learner",
+    "publish",
     # the steps of a round, each after the files that it exchanges with others
     "embeddings",
     "embed",
@@ -52,7 +53,7 @@ ORDER = [
 
 ONLY_IN = {
     "ray": ["pipelines/", "jobs/"],
-    "open_clip": ["curate/encoder.py", "curate/learner.py", "jobs/train.py"],
+    "open_clip": ["curate/encoder.py", "curate/publish.py", "jobs/train.py"],
     "fsspec": ["curate/storage.py"],
     "s3fs": ["curate/storage.py"],
     "botocore": ["curate/storage.py"],
@@ -132,7 +133,7 @@ def test_a_library_is_imported_where_it_belongs(library: str) -> None:
     assert not [module for module in users if not module.startswith(tuple(ONLY_IN[library]) or ("nowhere",))]
 
 
-@pytest.mark.parametrize("name", ["recipe", "pool", "reshard", "manifest", "walk", "explain"])
+@pytest.mark.parametrize("name", ["recipe", "pool", "reshard", "manifest", "learner", "walk", "explain"])
 def test_what_answers_at_once_does_not_load_torch(name: str) -> None:
     seen, todo = set[str](), [f"curate/{name}.py"]
     while todo:

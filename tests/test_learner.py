@@ -12,7 +12,8 @@ from PIL import Image
 from curate import publish_learner
 from curate.encoder import eval_transform, load_encoder
 from curate.errors import CommitConflictError, UserError
-from curate.learner import LearnerCheckpoint, first_learner, learner_name, newest_learner, read_learner
+from curate.learner import LearnerCheckpoint, learner_name, newest_learner, read_learner
+from curate.publish import first_learner
 from curate.storage import Store
 from tests.helpers import CPU, tiny_config, tiny_encoder, write_tiny
 
