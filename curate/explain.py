@@ -1,5 +1,6 @@
 """Explain: what a round did, and why a pair is in or out, from what the root holds."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,10 @@ def summarize_rounds(store: Store) -> list[dict[str, Any]]:
     """
     manifests = _rounds(store)
     # How a round's batches did in training is known to the rounds whose learner was trained on them.
-    trained = {entry["round"]: entry for manifest in manifests for entry in manifest.quality["trained"]}
+    realised: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    for manifest in manifests:
+        for entry in manifest.quality["trained"]:
+            realised[entry["round"]].append((entry["realised"], entry["batches"]))
     return [
         {
             "round": manifest.round,
@@ -54,7 +58,7 @@ def summarize_rounds(store: Store) -> list[dict[str, Any]]:
             "staleness_batches": manifest.quality["staleness_batches"],
             "learnability": _mean(manifest.learnability),
             "uniform_learnability": _mean(manifest.uniform_learnability),
-            "realised_learnability": trained.get(manifest.round, {}).get("realised"),
+            "realised_learnability": _weighted_mean(realised[manifest.round]),
             "rank_correlation": (manifest.quality["rank_correlation"] or {}).get("value"),
             "chosen_again": manifest.quality["chosen_again"],
             "unique_examples": manifest.quality["unique_examples"],
@@ -195,6 +199,10 @@ def _rounds(store: Store) -> list[Manifest]:
     if not manifests:
         raise UserError(f"{store.url}: expected a committed round, found none; run: curate round RECIPE")
     return manifests
+
+
+def _weighted_mean(values: list[tuple[float, int]]) -> float | None:
+    return sum(value * weight for value, weight in values) / sum(weight for _, weight in values) if values else None
 
 
 def _mean(values: tuple[float | None, ...]) -> float | None:

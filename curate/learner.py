@@ -45,7 +45,7 @@ def read_learner(store: Store, number: int) -> LearnerCheckpoint:
     data = store.read_bytes(name)
     try:
         record = json.loads(data)
-        losses = {int(number): float(loss) for number, loss in record["batch_losses"].items()}
+        losses = {int(number): float(loss) for number, loss in record.get("batch_losses", {}).items()}
         return LearnerCheckpoint(**record | {"encoder": EncoderSpec(**record["encoder"]), "batch_losses": losses})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{name}: expected a learner, found something else ({error}); restore the file") from error

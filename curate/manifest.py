@@ -14,7 +14,7 @@ from curate.errors import RowsLostError, UserError
 from curate.storage import Store
 from curate.tally import Tally, check_chain
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BY_SUB_BATCH = ("learnability", "uniform_learnability", "reference_loss")
 
 
@@ -86,7 +86,8 @@ class Manifest:
             version = record.pop("format_version")
             if version != FORMAT_VERSION:
                 raise UserError(
-                    f"{name}: format_version is {version}, this version reads {FORMAT_VERSION}; upgrade curate"
+                    f"{name}: format_version is {version}, this version reads {FORMAT_VERSION}; read it with "
+                    "the one that wrote it, or choose another root"
                 )
             files = tuple(CuratedFile(**file) for file in record.pop("files"))
             tallies = tuple(Tally(**tally) for tally in record.pop("tallies"))

@@ -1,5 +1,6 @@
 """Publish a model as a learner: what a trainer calls, and how a root gets its first one."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,10 +40,14 @@ def publish_learner(
             lets the next manifest say how learnable the batches still were by then.
 
     Raises:
-        UserError: unknown `model_name`, or a model that it does not describe; nothing is published.
+        UserError: unknown `model_name`, a model that it does not describe, or a loss that is not finite; nothing is
+            published.
         CommitConflictError: another learner was published under this number meanwhile.
     """
     store = Store(root)
+    losses = {int(batch): float(loss) for batch, loss in (batch_losses or {}).items()}
+    if broken := [batch for batch, loss in losses.items() if not math.isfinite(loss)]:
+        raise UserError(f"batch_losses: batch {broken[0]} has the loss {losses[broken[0]]}; publish a sound model")
     try:
         config = open_clip.get_model_config(model_name)
         if config is None:
@@ -56,9 +61,7 @@ def publish_learner(
             f"model_name = {model_name!r}: does not describe this model ({reason}); give the name that made it, and "
             "the model itself, without wrappers such as DDP"
         ) from error
-    return record_learner(
-        store, encoder, step=step, next_batch=next_batch, number=number, batch_losses=batch_losses or {}
-    )
+    return record_learner(store, encoder, step=step, next_batch=next_batch, number=number, batch_losses=losses)
 
 
 def first_learner(store: Store, section: EncoderSection, *, base: Path, seed: int) -> LearnerCheckpoint:

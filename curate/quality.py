@@ -3,7 +3,7 @@
 What each round leaves for the next ones to compare with, in its steps' folder:
 
     sample.parquet    learnability of each pair of a fixed sample under the round's learner
-    chosen.parquet    contents of the chosen pairs, ascending
+    chosen.parquet    contents of the chosen pairs, each once, ascending
 
 After jest.py's paper these are the questions that a round made ahead of its training raises (arXiv 2406.17711 rescores
 at every step and need not ask them).
@@ -23,9 +23,8 @@ from curate.errors import UserError
 from curate.manifest import Manifest
 from curate.storage import Store
 
-CONTENT = np.dtype([("low", "<u8"), ("high", "<u8")])
-"""Both halves of a content hash."""
-Contents = npt.NDArray[np.void]
+Contents = npt.NDArray[np.uint64]
+"""Half of each content hash: 64 bits tell rows well enough apart to count them."""
 DIGITS = 6
 """To which a manifest rounds correlations and shares."""
 
@@ -83,20 +82,19 @@ def count_known(chosen: Contents, earlier: Iterable[Contents]) -> int:
     """
     known = np.zeros(len(chosen), bool)
     for contents in earlier:
-        # Numpy finds plain integers faster than pairs of them, and 64 bits tell a round's rows apart well enough.
-        known |= np.isin(chosen["low"], contents["low"])
+        known |= np.isin(chosen, contents)
     return int(known.sum())
 
 
 def write_sample(store: Store, steps: str, content: Contents, learnability: npt.NDArray[np.float64]) -> None:
     """Leave the sample's learnability [n] for the next round."""
-    _write(store, _sample_name(steps), {"low": content["low"], "high": content["high"], "learnability": learnability})
+    _write(store, _sample_name(steps), {"content": content, "learnability": learnability})
 
 
 def correlate_samples(store: Store, steps: str, parent_steps: str) -> tuple[float | None, int]:
     """Rank correlation of the sample's learnability in two rounds, and the pairs that both of them hold."""
     ours, theirs = _read(store, _sample_name(steps)), _read(store, _sample_name(parent_steps))
-    _, here, there = np.intersect1d(ours["low"].to_numpy(), theirs["low"].to_numpy(), return_indices=True)
+    _, here, there = np.intersect1d(ours["content"].to_numpy(), theirs["content"].to_numpy(), return_indices=True)
     values = ours["learnability"].to_numpy()[here], theirs["learnability"].to_numpy()[there]
     return rank_correlation(*values), len(here)
 
@@ -109,7 +107,7 @@ def has_sample(store: Store, steps: str) -> bool:
 def write_chosen(store: Store, steps: str, content: Contents) -> Contents:
     """Leave the contents of a round's chosen pairs for later rounds; returns them ascending."""
     content = np.unique(content)
-    _write(store, f"{steps}/chosen.parquet", {"low": content["low"], "high": content["high"]})
+    _write(store, f"{steps}/chosen.parquet", {"content": content})
     return content
 
 
@@ -119,10 +117,7 @@ def read_chosen(store: Store, steps: str) -> Contents:
     Raises:
         UserError: the file is gone.
     """
-    table = _read(store, f"{steps}/chosen.parquet")
-    content = np.empty(len(table), CONTENT)
-    content["low"], content["high"] = table["low"].to_numpy(), table["high"].to_numpy()
-    return content
+    return np.asarray(_read(store, f"{steps}/chosen.parquet")["content"].to_numpy())
 
 
 def _sample_name(steps: str) -> str:

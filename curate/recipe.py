@@ -143,7 +143,7 @@ class TrainSection(Section):
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's")
     beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's; 0.999 spikes at high filter ratios (paper, A.2)")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    workers: int = Field(0, ge=0, description="decoding processes per rank; 0 decodes in the trainer's own")
+    workers: int = Field(0, ge=0, description="decoding processes per rank, or threads with data = pool")
     follow: Literal["stop", "wait", "repeat"] = Field(
         "stop",
         description="after the newest round: stop, wait for the next one, or train on the newest again meanwhile",
@@ -158,7 +158,8 @@ class TrainSection(Section):
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints; one with each learner, too")
     log_every: int = Field(10, ge=1, description="steps between lines of the log")
     logs: str | None = Field(
-        None, description="local folder of log.jsonl and TensorBoard; trainer/ in the root, or here if that is on S3"
+        None,
+        description="local folder of log.jsonl and TensorBoard; trainer/ in the root, or here if that is on S3",
     )
 
     @field_validator("steps")

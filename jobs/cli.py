@@ -29,6 +29,7 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.field=value, overrides the recipe; may be repeated")
 ]
 LOG_COLUMNS = 140
+SHOWN_ROUNDS = 8
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -84,7 +85,8 @@ def train(
     if losses := trained.losses:
         print(f"learner {trained.learner.number}: {trained.steps} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}")
     else:
-        print(f"learner {trained.learner.number}: was trained on all there is; run another round first")
+        way_out = "all train.steps are taken" if trained.finished else "it was trained on every committed round"
+        print(f"learner {trained.learner.number}: nothing to do, {way_out}")
 
 
 @app.command()
@@ -98,6 +100,8 @@ def rounds(
 ) -> None:
     """Schedule rounds: look at the root, run the next one when the policy says so, stop after [schedule] rounds."""
     loaded = _load(recipe, overrides)
+    if image and not address:
+        raise UserError("--image: rounds run here without --address; give both, or none")
     from curate.storage import Store  # noqa: PLC0415
     from jobs import rounds as scheduler  # noqa: PLC0415
 
@@ -123,8 +127,8 @@ def show(
     match what or ["rounds"]:
         case ["rounds"]:
             found: Any = explain.summarize_rounds(store)
-            # Upright: a round has more to say than a line holds.
-            shown: Sequence[Table | str] = [_table("rounds", _turned(found))]
+            # Upright: a round has more to say than a line holds. --json has all of them.
+            shown: Sequence[Table | str] = [_table("the newest rounds", _turned(found[-SHOWN_ROUNDS:]))]
         case ["round", number] if number.isdecimal():
             found = explain.describe_round(store, int(number))
             shown = _round_tables(found)

@@ -24,7 +24,6 @@ QUIET_S = 60.0
 """Longest silence of a log's stream before we ask whether the job, or only the connection, has ended."""
 PATIENCE_S = 60.0
 """Longest time that the job server may be away while we follow a job."""
-END_CHARS, END_LINES = 8_000, 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +39,9 @@ class Attempt:
 class Ended:
     """How a job ended; `exit_status` is 0 if and only if it succeeded."""
 
-    submission_id: str
     status: str
     exit_status: int  # the driver's; 128 + signal as a shell has it; 1 if stopped or unknown
     message: str
-    last_lines: list[str]
 
 
 class JobClient:
@@ -87,11 +84,11 @@ class JobClient:
         """The jobs called `name`, by number.
 
         Raises:
-            CurateError: the server does not answer.
+            CurateError: the server was away for a minute.
         """
         form = re.compile(re.escape(name) + r"-a(\d+)")
         found = []
-        for job in self._ask(self._client.list_jobs):
+        for job in self._ask(self._client.list_jobs, patience_s=PATIENCE_S):
             if match := form.fullmatch(job.submission_id or ""):  # a driver that nobody submitted has none
                 found.append(Attempt(number=int(match[1]), submission_id=match[0], status=str(job.status)))
         return sorted(found, key=lambda attempt: attempt.number)
@@ -138,11 +135,9 @@ class JobClient:
         status, code = str(job.status), job.driver_exit_code
         exit_status = 0 if status == "SUCCEEDED" else code if code and status == "FAILED" else 1
         return Ended(
-            submission_id=submission_id,
             status=status,
             exit_status=exit_status if exit_status >= 0 else 128 - exit_status,
             message=" ".join((job.message or "").partition(", last available logs")[0].split()),
-            last_lines=log.end.splitlines()[-END_LINES:],
         )
 
     async def _stream(self, submission_id: str, log: "_Log") -> None:
@@ -176,19 +171,17 @@ class JobClient:
 
 
 class _Log:
-    """What was written of a log: its length, and its end."""
+    """How much of a log was written."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self.write = write
         self.seen = 0
-        self.end = ""
 
     def show(self, text: str, start: int) -> None:
         """Write what is new in `text`, which begins at position `start` of the log."""
         if new := text[max(0, self.seen - start) :]:
             self.write(new)
             self.seen += len(new)
-            self.end = (self.end + new)[-END_CHARS:]
 
 
 def _is_loopback(host: str) -> bool:

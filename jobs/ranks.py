@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from curate.errors import UserError
+
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=30)
@@ -69,6 +71,11 @@ def join_ranks() -> Iterator[Ranks]:
         yield Ranks(rank=0, world_size=1, device=device)
         return
     if cuda:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"--nproc-per-node: rank {device.index} of this machine finds {torch.cuda.device_count()} GPUs; start "
+                "as many ranks as there are GPUs"
+            )
         torch.cuda.set_device(device)
     # Decisions and uids go through gloo, so that waiting for a round does not keep a GPU busy.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=LONGEST_WAIT)

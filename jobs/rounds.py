@@ -21,6 +21,7 @@ from curate.plan import plan_name
 from curate.recipe import Recipe, ScheduleSection
 from curate.storage import Store
 from curate.stream import end_stream, stream_end
+from jobs.job_client import JobClient
 from jobs.submit import submit
 
 FIRST_WAIT_S = 0.5
@@ -140,11 +141,16 @@ def in_own_ray(recipe: Recipe, base: Path) -> Runner:
 
 
 def as_jobs(recipe_path: Path, overrides: list[str], address: str, image: str | None) -> Runner:
-    """Rounds as jobs of a cluster, each found again by its name if this process dies while it runs."""
+    """Rounds as jobs of a cluster, each found again by its name if this process dies while it runs.
+
+    Raises:
+        UserError: no job server answers at the address. Later on its absence is a failure that is tried again.
+    """
+    client = JobClient(address)
 
     def run(number: int) -> None:
         command = ["round", "--round", str(number)]
-        status = submit(recipe_path, command, address=address, overrides=overrides, image=image)
+        status = submit(recipe_path, command, address=address, overrides=overrides, image=image, client=client)
         match status:
             case 0:
                 return
@@ -187,8 +193,9 @@ def _persist(store: Store, number: int, schedule: ScheduleSection, run: Runner, 
             f"round {number}: is said to be made, but {store.url} does not hold it; if the root was emptied, delete "
             "the job that made it (ray job delete)"
         )
-    manifest, quality = found[0], found[0].quality
+    manifest = found[0]
+    looked = any(value is not None for value in manifest.learnability)
     say(
         f"round {number}: {manifest.sub_batches} sub-batches of {manifest.sub_batch_size} chosen"
-        + (f" by learner {quality['learner']}" if manifest.lineage["learner"] else "")
+        + (f" by learner {manifest.quality['learner']}" if looked else "")
     )

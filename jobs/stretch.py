@@ -28,38 +28,52 @@ def committed_stretch(store: Store, *, next_batch: int, repeats: int) -> Stretch
     Raises:
         UserError: the committed rounds end before `next_batch`.
     """
-    newest = last_round(store)
-    # Rounds are contiguous, so that the one wanted is found by a few reads however many there are.
-    number = bisect_right(range(newest + 1), next_batch, key=lambda n: _read(store, n).first_batch) - 1
-    stop = _read(store, number).stop_batch if number >= 0 else 0
-    if next_batch > stop:
-        raise UserError(
-            f"{store.url}: training stands before batch {next_batch}, but the committed rounds hold only {stop}; "
-            "restore the rounds, or choose another root"
-        )
-    if next_batch == stop:
+    _, manifest = _round_at(store, next_batch)
+    if manifest is None:
         return None
-    first = _read(store, number).first_batch
-    return Stretch(first=first, start=next_batch, stop=stop, repeats=0 if next_batch == first else repeats)
+    first = manifest.first_batch
+    return Stretch(
+        first=first, start=next_batch, stop=manifest.stop_batch, repeats=0 if next_batch == first else repeats
+    )
 
 
-def starved_stretch(store: Store, settings: TrainSection, *, repeats: int) -> Stretch | None:
-    """What to train on where the committed rounds end: None to stop, as the recipe or the end of the stream says.
+def starved_stretch(store: Store, settings: TrainSection, *, next_batch: int, repeats: int) -> Stretch | None:
+    """What to train on where no round holds `next_batch`: None to stop, as the recipe or the end of the stream says.
 
     Raises:
         UserError: there is no round at all, and the recipe says not to wait.
         StreamStalledError: no round came within `max_wait_s`.
     """
-    newest = last_round(store)
+    number, manifest = _round_at(store, next_batch)
+    if manifest is not None:  # committed since somebody looked: it is never passed over
+        return _whole(manifest)
     if settings.follow == "stop":
-        if newest < 0:
+        if number == 0:
             raise UserError(f"{store.url}: expected a committed round, found none; run: curate round RECIPE")
         return None
-    if settings.follow == "repeat" and newest >= 0 and repeats < settings.max_repeats and stream_end(store) is None:
-        manifest = _read(store, newest)
-        return _whole(manifest, repeats=repeats + 1)
-    found = await_round(store, newest + 1, timeout_s=settings.max_wait_s)
+    if settings.follow == "repeat" and number > 0 and repeats < settings.max_repeats and stream_end(store) is None:
+        return _whole(_read(store, number - 1), repeats=repeats + 1)
+    found = await_round(store, number, timeout_s=settings.max_wait_s)
     return _whole(found[0]) if found else None
+
+
+def _round_at(store: Store, next_batch: int) -> tuple[int, Manifest | None]:
+    """Number of the round that holds a batch, and its manifest; None if it is the one after the newest.
+
+    Raises:
+        UserError: the committed rounds end before `next_batch`.
+    """
+    newest = last_round(store)
+    # Rounds are contiguous, so that the one wanted is found by a few reads however many there are.
+    number = bisect_right(range(newest + 1), next_batch, key=lambda n: _read(store, n).first_batch) - 1
+    manifest = _read(store, number) if number >= 0 else None
+    stop = manifest.stop_batch if manifest else 0
+    if next_batch > stop:
+        raise UserError(
+            f"{store.url}: training stands before batch {next_batch}, but the committed rounds hold only {stop}; "
+            "restore the rounds, or choose another root"
+        )
+    return (number, manifest) if next_batch < stop else (number + 1, None)
 
 
 def _whole(manifest: Manifest, *, repeats: int = 0) -> Stretch:

@@ -30,6 +30,7 @@ def submit(
     image: str | None = None,
     requirements: Path | None = None,
     env: Sequence[str] = (),
+    client: JobClient | None = None,
 ) -> int:
     """Run a verb and its arguments on the cluster, unless it runs there already or, a round by number, is done.
 
@@ -43,6 +44,7 @@ def submit(
         image: container image to run in.
         requirements: file of Python packages that Ray installs with uv before the job runs.
         env: NAME=VALUE of the job.
+        client: of this address, where there is one already.
 
     Raises:
         UserError: every mistake that can be known before anything is sent, together; or no cluster answers.
@@ -50,7 +52,7 @@ def submit(
     """
     recipe = _checked(recipe_path, command, overrides, working_dir, image, requirements, env)
     name, numbered = _job_name(recipe, command)
-    client = JobClient(address)
+    client = client or JobClient(address)
     attempts = client.attempts(name)
     last = attempts[-1] if attempts else Attempt(number=0, submission_id="", status="")
     if last.status in LIVE:

@@ -62,6 +62,8 @@ class Trained:
     """Taken in this run."""
     losses: list[float]
     """Of each step; not comparable between ways of choosing batches."""
+    finished: bool
+    """Whether all `train.steps` are taken."""
     first: bool
     """Whether this is the first rank, the one that speaks."""
 
@@ -98,6 +100,13 @@ class _Training:
         self.ranks = ranks
         self.store = Store(recipe.root)
         self.progress, checkpoint = ranks.agree(lambda: _begin(self.store, recipe, base))
+        learner, start = recipe.learner, self.progress.start
+        source = learner.model if learner.pretrained is None else f"{learner.model}/{learner.pretrained}"
+        if ranks.first and (source, learner.precision) != (start.source, start.precision):
+            say(
+                f"learner = {source}, {learner.precision}: not looked at, training goes on with {start.source}, "
+                f"{start.precision}"
+            )
         self.model, self.config, self.tokenizer = load_model(self.store, self.progress.start, ranks.device)
         self.preprocess = eval_transform(self.model)
         loss = recipe.selection.loss
@@ -123,10 +132,14 @@ class _Training:
             if recipe.evaluate is not None:
                 section = recipe.evaluate
                 self.held_out = load_held_out(
-                    section.path, image=section.image, caption=section.caption, label=section.label
+                    section.path,
+                    image=section.image,
+                    caption=section.caption,
+                    label=section.label,
+                    threads=max(1, self.settings.workers),
                 )
-            # Without a checkpoint all lines are of a run that left nothing else.
-            step = self.progress.step if checkpoint is not None else -1
+            # At step 0 without a checkpoint, even the evaluation before the first step is to be done again.
+            step = self.progress.step if checkpoint is not None or self.progress.step else -1
             self.log = stack.enter_context(TrainingLog(log_folder(self.store, self.settings.logs), step=step))
         steps = self.settings.steps
         hidden = None if ranks.first else True  # None: where there is no terminal
@@ -147,7 +160,13 @@ class _Training:
         self._publish()
         learner = self.ranks.agree(lambda: read_learner(self.store, self.progress.learner))
         steps = self.progress.step - self.first_step
-        return Trained(learner=learner, steps=steps, losses=self.losses, first=self.ranks.first)
+        return Trained(
+            learner=learner,
+            steps=steps,
+            losses=self.losses,
+            finished=self.progress.step == self.settings.steps,
+            first=self.ranks.first,
+        )
 
     # --- which batches ---------------------------------------------------------------------------------------------
 
@@ -195,6 +214,8 @@ class _Training:
     def _next_stretch(self) -> Stretch | None:
         """Where training goes on, the same on every rank; None at the end."""
         store, settings, now = self.store, self.settings, self.progress
+        if settings.steps is not None and now.step >= settings.steps:
+            return None
         found = self.ranks.agree(lambda: committed_stretch(store, next_batch=now.next_batch, repeats=now.repeats))
         between_rounds = found is None or found.start == found.first
         # Here and not where a round ends, or one that was killed in between would forget it. And before waiting in any
@@ -203,11 +224,11 @@ class _Training:
             self._publish()
         if found is None:
             self.bar.set_postfix_str("no round to train on")
-            found = self.ranks.agree(lambda: starved_stretch(store, settings, repeats=now.repeats))
+            where = {"next_batch": now.next_batch, "repeats": now.repeats}
+            found = self.ranks.agree(lambda: starved_stretch(store, settings, **where))
         if found is None or settings.steps is None:
             return found
-        left = settings.steps - self.progress.step
-        return replace(found, stop=min(found.stop, found.start + left)) if left > 0 else None
+        return replace(found, stop=min(found.stop, found.start + settings.steps - now.step))
 
     # --- one step --------------------------------------------------------------------------------------------------
 
@@ -227,26 +248,27 @@ class _Training:
         bias = bias if self.recipe.selection.loss == "sigmoid" else []
         value = self.criterion(zimg.float(), ztxt.float(), scale, *bias)
         loss = self.ranks.mean(value)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {step}: the loss is {loss}; the newest learner stays {self.progress.learner}: lower "
-                f"train.learning_rate = {settings.learning_rate} or train.grad_clip = {settings.grad_clip}"
-            )
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(
+                f"step {step}: the loss is {loss} and its gradient's norm {norm}; the newest learner stays "
+                f"{self.progress.learner}: lower train.learning_rate = {settings.learning_rate} or train.grad_clip = "
+                f"{settings.grad_clip}"
+            )
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, LARGEST_LOG_SCALE)
 
         self.losses.append(loss)
         self.progress = replace(self.progress, step=step, next_batch=batch.number + 1)
-        if isinstance(batch, Batch):
+        if isinstance(batch, Batch) and not self.progress.repeats:  # how learnable a batch is when it is new
             self.progress.batch_losses[batch.number] = loss
         self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         self.bar.update()
         if step % settings.log_every == 0:
-            self._log(batch, loss=loss, learning_rate=rate, grad_norm=norm.item())
+            self._log(batch, loss=loss, learning_rate=rate, grad_norm=norm)
         if self.recipe.evaluate is not None and step % self.recipe.evaluate.every == 0:
             self._evaluate()
         if settings.publish_every is not None and step % settings.publish_every == 0:
@@ -328,7 +350,7 @@ class _Training:
             except CommitConflictError as error:
                 raise CommitConflictError(
                     f"{error}: learners descend from each other, and another trainer is at work in this root; stop "
-                    f"one of the two, or delete {FOLDER} in the root to go on from the newest learner"
+                    f"one of the two, or delete {FOLDER}/checkpoint-* in the root to go on from the newest learner"
                 ) from error
             self.say(f"learner {self.progress.learner} published at step {self.progress.step}")
         self.progress = replace(self.progress, due=False, batch_losses={})

@@ -1,5 +1,6 @@
 """What the trainer writes down as it goes: one JSON line per logged step, and the same for TensorBoard."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -43,8 +44,13 @@ class TrainingLog:
 
 
 def log_folder(store: Store, logs: str | None) -> Path:
-    """Where the log goes: as the recipe says, else within a local root, else in the working directory."""
-    return Path(logs) if logs else store.local_path("trainer") or Path("trainer")
+    """Where the log goes: as the recipe says, else within a local root, else in the working directory.
+
+    There it is named by the root, for each run takes back what it finds after its checkpoint.
+    """
+    if logs:
+        return Path(logs)
+    return store.local_path("trainer") or Path(f"trainer-{hashlib.sha256(store.url.encode()).hexdigest()[:8]}")
 
 
 def _rewind(path: Path, step: int) -> None:

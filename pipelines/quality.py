@@ -1,5 +1,6 @@
 """Round quality, measured each round: see curate/quality.py for what it means."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from curate.manifest import Manifest, read_manifest, steps_folder
 from curate.plan import Plan
 from curate.pool import Pool
 from curate.quality import (
-    CONTENT,
     DIGITS,
     Contents,
     correlate_samples,
@@ -82,11 +82,9 @@ def measure_round(
 
 def _contents(store: Store, steps: str, sub_batches: int) -> Contents:
     """Contents of the pairs that the round chose."""
-    tables = [read_selected(store, selected_name(steps, i))[0] for i in range(sub_batches)]
-    content = np.empty(sum(map(len, tables)), CONTENT)
-    for half in ("low", "high"):
-        content[half] = np.concatenate([table[f"content_{half}"].to_numpy() for table in tables])
-    return content
+    return np.concatenate(
+        [read_selected(store, selected_name(steps, i))[0]["content_low"].to_numpy() for i in range(sub_batches)]
+    )
 
 
 def _rounds_before(store: Store, parent: Manifest | None) -> list[Manifest]:
@@ -108,7 +106,8 @@ def _batch_losses(store: Store, plan: Plan, parent: Manifest | None) -> dict[int
     losses: dict[int, float] = {}
     if plan.learner_number is not None:
         for number in range(0 if before is None else before + 1, plan.learner_number + 1):
-            losses = read_learner(store, number).batch_losses | losses
+            with contextlib.suppress(FileNotFoundError):  # a trainer may pass over numbers
+                losses = read_learner(store, number).batch_losses | losses
     return losses
 
 
@@ -119,7 +118,9 @@ def _rank_correlation(
     if plan.learner is None:
         return None
     _write_sample(store, pool, recipe, plan.reference, plan.learner, scope, steps)
-    if parent is None:
+    # Under another reference or loss learnability is another thing.
+    same = (plan.reference.to_json(), recipe.selection.loss)
+    if parent is None or same != (parent.lineage["reference"], parent.lineage["recipe"]["selection"]["loss"]):
         return None
     parent_steps = steps_folder(parent.round, parent.lineage["plan"])
     if not has_sample(store, parent_steps):
@@ -156,11 +157,11 @@ def _write_sample(
         ]
     )
     sound = loaded.take(loaded.finite_rows())
-    _, first = np.unique(sound.rows[["low", "high"]], return_index=True)
+    _, first = np.unique(sound.rows["low"], return_index=True)
     sound = sound.take(first)
     losses = []
     for vectors, spec in ((sound.learner, learner), (sound.reference, reference)):
         assert vectors is not None
         scale = Scale(logit_scale=spec.logit_scale, logit_bias=spec.logit_bias)
         losses.append(diagonal_losses(embeddings_of(vectors, scale, device()), recipe.selection.loss).cpu().numpy())
-    write_sample(store, steps, sound.rows[["low", "high"]], (losses[0] - losses[1]).astype(np.float64))
+    write_sample(store, steps, sound.rows["low"], (losses[0] - losses[1]).astype(np.float64))

@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -182,3 +183,13 @@ def test_a_record_that_is_none(store: Store, data: bytes):
     store.put_bytes(learner_name(2), data)
     with pytest.raises(UserError, match=r"^learners/l000002/learner\.json: expected a learner, found something else"):
         newest_learner(store)
+
+
+def test_losses_of_batches_are_numbers(root: str):
+    publish = {"step": 2, "next_batch": 2}
+    losses = {np.int64(0): torch.tensor(2.5), 1: 2}
+    published = publish_learner(root, users_model(), "ViT-tiny", **publish, batch_losses=losses)
+    assert read_learner(Store(root), 0) == published
+    assert published.batch_losses == {0: 2.5, 1: 2.0}
+    with pytest.raises(UserError, match=r"^batch_losses: batch 3 has the loss nan"):
+        publish_learner(root, users_model(), "ViT-tiny", **publish, batch_losses={3: float("nan")})

@@ -92,7 +92,7 @@ def test_equal_manifests_are_equal_bytes():
 
 def test_it_is_json_for_everybody():
     record = json.loads(manifest(None).to_bytes(), parse_constant=pytest.fail)
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
     assert record["tallies"][0] == {
         "step": "embed",
         "rows_in": 50,
@@ -235,7 +235,7 @@ GARBAGE = [
     b'"text"',
     b"3",
     b"{}",
-    b'{"format_version": 1}',
+    b'{"format_version": 2}',
     manifest(None).to_bytes()[:-10],
     manifest(None).to_bytes().replace(b'"parent"', b'"patent"'),
     manifest(None).to_bytes().replace(b'"sha256"', b'"sha257"', 1),
@@ -257,7 +257,9 @@ def test_something_that_is_no_manifest(store: Store, data: bytes):
 
 
 def test_a_format_that_is_not_known_yet(store: Store):
-    record = json.loads(manifest(None).to_bytes()) | {"format_version": 2}
+    record = json.loads(manifest(None).to_bytes()) | {"format_version": 3}
     store.put_bytes(manifest_name(0), json.dumps(record).encode())
-    with pytest.raises(UserError, match="format_version is 2, this version reads 1; upgrade curate"):
+    with pytest.raises(
+        UserError, match="format_version is 3, this version reads 2; read it with the one that wrote it"
+    ):
         read_manifest(store, 0)

@@ -85,10 +85,13 @@ def test_defaults_are_filled_in(load: Load) -> None:
 
 
 def test_every_field_explains_itself() -> None:
-    sections = [Recipe, *(type(getattr(sample(), name)) for name in ("pool", "learner", "selection", "train"))]
+    sections = [
+        Recipe,
+        *(type(getattr(sample(), name)) for name in ("pool", "learner", "selection", "train", "schedule")),
+    ]
     for section in sections:
         for name, field in section.model_fields.items():
-            table = name in {"pool", "learner", "embed", "selection", "output", "resources", "train"}
+            table = name in {"pool", "learner", "embed", "selection", "output", "resources", "train", "schedule"}
             assert field.description or table, f"{section.__name__}.{name}"
 
 

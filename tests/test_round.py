@@ -161,7 +161,29 @@ def test_the_loop_goes_on_with_the_learner_that_was_trained(world: Path, committ
     assert [(batch.round, batch.sub_batch) for batch in batches] == [
         (manifest.round, i) for manifest in (first, second) for i in range(manifest.sub_batches)
     ]
-    assert [row["round"] for row in summarize_rounds(store)] == [0, 1]
+    # What is said of their quality, by literal counts.
+    contents = [
+        {(r["jpg"], r["caption"]) for r in curated(recipe, manifest).to_pylist()} for manifest in (first, second)
+    ]
+    quality = second.quality
+    assert (first.quality["unique_examples"], first.quality["chosen_again"]) == (len(contents[0]), 0)
+    assert quality["unique_examples"] == len(contents[0] | contents[1])
+    assert quality["chosen_again"] == pytest.approx(len(contents[0] & contents[1]) / len(contents[1]), abs=1e-6) != 0
+    assert (first.quality["learner"], quality["learner"], quality["staleness_batches"]) == (0, 1, 0)
+    losses = [loss - then for loss, then in zip(trained.losses, first.reference_loss, strict=True)]
+    (entry,) = quality["trained"]
+    assert (entry["round"], entry["batches"]) == (0, first.sub_batches)
+    assert entry["realised"] == pytest.approx(np.mean(losses), abs=1e-6)
+    assert entry["chosen"] == pytest.approx(np.mean(first.learnability), abs=1e-6)
+    assert first.quality["rank_correlation"] is None
+    correlation = quality["rank_correlation"]
+    assert correlation["learner"] == 0
+    assert 15 < correlation["pairs"] < 60  # a sixteenth of the pool
+    assert 0.5 < correlation["value"] < 1  # one short training apart
+
+    rows = summarize_rounds(store)
+    assert [row["round"] for row in rows] == [0, 1]
+    assert [row["realised_learnability"] for row in rows] == [entry["realised"], None]
 
 
 def test_why_a_pair_is_in_or_out(world: Path, committed: tuple[Recipe, Manifest]) -> None:
@@ -223,6 +245,9 @@ def test_small_rounds_walk_through_the_pool_without_replacement(world: Path, war
         candidates = KeyRange(seed=0, epoch=0, low=low, high=high).wanted(contents(scored["content"]))
         offered.append({originals[uid] for uid in scored.filter(pa.array(candidates))["uid"].to_pylist()})
         assert len(scored) - candidates.sum() < 0.15 * ROWS  # the sample, by which learners are compared
+        assert manifest.quality["staleness_batches"] == number
+        assert (manifest.quality["unique_examples"], manifest.quality["chosen_again"]) == (B_SMALL * (number + 1), 0)
+        assert (manifest.quality["rank_correlation"] or {}).get("value") == (1.0 if number else None)
         assert len(offered[-1]) == 5 * B_SMALL
     assert not offered[0] & offered[1]
 

@@ -205,6 +205,30 @@ def test_steps_are_those_of_all_runs_together(tmp_path: Path, pool: Pool):
     assert seen(made) == expected(0, 4)
 
 
+def test_all_steps_are_taken_before_any_wait(tmp_path: Path, pool: Pool):
+    made = recipe(tmp_path, pool, b=8, steps=2, follow="wait", max_wait_s=0.2)
+    commit_round(Store(made.root), pool, sub_batches(0, 2), number=0)
+    assert [trained(made, tmp_path).finished for _ in range(2)] == [True, True]
+
+
+def test_a_round_that_comes_while_a_learner_is_published(tmp_path: Path, pool: Pool, monkeypatch):
+    made = recipe(tmp_path, pool, b=8, follow="wait", max_wait_s=5)
+    store = Store(made.root)
+    commit_round(store, pool, sub_batches(0, 2), number=0)
+    record = jobs.train.record_learner
+
+    def slow(*args: Any, **how: Any) -> Any:
+        if how["number"] == 1:
+            commit_round(store, pool, sub_batches(2, 2), number=1)
+            commit_round(store, pool, sub_batches(4, 2), number=2)
+            end_stream(store)
+        return record(*args, **how)
+
+    monkeypatch.setattr(jobs.train, "record_learner", slow)
+    trained(made, tmp_path)
+    assert seen(made) == expected(0, 6)
+
+
 def test_learners_every_so_many_steps(tmp_path: Path, pool: Pool):
     made = recipe(tmp_path, pool, b=8, publish_every=2)
     commit_round(Store(made.root), pool, sub_batches(0, 3), number=0)
@@ -415,7 +439,9 @@ def test_another_trainers_learner(tmp_path: Path, pool: Pool):
     done = trained(made, tmp_path)
     record_learner(Store(made.root), done.learner.encoder, step=9, next_batch=7, number=3)
     commit_round(Store(made.root), pool, sub_batches(7, 1), number=2)
-    with pytest.raises(CommitConflictError, match=r"l000003/learner\.json: .*another trainer .* or delete trainer in"):
+    with pytest.raises(
+        CommitConflictError, match=r"l000003/learner\.json: .*another trainer .* or delete trainer/checkpoint-"
+    ):
         trained(made, tmp_path)
 
 
