@@ -12,19 +12,16 @@ import contextlib
 import hashlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curate.criteria import Loss
 from curate.encoder import eval_transform, load_model, store_encoder, store_model
 from curate.errors import CommitConflictError, UserError
 from curate.evaluate import HeldOut, evaluate, load_held_out
@@ -37,11 +34,12 @@ from curate.learner import (
 from curate.pool import take_inventory
 from curate.publish import first_learner
 from curate.reader import Batch, CuratedReader
-from curate.recipe import Recipe, TrainSection
+from curate.recipe import Recipe
 from curate.seeds import derive_seed
 from curate.storage import Store
 from curate.uniform import UniformBatch, uniform_batches
 from jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
+from jobs.optimize import learning_rate, make_criterion, make_optimizer
 from jobs.ranks import Ranks, join_ranks
 from jobs.stretch import Stretch, committed_stretch, starved_stretch
 from jobs.train_log import TrainingLog, log_folder
@@ -118,12 +116,12 @@ class _Training:
             )
         if loss == "softmax" and bias is not None:
             bias.requires_grad_(False)  # shifts every logit alike, so that this loss has no gradient for it
-        self.optimizer = _optimizer(self.model, self.settings)
+        self.optimizer = make_optimizer(self.model, self.settings)
         if checkpoint is not None:
             _, tensors = load_checkpoint(self.store, checkpoint)
             restore(tensors, self.model, self.optimizer)
         self.parallel = ranks.wrap(self.model)
-        self.criterion = _criterion(loss, ranks)
+        self.criterion = make_criterion(loss, ranks)
         self.first_step = self.progress.step
         self.losses: list[float] = []
         self.held_out: HeldOut | None = None
@@ -356,17 +354,6 @@ class _Training:
         self.progress = replace(self.progress, due=False, batch_losses={})
 
 
-def learning_rate(step: int, settings: TrainSection) -> float:
-    """The rate of a step, counted from 1: linear warm-up, then a cosine down to zero, if there is an end."""
-    done = step - 1
-    if done < settings.warmup_steps:
-        return settings.learning_rate * step / settings.warmup_steps
-    if settings.steps is None:
-        return settings.learning_rate
-    share = (done - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
 def _begin(store: Store, recipe: Recipe, base: Path) -> tuple[Progress, str | None]:
     """Where training stands, and the checkpoint that says so; None if it begins with a learner.
 
@@ -398,27 +385,3 @@ def _begin(store: Store, recipe: Recipe, base: Path) -> tuple[Progress, str | No
         batch_losses={},
     )
     return progress, None
-
-
-def _optimizer(model: Any, settings: TrainSection) -> torch.optim.Optimizer:
-    # Gains, biases and the logit scale are not decayed, as in open_clip's own trainer.
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=(0.9, settings.beta2),
-    )
-
-
-def _criterion(loss: Loss, ranks: Ranks) -> Any:
-    """open_clip's loss over all ranks' pairs, so that a sub-batch is one loss however many ranks share it.
-
-    Each rank computes its own rows' part, whose mean over the ranks is the loss, and so is that of their gradients.
-    """
-    where = {"rank": ranks.rank, "world_size": ranks.world_size}
-    if loss == "sigmoid":
-        return open_clip.loss.SigLipLoss(**where)
-    # open_clip gathers by a function that torch is about to replace.
-    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional", category=FutureWarning)
-    return open_clip.loss.ClipLoss(local_loss=True, gather_with_grad=True, **where)

@@ -53,7 +53,7 @@ ORDER = [
 
 ONLY_IN = {
     "ray": ["pipelines/", "jobs/"],
-    "open_clip": ["curate/encoder.py", "curate/publish.py", "jobs/train.py"],
+    "open_clip": ["curate/encoder.py", "curate/publish.py", "jobs/optimize.py"],
     "fsspec": ["curate/storage.py"],
     "s3fs": ["curate/storage.py"],
     "botocore": ["curate/storage.py"],

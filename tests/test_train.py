@@ -25,7 +25,8 @@ from curate.storage import Store
 from curate.stream import end_stream
 from curate.uniform import uniform_batches
 from jobs.checkpoint import checkpoints
-from jobs.train import Trained, learning_rate, train
+from jobs.optimize import learning_rate
+from jobs.train import Trained, train
 from tests.helpers import CPU, commit_round, drawn_pool, write_tiny
 
 torch.set_num_threads(1)
