@@ -62,7 +62,7 @@ def recipe_of(world: Path, root: Path | str, **changes: Any) -> Recipe:
         "learner": {"model": "learner.json"},
         "selection": {"sub_batch_size": B_SMALL, "n_chunks": 4, "loss": "sigmoid"},
         "output": {"file_rows": 3 * B_SMALL},
-        "resources": {"workers": 2},
+        "resources": {"workers": 1},
     }
     for name, value in changes.items():
         section, _, field = name.partition("__")
@@ -139,7 +139,7 @@ def test_running_a_round_again_returns_the_committed_manifest(world: Path, commi
 def test_the_manifest_does_not_depend_on_workers_threads_or_place(
     world: Path, tmp_path: Path, committed: tuple[Recipe, Manifest]
 ) -> None:
-    other = recipe_of(world, tmp_path / "elsewhere", resources__workers=3, resources__threads=2)
+    other = recipe_of(world, tmp_path / "elsewhere", resources__workers=2, resources__threads=2)
     run_round(other, base=world)
     assert manifest_bytes(other) == manifest_bytes(committed[0])
 
