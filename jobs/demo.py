@@ -43,7 +43,7 @@ def main() -> None:
     draw_pool(FOLDER / "clean", rows=6_000, shards=2, seed=1)
     draw_pool(FOLDER / "held-out", rows=1_000, shards=1, seed=2)
     truth = draw_pool(
-        FOLDER / "pool", rows=12_000, shards=6, seed=0, swapped_share=0.3, broken_share=0.01, duplicate_share=0.05
+        FOLDER / "pool", rows=9_000, shards=6, seed=0, swapped_share=0.3, broken_share=0.01, duplicate_share=0.05
     )
     say("a small reference model, trained on other pairs that are all clean")
     curate("train", f"{RECIPES}/demo-reference.toml", "--save-to", str(FOLDER / "reference-model"))
