@@ -135,8 +135,7 @@ def store_encoder(store: Store, section: EncoderSection, *, role: str, base: Pat
         UserError: unknown model or tag, weights that do not fit or are not finite, an untrusted pickle.
     """
     model, config, tokenizer = create_model(section, role=role, base=base, seed=seed)
-    source = section.model if section.pretrained is None else f"{section.model}/{section.pretrained}"
-    return store_model(store, model, config, tokenizer, source=source, precision=section.precision)
+    return store_model(store, model, config, tokenizer, source=section.source, precision=section.precision)
 
 
 def store_model(

@@ -72,6 +72,11 @@ class EncoderSection(Section):
     trusted: bool = Field(False, description="allow a checkpoint that is not safetensors (it is unpickled)")
     precision: Precision = Field("fp32", description="arithmetic of the forward pass; bf16 pays on GPUs")
 
+    @property
+    def source(self) -> str:
+        """Where the model comes from, as messages and `EncoderSpec.source` name it."""
+        return self.model if self.pretrained is None else f"{self.model}/{self.pretrained}"
+
 
 class EmbedSection(Section):
     """The forward pass."""

@@ -97,13 +97,19 @@ class _Training:
         self.settings = recipe.train
         self.ranks = ranks
         self.store = Store(recipe.root)
-        self.progress, checkpoint = ranks.agree(lambda: _begin(self.store, recipe, base))
+        self.progress: Progress
+        checkpoint = next(iter(ranks.agree(lambda: checkpoints(self.store)[-1:])), None)
+        tensors: dict[str, Tensor] = {}
+        if checkpoint is None:
+            self.progress = ranks.agree(lambda: _begin(self.store, recipe, base))
+        else:
+            self.progress, tensors = load_checkpoint(self.store, checkpoint)
+            _check_kind(self.progress, recipe, checkpoint)
         learner, start = recipe.learner, self.progress.start
-        source = learner.model if learner.pretrained is None else f"{learner.model}/{learner.pretrained}"
-        if ranks.first and (source, learner.precision) != (start.source, start.precision):
+        if ranks.first and (learner.source, learner.precision) != (start.source, start.precision):
             say(
-                f"learner = {source}, {learner.precision}: not looked at, training goes on with {start.source}, "
-                f"{start.precision}"
+                f"learner = {learner.source}, {learner.precision}: not looked at, training goes on with "
+                f"{start.source}, {start.precision}"
             )
         self.model, self.config, self.tokenizer = load_model(self.store, self.progress.start, ranks.device)
         self.preprocess = eval_transform(self.model)
@@ -118,7 +124,6 @@ class _Training:
             bias.requires_grad_(False)  # shifts every logit alike, so that this loss has no gradient for it
         self.optimizer = make_optimizer(self.model, self.settings)
         if checkpoint is not None:
-            _, tensors = load_checkpoint(self.store, checkpoint)
             restore(tensors, self.model, self.optimizer)
         self.parallel = ranks.wrap(self.model)
         self.criterion = make_criterion(loss, ranks)
@@ -354,20 +359,16 @@ class _Training:
         self.progress = replace(self.progress, due=False, batch_losses={})
 
 
-def _begin(store: Store, recipe: Recipe, base: Path) -> tuple[Progress, str | None]:
-    """Where training stands, and the checkpoint that says so; None if it begins with a learner.
+def _check_kind(progress: Progress, recipe: Recipe, checkpoint: str) -> None:
+    if progress.data != recipe.train.data:
+        raise UserError(
+            f"train.data = {recipe.train.data!r}: {checkpoint} was trained with {progress.data!r}; choose another "
+            'root, and give its model as learner.model = "local-dir:FOLDER" (curate train --save-to FOLDER)'
+        )
 
-    Raises:
-        UserError: the checkpoint is of another kind of training.
-    """
-    if names := checkpoints(store):
-        progress, _ = load_checkpoint(store, names[-1])
-        if progress.data != recipe.train.data:
-            raise UserError(
-                f"train.data = {recipe.train.data!r}: {names[-1]} was trained with {progress.data!r}; choose another "
-                'root, and give its model as learner.model = "local-dir:FOLDER" (curate train --save-to FOLDER)'
-            )
-        return progress, names[-1]
+
+def _begin(store: Store, recipe: Recipe, base: Path) -> Progress:
+    """Where training stands without a checkpoint: at the newest learner, or at the recipe's own model."""
     if recipe.train.data == "rounds":
         start = first_learner(store, recipe.learner, base=base, seed=recipe.seed)
         encoder, step, next_batch, number = start.encoder, start.step, start.next_batch, start.number
@@ -375,7 +376,7 @@ def _begin(store: Store, recipe: Recipe, base: Path) -> tuple[Progress, str | No
         newest = newest_learner(store)
         encoder = store_encoder(store, recipe.learner, role="learner", base=base, seed=recipe.seed)
         step, next_batch, number = 0, 0, newest.number if newest else -1
-    progress = Progress(
+    return Progress(
         data=recipe.train.data,
         start=encoder,
         step=step,
@@ -384,4 +385,3 @@ def _begin(store: Store, recipe: Recipe, base: Path) -> tuple[Progress, str | No
         learner_step=step,
         batch_losses={},
     )
-    return progress, None
