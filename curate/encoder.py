@@ -50,9 +50,9 @@ class Encoder:
         self.tokenize: Callable[[Sequence[str]], Tensor] = tokenizer
         # open_clip's transform, cut before its last two steps: 8-bit pixels are a quarter of the floats to hold and
         # to send, and the same division by 255 and normalisation of a whole batch gives the same floats.
-        *crop, to_tensor, self._normalize = eval_transform(self.model).transforms
+        *crop, to_tensor, self._shift = eval_transform(self.model).transforms
         assert isinstance(to_tensor, ToTensor), to_tensor
-        assert isinstance(self._normalize, Normalize), self._normalize
+        assert isinstance(self._shift, Normalize), self._shift
         self._crop = Compose(crop)
         self.view = repr(self._crop)
         """Encoders with equal views see equal pixels before normalisation."""
@@ -60,6 +60,11 @@ class Encoder:
     def crop(self, image: PIL.Image.Image) -> npt.NDArray[np.uint8]:
         """The pixels that the model sees of a picture, [H, W, 3]."""
         return np.asarray(self._crop(image))
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels uint8 [n, H, W, 3] on any device as open_clip's transform ends with them, float32 [n, 3, H, W]."""
+        images: Tensor = self._shift(pixels.permute(0, 3, 1, 2).contiguous().float().div(255))
+        return images
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,9 +78,9 @@ class Encoder:
             zimg and ztxt, float32 [n, D] on the CPU; a row may be non-finite or zero, which is the caller's to judge.
         """
         bf16 = self.spec.precision == "bf16"
-        images = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float().div(255)
+        images = self.normalize(pixels.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            zimg = self.model.encode_image(self._normalize(images), normalize=False)
+            zimg = self.model.encode_image(images, normalize=False)
             ztxt = self.model.encode_text(texts.to(self.device, non_blocking=True), normalize=False)
         # In float32: in bfloat16 a row that was divided by its norm is up to 0.3 % off unit length.
         return normalize(zimg.float(), dim=-1).cpu(), normalize(ztxt.float(), dim=-1).cpu()

@@ -84,6 +84,7 @@ LAYOUTS: dict[int, list[Layout]] = {
 }  # fmt: skip
 GROUND = ["{said} on a {ground} background", "{said} against {ground}", "on {ground}, {said}"]
 THINGS = (1, 2, 2, 2, 2, 3, 3, 3, 3, 3)  # how many; one thing has 8,640 meanings, two 305,000, three 97 million
+CROWDED_THINGS = (1, 2, 2)
 
 SUPERSAMPLE = 2  # drawn twice as large, then averaged: soft edges
 JPEG = {"quality": 90, "subsampling": 0}  # full colour resolution, or small things lose their colour
@@ -194,13 +195,37 @@ def draw_pool(
     return PoolTruth(rows=rows, clean=clean, swapped=swapped, duplicates=duplicates, broken=broken)
 
 
-def draw_pair(seed: int, row: int, *, swapped: bool = False, image_size: int = 64) -> tuple[bytes, str]:
-    """Return picture number `row` of pool `seed` as JPEG bytes, and its caption or, if swapped, an untrue one."""
+def draw_pair(
+    seed: int,
+    row: int,
+    *,
+    swapped: bool = False,
+    near_miss: bool = False,
+    words: int | None = None,
+    image_size: int = 64,
+) -> tuple[bytes, str]:
+    """Draw picture number `row` of pool `seed`, and say what is on it.
+
+    Args:
+        seed: of the pool.
+        row: not negative; may lie beyond any pool's rows.
+        swapped: the caption is another picture's and not true of this one.
+        near_miss: one thing in the caption has another colour than in the picture.
+        words: crowds the concepts: only so many colours and shapes, on white, and never more than two things.
+        image_size: width and height in pixels.
+
+    Returns:
+        JPEG bytes and caption.
+    """
     uniforms = _uniforms(np.random.default_rng((seed, 1, row)))
-    things, circles, ground, caption = _scene(uniforms)
+    things, circles, ground, caption = _scene(uniforms, words)
     said = things
     while swapped and set(said) <= set(things):
-        said, _, _, caption = _scene(uniforms)
+        said, _, _, caption = _scene(uniforms, words)
+    if near_miss:
+        size, colour, shape = _pick(uniforms, things)
+        other = _pick(uniforms, [word for word in COLOURS if (size, word, shape) not in things])
+        caption = caption.replace(f"{size} {colour} {shape}", f"{size} {other} {shape}")
     out = BytesIO()
     _draw(things, circles, ground, image_size).save(out, "JPEG", **JPEG)
     return out.getvalue(), caption
@@ -232,12 +257,13 @@ def _pick(uniforms: Iterator[float], options: Sequence[T]) -> T:
     return options[int(next(uniforms) * len(options))]
 
 
-def _scene(uniforms: Iterator[float]) -> tuple[list[Thing], list[Circle], str, str]:
+def _scene(uniforms: Iterator[float], words: int | None = None) -> tuple[list[Thing], list[Circle], str, str]:
     """Return what is to be drawn, and where; the background's name; the caption."""
-    count = _pick(uniforms, THINGS)
+    count = _pick(uniforms, THINGS if words is None else CROWDED_THINGS)
     things: list[Thing] = []
+    known = (list(SIZES), list(COLOURS)[:words], list(SHAPES)[:words])
     while len(things) < count:
-        size, colour, shape = (_pick(uniforms, list(words)) for words in (SIZES, COLOURS, SHAPES))
+        size, colour, shape = (_pick(uniforms, options) for options in known)
         if (size, colour, shape) not in things:
             things.append((size, colour, shape))
     centres, stray, sentences = _pick(uniforms, LAYOUTS[count])
@@ -246,7 +272,7 @@ def _scene(uniforms: Iterator[float]) -> tuple[list[Thing], list[Circle], str, s
         low, high = SIZES[size]
         dx, dy = (amount * (2 * next(uniforms) - 1) for amount in stray)
         circles.append((x + dx, y + dy, low + (high - low) * next(uniforms)))
-    ground = _pick(uniforms, list(BACKGROUNDS))
+    ground = _pick(uniforms, list(BACKGROUNDS)[: words and 1])
     said = _pick(uniforms, sentences).format(*(f"a {' '.join(thing)}" for thing in things))
     return things, circles, ground, _pick(uniforms, GROUND).format(said=said, ground=ground)
 

@@ -6,10 +6,14 @@ from typing import Any
 
 import open_clip
 import torch
+from torch import Tensor
 
 from curate.criteria import Loss
 from curate.recipe import TrainSection
 from jobs.ranks import Ranks
+
+LARGEST_LOG_SCALE = math.log(100)
+"""Where CLIP stops its temperature (arXiv 2103.00020, 2.5)."""
 
 
 def learning_rate(step: int, settings: TrainSection) -> float:
@@ -46,3 +50,48 @@ def make_criterion(loss: Loss, ranks: Ranks) -> Any:
     # open_clip gathers by a function that torch is about to replace.
     warnings.filterwarnings("ignore", message="torch.distributed.nn.functional", category=FutureWarning)
     return open_clip.loss.ClipLoss(local_loss=True, gather_with_grad=True, **where)
+
+
+def take_step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    criterion: Any,
+    images: Tensor,
+    texts: Tensor,
+    *,
+    rate: float,
+    grad_clip: float,
+    ranks: Ranks,
+    parallel: Any,
+) -> tuple[float, float]:
+    """Train the model on one batch, unless loss or gradient are not finite: then its weights stay as they are.
+
+    Args:
+        model: open_clip's, with a `logit_bias` that needs a gradient where the loss is the sigmoid one.
+        optimizer: of its weights.
+        criterion: from `make_criterion`.
+        images: [b, 3, H, W], this rank's.
+        texts: [b, L], this rank's.
+        rate: of this step.
+        grad_clip: largest norm of the gradient.
+        ranks: whose mean is the loss.
+        parallel: `ranks.wrap(model)`.
+
+    Returns:
+        Loss per example over all ranks, and the norm of its gradient before it was clipped.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    model.train()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        zimg, ztxt, scale, *bias = parallel(images, texts)
+    value = criterion(zimg.float(), ztxt.float(), scale, *(part for part in bias if part.requires_grad))
+    loss = ranks.mean(value)
+    optimizer.zero_grad(set_to_none=True)
+    value.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, LARGEST_LOG_SCALE)
+    return loss, norm

@@ -39,13 +39,11 @@ from curate.seeds import derive_seed
 from curate.storage import Store
 from curate.uniform import UniformBatch, uniform_batches
 from jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
-from jobs.optimize import learning_rate, make_criterion, make_optimizer
+from jobs.optimize import learning_rate, make_criterion, make_optimizer, take_step
 from jobs.ranks import Ranks, join_ranks
 from jobs.stretch import Stretch, committed_stretch, starved_stretch
 from jobs.train_log import TrainingLog, log_folder
 
-LARGEST_LOG_SCALE = math.log(100)
-"""Where CLIP stops its temperature (arXiv 2103.00020, 2.5)."""
 VISIBLE_S = 300.0
 """What one rank has seen of a shared file system every other sees within this time."""
 
@@ -243,26 +241,23 @@ class _Training:
         # What a step draws (dropout, say) depends on nothing before it, so that a resumed one draws the same.
         torch.manual_seed(derive_seed(self.recipe.seed, "step", step, self.ranks.rank))
         rate = learning_rate(step, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.model.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            zimg, ztxt, scale, *bias = self.parallel(batch.images.to(device), batch.texts.to(device))
-        bias = bias if self.recipe.selection.loss == "sigmoid" else []
-        value = self.criterion(zimg.float(), ztxt.float(), scale, *bias)
-        loss = self.ranks.mean(value)
-        self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.grad_clip).item()
+        loss, norm = take_step(
+            self.model,
+            self.optimizer,
+            self.criterion,
+            batch.images.to(device),
+            batch.texts.to(device),
+            rate=rate,
+            grad_clip=settings.grad_clip,
+            ranks=self.ranks,
+            parallel=self.parallel,
+        )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"step {step}: the loss is {loss} and its gradient's norm {norm}; the newest learner stays "
                 f"{self.progress.learner}: lower train.learning_rate = {settings.learning_rate} or train.grad_clip = "
                 f"{settings.grad_clip}"
             )
-        self.optimizer.step()
-        with torch.no_grad():
-            self.model.logit_scale.clamp_(0, LARGEST_LOG_SCALE)
 
         self.losses.append(loss)
         self.progress = replace(self.progress, step=step, next_batch=batch.number + 1)

@@ -1,0 +1,1 @@
+"""Does a learner learn faster from selected batches, and with which settings?"""

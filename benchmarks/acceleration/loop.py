@@ -1,0 +1,238 @@
+"""The loop of curation and training in one process: the product's walk, selection and training step, on pairs in memory.
+
+What `curate round` and `curate train` do through files is done here on arrays, so that a run takes minutes:
+`tests/test_acceleration.py` holds that the batches are the same.
+"""
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from benchmarks.acceleration.sets import WANTED, Pairs
+from benchmarks.acceleration.flops import forward_flops
+from curate.encoder import Encoder
+from curate.evaluate import count_rivals, recall
+from curate.recipe import Section, SelectionSection, TrainSection
+from curate.seeds import derive_seed
+from curate.select import Candidates, Scale, Vectors, needs_learner, select_sub_batch
+from curate.spec import EncoderSpec
+from curate.walk import WalkRange, in_walk_order, next_range, walk_rows
+from jobs.optimize import learning_rate, make_criterion, make_optimizer, take_step
+from jobs.ranks import Ranks
+
+EMBED_BATCH = 256
+
+
+class ArmSection(Section):
+    """One way of choosing batches."""
+
+    selection: SelectionSection
+    round_steps: int = Field(10, ge=1, description="steps between two learners that selection scores with")
+    pool: Literal["all", "wanted", "deduplicated"] = Field("all", description="rows that are walked through")
+    reference: Literal["clean", "weak"] = Field("clean", description="trained on clean pairs, or on the pool itself")
+    shuffled: bool = Field(False, description="the rows of a round are dealt anew to its batches")
+    uniform_share: float = Field(0.0, ge=0, lt=1, description="share of batches that are drawn uniformly")
+    later: SelectionSection | None = Field(None, description="replaces `selection` from step `later_from` on")
+    later_from: int = Field(0, ge=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """The fixed model's embeddings of a pool."""
+
+    vectors: tuple[Vectors, Vectors]
+    scale: Scale
+
+
+@dataclass(kw_only=True)
+class Account:
+    """What a run has cost so far."""
+
+    trained: int = 0
+    learner_scored: int = 0
+    candidates: int = 0
+    """Rows of all super-batches."""
+    train_s: float = 0.0
+    score_s: float = 0.0
+    select_s: float = 0.0
+    kinds: Counter[str] = field(default_factory=Counter)
+    seen: set[int] = field(default_factory=set)
+
+
+class Loop:
+    """One learner on one pool."""
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        learner: Any,
+        tokenizer: Any,
+        spec: EncoderSpec,
+        reference: Reference,
+        arm: ArmSection,
+        training: TrainSection,
+        *,
+        rows: npt.NDArray[np.int64],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.pairs, self.model, self.tokenizer, self.spec = pairs, learner, tokenizer, spec
+        self.reference, self.arm, self.training, self.seed, self.device = reference, arm, training, seed, device
+        self.ranks = Ranks(rank=0, world_size=1, device=device)
+        self.account = Account()
+        self.step = 0
+        self.optimizer = make_optimizer(self.model, training)
+        self.criterion = make_criterion(arm.selection.loss, self.ranks)
+        records = walk_rows(np.asarray(pairs.content[rows]), 0, rows, seed=0, epoch=0)
+        order, representative = in_walk_order(records)
+        self.rows = np.sort(records["row"][order[representative == np.arange(len(order))]])
+        self._own: tuple[Vectors, Vectors] | None = None
+        self._normalize = Encoder(spec, copy.deepcopy(learner), tokenizer, device).normalize
+
+    def batches(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Rows [b] of the pool, batch after batch; ask for the next one once the learner was trained on the last."""
+        previous: WalkRange | None = None
+        size = 0
+        number = count = 0
+        while True:
+            selection = self._selection()
+            B = selection.super_batch_size
+            held = len(self.rows) // B
+            wanted = min(self.arm.round_steps, held)
+            refresh = -(-self.arm.round_steps // wanted)
+            found = next_range(previous, candidates=len(self.rows), super_batch_size=B, super_batches=wanted, same_pool=B == size)
+            assert found is not None, "a pool must hold a super-batch"
+            if previous is None or found.epoch != previous.epoch:
+                content = np.asarray(self.pairs.content[self.rows])
+                walk = walk_rows(content, 0, self.rows, seed=self.seed, epoch=found.epoch)
+                walk = walk[in_walk_order(walk)[0]]
+            previous, size = found, B
+            supers = [walk[i * B : (i + 1) * B] for i in range(found.start, found.stop)]
+            if needs_learner(selection):
+                if self._own is None or number % refresh == 0:
+                    scored = self.rows if refresh > 1 else np.concatenate([rows["row"] for rows in supers])
+                    self._score(np.sort(scored))
+            else:
+                self._own = None
+            drawn = []
+            for i, rows in enumerate(supers):
+                is_uniform = int((count + 1) * self.arm.uniform_share) > int(count * self.arm.uniform_share)
+                how = selection.model_copy(update={"method": "uniform"}) if is_uniform else selection
+                drawn.append(self._draw(rows, how, number, i))
+                count += 1
+            if self.arm.shuffled:
+                rng = np.random.default_rng(derive_seed(self.seed, "deal", number))
+                drawn = list(rng.permutation(np.concatenate(drawn)).reshape(len(drawn), -1))
+            yield from drawn
+            number += 1
+
+    def train(self, rows: npt.NDArray[np.int64]) -> float:
+        """One step on a batch; returns its loss."""
+        begun = time.perf_counter()
+        self.step += 1
+        torch.manual_seed(derive_seed(self.seed, "step", self.step, 0))
+        loss, _ = take_step(
+            self.model,
+            self.optimizer,
+            self.criterion,
+            self._images(self.pairs, rows),
+            self._texts(self.pairs, rows),
+            rate=learning_rate(self.step, self.training),
+            grad_clip=self.training.grad_clip,
+            ranks=self.ranks,
+            parallel=self.model,
+        )
+        account = self.account
+        account.trained += len(rows)
+        account.kinds.update(self.pairs.kind[rows].tolist())
+        account.seen.update(rows.tolist())
+        account.train_s += time.perf_counter() - begun
+        return loss
+
+    @torch.inference_mode()
+    def retrieve(self, held_out: Pairs) -> dict[str, float]:
+        """Recall at 1 and 5, each the mean of both ways, as `curate.evaluate` counts it."""
+        self.model.eval()
+        z: list[list[Tensor]] = [[], []]
+        for start in range(0, len(held_out), EMBED_BATCH):
+            at = np.arange(start, min(start + EMBED_BATCH, len(held_out)))
+            z[0].append(self.model.encode_image(self._images(held_out, at), normalize=True).float())
+            z[1].append(self.model.encode_text(self._texts(held_out, at), normalize=True).float())
+        zimg, ztxt = torch.cat(z[0]), torch.cat(z[1])
+        own = _same_captions(held_out)
+        ways = count_rivals(zimg, ztxt, own), count_rivals(ztxt, zimg, own.flip(1))
+        return {f"r{k}": sum(recall(way, k) for way in ways) / 2 for k in (1, 5)}
+
+    def _selection(self) -> SelectionSection:
+        later = self.arm.later
+        return later if later is not None and self.step >= self.arm.later_from else self.arm.selection
+
+    def _score(self, rows: npt.NDArray[np.int64]) -> None:
+        begun = time.perf_counter()
+        encoder = Encoder(self.spec, copy.deepcopy(self.model), self.tokenizer, self.device)
+        N, D = len(self.pairs), self.spec.embed_dim
+        if self._own is None:
+            self._own = np.full((N, D), np.nan, np.float16), np.full((N, D), np.nan, np.float16)
+        for tower, found in zip(self._own, embed(encoder, self.pairs, rows), strict=True):
+            tower[rows] = found
+        self.account.learner_scored += len(rows)
+        self.account.score_s += time.perf_counter() - begun
+
+    def _draw(self, walked: npt.NDArray[np.void], selection: SelectionSection, number: int, i: int) -> npt.NDArray[np.int64]:
+        begun = time.perf_counter()
+        rows = walked["row"]
+        own = (self._own[0][rows], self._own[1][rows]) if self._own is not None else None
+        vectors = self.reference.vectors
+        candidates = Candidates(rows=walked, learner=own, reference=(vectors[0][rows], vectors[1][rows]))
+        scale = Scale(
+            logit_scale=float(self.model.logit_scale.detach().exp()), logit_bias=float(self.model.logit_bias.detach())
+        )
+        table, _ = select_sub_batch(
+            candidates,
+            selection,
+            learner=scale,
+            reference=self.reference.scale,
+            seed=self.seed,
+            round_number=number,
+            sub_batch=i,
+            device=self.device,
+        )
+        self.account.candidates += len(rows)
+        self.account.select_s += time.perf_counter() - begun
+        return np.asarray(table["row"].to_numpy())
+
+    def _images(self, pairs: Pairs, rows: npt.NDArray[np.int64]) -> Tensor:
+        pixels = torch.from_numpy(np.asarray(pairs.pixels[rows])).to(self.device)
+        return self._normalize(pixels)
+
+    def _texts(self, pairs: Pairs, rows: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.asarray(pairs.texts[rows])).to(self.device).long()
+
+
+def embed(encoder: Encoder, pairs: Pairs, rows: npt.NDArray[np.int64]) -> tuple[Vectors, Vectors]:
+    """Unit rows of both towers, float16 [len(rows), D], as an embedding file holds them."""
+    z = np.zeros((2, len(rows), encoder.spec.embed_dim), np.float16)
+    for start in range(0, len(rows), EMBED_BATCH):
+        at = rows[start : start + EMBED_BATCH]
+        pixels, texts = torch.from_numpy(np.asarray(pairs.pixels[at])), torch.from_numpy(np.asarray(pairs.texts[at]))
+        for tower, found in zip(z, encoder.encode(pixels, texts.long()), strict=True):
+            tower[start : start + len(at)] = found.numpy()
+    return z[0], z[1]
+
+
+def _same_captions(held_out: Pairs) -> Tensor:
+    """int64 [P, 2]: each picture with every row that bears its caption, which to the model is the same text."""
+    _, caption = np.unique(held_out.texts, axis=0, return_inverse=True)
+    by_caption: dict[int, list[int]] = {}
+    for row, number in enumerate(caption.tolist()):
+        by_caption.setdefault(number, []).append(row)
+    return torch.tensor([(row, other) for row, number in enumerate(caption.tolist()) for other in by_caption[number]])
