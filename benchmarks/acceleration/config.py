@@ -1,0 +1,60 @@
+"""What a study runs: one TOML file of sets, arms and plans."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from benchmarks.acceleration.loop import ArmSection
+from benchmarks.acceleration.sets import SetSection
+from curate.recipe import Section, SelectionSection, TrainSection
+
+MODEL = "small-clip.json"
+UNIFORM = "uniform"
+
+
+class ReferenceSection(Section):
+    """How references are trained: with the learner's architecture and optimiser, on uniform batches."""
+
+    steps: int = Field(ge=1, description="optimiser steps, a cosine to their end")
+
+
+class PlanSection(Section):
+    """Arms that are run on one set with the same steps and seeds, and compared with its uniform arm."""
+
+    set: str
+    arms: list[str] = Field(description="`uniform` is always run beside them")
+    steps: int = Field(ge=1, description="of each learner; the batch is b, so the examples are alike, too")
+    uniform_steps: int | None = Field(
+        None, ge=1, description="of the uniform arm, where it is followed for longer: its end is what others must reach"
+    )
+    seeds: list[int] = Field(description="of a learner's weights and of all draws")
+    pool_seed: int = Field(description="of the pictures; settings are chosen on another one than is reported")
+
+
+    def steps_of(self, arm: str) -> int:
+        """How long an arm is trained."""
+        return self.uniform_steps or self.steps if arm == UNIFORM else self.steps
+
+
+class StudySection(Section):
+    """One study."""
+
+    training: TrainSection
+    reference: ReferenceSection
+    evaluate_every: int = Field(ge=1, description="steps between two points of a curve")
+    sets: dict[str, SetSection]
+    arms: dict[str, ArmSection]
+    plans: list[PlanSection]
+
+
+def load_study(path: Path) -> StudySection:
+    """Read a study; `[selection]` holds what all its arms' selections have in common."""
+    data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    common = data.pop("selection", {})
+    for arm in data["arms"].values():
+        for name in ("selection", "later"):
+            if name in arm or name == "selection":
+                arm[name] = SelectionSection.model_validate(common | arm.get(name, {}))
+    return StudySection.model_validate(data)

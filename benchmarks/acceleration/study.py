@@ -1,0 +1,326 @@
+"""Train learners on batches chosen in many ways, and see which of them learn faster.
+
+    python -m benchmarks.acceleration benchmarks/acceleration/quick.toml
+
+Sets, references and runs are files below --out, each named by all that decides it: what is there is not done again,
+so a killed study goes on where it was, and a plan that is added costs only its own runs. Tables, curves and figures
+are written to --report.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from benchmarks.acceleration.config import MODEL, UNIFORM, PlanSection, StudySection, load_study
+from benchmarks.acceleration.flops import forward_flops
+from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
+from benchmarks.acceleration.report import write_report
+from benchmarks.acceleration.sets import WANTED, Pairs, SetSection, load_pairs, make_set
+from benchmarks.acceleration.variants import without_near_duplicates
+from curate.encoder import Encoder, OpenClip, create_model
+from curate.recipe import EncoderSection, SelectionSection
+from curate.select import Scale
+from curate.spec import EncoderSpec
+
+HERE = Path(__file__).parent
+FORMAT = 1
+"""Of the records of runs; another one makes all anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run: a learner, on a set, by an arm."""
+
+    study: StudySection
+    plan: PlanSection
+    arm: str
+    seed: int
+    out: Path
+    data: Path | None
+    device: str
+
+    @property
+    def path(self) -> Path:
+        """Where its record lies."""
+        identity = {
+            "format": FORMAT,
+            "set": self.set_key,
+            "model": (HERE / MODEL).read_text(),
+            "arm": self.study.arms[self.arm].model_dump(mode="json"),
+            "training": self.study.training.model_dump(mode="json"),
+            "reference": self.study.reference.model_dump(mode="json"),
+            "every": self.study.evaluate_every,
+            "steps": self.steps,
+            "seed": self.seed,
+            "device": self.device,
+        }
+        name = f"{self.plan.set}-{self.plan.pool_seed}-{self.arm}-{self.steps}-s{self.seed}-{_digest(identity)}"
+        return self.out / "runs" / f"{name}.json"
+
+    @property
+    def steps(self) -> int:
+        return self.plan.steps_of(self.arm)
+
+    @property
+    def set_key(self) -> str:
+        """Names the set's folder by all that its pictures depend on."""
+        section = self.study.sets[self.plan.set]
+        real = section.source != "drawn" and self.data is not None
+        return f"{self.plan.set}-{self.plan.pool_seed}-{_digest([section.model_dump(mode='json'), real])}"
+
+    @property
+    def set_folder(self) -> Path:
+        return self.out / "sets" / self.set_key
+
+    @property
+    def reference_path(self) -> Path:
+        """Where the weights lie; sets whose reference pairs are alike share one."""
+        section = self.study.sets[self.plan.set]
+        alike: Any = self.set_key
+        kind = self.study.arms[self.arm].reference
+        if kind == "clean" and section.source in {"drawn", "web"}:
+            alike = [self.plan.pool_seed, section.reference_rows, section.words]
+        identity = [FORMAT, alike, kind, self.study.reference.model_dump(), (HERE / MODEL).read_text(), self.device]
+        return self.out / "references" / f"{_digest(identity)}.pt"
+
+    @property
+    def vectors_path(self) -> Path:
+        """Where the reference's embeddings of this pool lie."""
+        return self.reference_path.with_name(f"{self.reference_path.stem}-{self.set_key}.npz")
+
+
+def make_pairs(job: Job) -> None:
+    """Draw the set and decode it."""
+    if not (job.set_folder / ".decoded").exists():
+        make_set(job.study.sets[job.plan.set], job.set_folder, seed=job.plan.pool_seed, data=job.data)
+        _load_parts(job)
+        (job.set_folder / ".decoded").touch()
+
+
+def train_reference(job: Job) -> None:
+    """Train the reference on its clean pairs, or on the pool where the arm wants a weak one."""
+    path = job.reference_path
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = _load_parts(job)
+    pairs = parts["pool" if job.study.arms[job.arm].reference == "weak" else "reference"]
+    training = job.study.training.model_copy(update={"steps": job.study.reference.steps})
+    b = job.study.arms[job.arm].selection.sub_batch_size
+    uniform = SelectionSection(sub_batch_size=b, filter_ratio=0.0, method="uniform", criterion="easy_reference", n_chunks=1)
+    model, config, tokenizer = _model(1_000_000 + job.plan.pool_seed, job.device)
+    nothing = np.ones((len(pairs), config["embed_dim"]), np.float16)
+    loop = Loop(
+        pairs,
+        model,
+        tokenizer,
+        _spec(model, config),
+        Reference(vectors=(nothing, nothing), scale=Scale(logit_scale=1.0, logit_bias=0.0)),
+        ArmSection(selection=uniform),
+        training,
+        rows=np.arange(len(pairs)),
+        seed=1_000_000 + job.plan.pool_seed,
+        device=torch.device(job.device),
+    )
+    for _, rows in zip(range(job.study.reference.steps), loop.batches(), strict=False):
+        loop.train(rows)
+    quality = loop.retrieve(parts["held-out"])
+    _save(path, partial(torch.save, {"weights": model.state_dict(), "quality": quality}))
+
+
+def embed_reference(job: Job) -> None:
+    """Embed the pool with the reference, once for all runs."""
+    if job.vectors_path.exists():
+        return
+    model, config, tokenizer = _model(0, job.device)
+    model.load_state_dict(torch.load(job.reference_path)["weights"])
+    pool = _load_parts(job)["pool"]
+    encoder = Encoder(_spec(model, config), model, tokenizer, torch.device(job.device))
+    zimg, ztxt = embed(encoder, pool, np.arange(len(pool)))
+    scale = [encoder.spec.logit_scale, encoder.spec.logit_bias]
+    _save(job.vectors_path, lambda file: np.savez(file, zimg=zimg, ztxt=ztxt, scale=scale))
+
+
+def run(job: Job) -> None:
+    """Train one learner and write what came of it."""
+    if job.path.exists():
+        return
+    job.path.parent.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+    arm = job.study.arms[job.arm]
+    parts = _load_parts(job)
+    pool = parts["pool"]
+    stored = np.load(job.vectors_path)
+    reference = Reference(
+        vectors=(stored["zimg"], stored["ztxt"]),
+        scale=Scale(logit_scale=float(stored["scale"][0]), logit_bias=float(stored["scale"][1])),
+    )
+    rows = np.arange(len(pool))
+    if arm.pool == "wanted":
+        rows = np.flatnonzero(pool.kind == WANTED)
+    elif arm.pool == "deduplicated":
+        rows = without_near_duplicates(reference.vectors[0])
+    model, config, tokenizer = _model(job.seed, job.device)
+    loop = Loop(
+        pool,
+        model,
+        tokenizer,
+        _spec(model, config),
+        reference,
+        arm,
+        job.study.training,
+        rows=rows,
+        seed=job.seed,
+        device=torch.device(job.device),
+    )
+    forward = forward_flops(config)
+    curve = []
+    for step, batch in zip(range(1, job.steps + 1), loop.batches(), strict=False):
+        loop.train(batch)
+        if step % job.study.evaluate_every == 0:
+            cost = loop.account
+            curve.append(
+                {
+                    "step": step,
+                    "examples": cost.trained,
+                    "unique": len(cost.seen),
+                    "flops": forward * (3 * cost.trained + cost.learner_scored),
+                    "wall_s": cost.train_s + cost.score_s + cost.select_s,
+                    **loop.retrieve(parts["held-out"]),
+                }
+            )
+    cost = loop.account
+    record = {
+        "set": job.plan.set,
+        "arm": job.arm,
+        "seed": job.seed,
+        "pool_seed": job.plan.pool_seed,
+        "steps": job.steps,
+        "curve": curve,
+        "kinds": {kind: count / cost.trained for kind, count in sorted(cost.kinds.items())},
+        "walked_rows": len(loop.rows),
+        "candidates": cost.candidates,
+        "learner_scored": cost.learner_scored,
+        "reference_flops": forward * len(pool) if reference_is_read(arm) else 0.0,
+        "train_s": cost.train_s,
+        "score_s": cost.score_s,
+        "select_s": cost.select_s,
+        "total_s": time.perf_counter() - begun,
+        "reference_quality": torch.load(job.reference_path)["quality"],
+        "device": torch.cuda.get_device_name() if job.device == "cuda" else _processor(),
+        **({"others": loop.retrieve(parts["others"])} if "others" in parts else {}),
+    }
+    _save(job.path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+
+
+def reference_is_read(arm: ArmSection) -> bool:
+    """Whether the arm's scores, or its deduplication, need the reference's embeddings of the pool."""
+    return arm.pool == "deduplicated" or any(
+        part is not None and part.method != "uniform" and part.criterion != "hard_learner"
+        for part in (arm.selection, arm.later)
+    )
+
+
+def main() -> None:
+    """Run a study from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.acceleration", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path, help="a TOML file beside this module")
+    parser.add_argument("--out", type=Path, default=Path("out/acceleration"), help="sets, references and runs")
+    parser.add_argument("--report", type=Path, help="folder for table, JSON and figures; OUT/report if not given")
+    parser.add_argument("--data", type=Path, help="folder of emoji-en, openstax-dev and openstax-physics-ml")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workers", type=int, help="processes, each with one thread; one per core, or one with CUDA")
+    arguments = parser.parse_args()
+    study = load_study(arguments.study)
+    where = {"out": arguments.out, "data": arguments.data, "device": arguments.device}
+    jobs = [
+        Job(study=study, plan=plan, arm=arm, seed=seed, **where)
+        for plan in study.plans
+        for seed in plan.seeds
+        for arm in dict.fromkeys([UNIFORM, *plan.arms])
+    ]
+    workers = arguments.workers or (1 if arguments.device == "cuda" else os.cpu_count() or 1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as executor:
+        for title, work, key in (
+            ("sets", make_pairs, lambda job: job.set_folder),
+            ("references", train_reference, lambda job: job.reference_path),
+            ("embeddings", embed_reference, lambda job: job.vectors_path),
+            ("runs", run, lambda job: job.path),
+        ):
+            _all(executor, title, work, {key(job): job for job in jobs}.values())
+    runs = [(job.plan, json.loads(job.path.read_text())) for job in jobs]
+    write_report(runs, arguments.report or arguments.out / "report", source=arguments.study)
+
+
+def _all(executor: ProcessPoolExecutor, title: str, work: Callable[[Job], None], jobs: Iterable[Job]) -> None:
+    pending = {executor.submit(work, job) for job in jobs}
+    with tqdm(total=len(pending), desc=title, unit="", disable=None) as bar:
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            bar.update(len(done))
+
+
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of every model that begins with random weights
+
+
+def _load_parts(job: Job) -> dict[str, Pairs]:
+    model, config, tokenizer = _model(0)
+    encoder = Encoder(_spec(model, config), model, tokenizer, torch.device("cpu"))
+    names = [name for name in ("pool", "reference", "held-out", "others") if (job.set_folder / name).is_dir()]
+    return {name: load_pairs(job.set_folder / name, encoder) for name in names}
+
+
+def _model(seed: int, device: str = "cpu") -> OpenClip:
+    model, config, tokenizer = create_model(EncoderSection(model=MODEL), role="learner", base=HERE, seed=seed)
+    return model.to(device), config, tokenizer
+
+
+def _spec(model: Any, config: dict[str, Any]) -> EncoderSpec:
+    """What an encoder must know of a model that is in no root."""
+    return EncoderSpec(
+        model="in memory",
+        source=MODEL,
+        weights_sha256="",
+        embed_dim=config["embed_dim"],
+        logit_scale=float(model.logit_scale.detach().exp()),
+        logit_bias=float(model.logit_bias.detach()),
+        precision="fp32",
+    )
+
+
+def _save(path: Path, write: Callable[[Any], object]) -> None:
+    """Write a file such that it is whole or not there."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    with scratch.open("wb") as file:
+        write(file)
+    scratch.rename(path)
+
+
+def _digest(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
