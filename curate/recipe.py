@@ -94,6 +94,9 @@ class SelectionSection(Section):
     loss: Loss = Field("sigmoid", description="the learner's training loss")
     criterion: Criterion = Field("learnability", description="what makes a sub-batch worth training on")
     method: Method = Field("joint", description="how a sub-batch is drawn")
+    learner_weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="factor on the learner's loss in learnability; 1 is the paper's"
+    )
     # The paper uses 100; early in training that follows an untrained learner's noise, so the default is mild.
     gain: float = Field(1.0, gt=0, allow_inf_nan=False, description="factor on the scores: larger is greedier")
     super_batches: int | None = Field(

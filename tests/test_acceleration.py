@@ -2,16 +2,23 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.acceleration import study
+from benchmarks.acceleration.config import MODEL, PlanSection
+from benchmarks.acceleration.flops import forward_flops
 from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
+from benchmarks.acceleration.report import interval, reached, smoothed, summarise
 from benchmarks.acceleration.sets import WANTED, SetSection, load_pairs, make_set
-from curate.encoder import Encoder, create_model, load_encoder
+from curate.encoder import create_model, load_encoder
 from curate.learner import read_learner
 from curate.manifest import read_manifest
 from curate.reader import CuratedReader
@@ -19,6 +26,7 @@ from curate.recipe import EncoderSection, Recipe
 from curate.select import Scale
 from curate.spec import EncoderSpec
 from curate.storage import Store
+from jobs.drawn_pool import COLOURS, SHAPES, draw_pair
 from jobs.train import train
 from pipelines.round import run_round
 from tests.helpers import CPU, write_tiny
@@ -31,7 +39,9 @@ ROUNDS, SUPER_BATCHES, b = 3, 6, 8
 @pytest.mark.timeout(240)
 def test_the_loop_in_one_process_trains_on_the_batches_that_the_product_chooses(tmp_path: Path):
     """Same rows in the same order and the same losses, while both learners learn from what they chose."""
-    make_set(SetSection(source="drawn", rows=240, swapped_share=0.3, held_out_rows=8), tmp_path / "set", seed=3, data=None)
+    make_set(
+        SetSection(source="drawn", rows=240, swapped_share=0.3, held_out_rows=8), tmp_path / "set", seed=3, data=None
+    )
     write_tiny(tmp_path, "reference.json")
     write_tiny(tmp_path, "learner.json", embed_dim=24)
     recipe = Recipe.model_validate(
@@ -80,3 +90,100 @@ def test_the_loop_in_one_process_trains_on_the_batches_that_the_product_chooses(
     assert again == chosen
     assert again_losses == losses
     assert loop.account.learner_scored == loop.account.candidates == ROUNDS * 240
+
+
+def test_a_web_like_pool_is_a_tenth_wanted_and_says_what_the_rest_is(tmp_path: Path):
+    section = SetSection(source="web", rows=400, reference_rows=20, held_out_rows=20)
+    make_set(section, tmp_path / "a", seed=1, data=None)
+    make_set(section, tmp_path / "b", seed=1, data=None)
+    rows = pq.read_table(tmp_path / "a" / "pool").to_pylist()
+    assert rows == pq.read_table(tmp_path / "b" / "pool").to_pylist()
+    assert Counter(row["kind"] for row in rows) == {
+        WANTED: 40, "other_domain": 100, "boilerplate": 60, "near_miss": 60, "swapped": 100, "near_duplicate": 40
+    }  # fmt: skip
+    said = {kind: {row["caption"] for row in rows if row["kind"] == kind} for kind in {row["kind"] for row in rows}}
+    assert len(said[WANTED]) > 35
+    assert not any(word in caption for caption in said["boilerplate"] for word in SHAPES)
+    assert all(caption.startswith(("a bar chart", "a clock")) for caption in said["other_domain"])
+    assert len(said["near_duplicate"]) < 10 < len({row["jpg"] for row in rows if row["kind"] == "near_duplicate"})
+    parts = [pq.read_table(tmp_path / "a" / part)["jpg"].to_pylist() for part in ("pool", "reference", "held-out")]
+    assert not set(parts[0]) & set(parts[1]) | set(parts[0]) & set(parts[2]) | set(parts[1]) & set(parts[2])
+
+
+def test_swapped_captions_have_their_share_and_crowded_concepts_few_words(tmp_path: Path):
+    section = SetSection(source="drawn", rows=200, swapped_share=0.3, words=4, reference_rows=5, held_out_rows=5)
+    make_set(section, tmp_path / "set", seed=1, data=None)
+    pool = pq.read_table(tmp_path / "set" / "pool")
+    assert Counter(pool["kind"].to_pylist()) == {"swapped": 60, WANTED: 140}
+    words = Counter(word for caption in pool["caption"].to_pylist() for word in caption.replace(",", "").split())
+    assert len([word for word in words if word in COLOURS and word != "white"]) == 4
+    assert len([word for word in words if word in SHAPES]) == 4
+
+
+def test_a_near_miss_differs_from_the_truth_in_one_colour():
+    for row in range(20):
+        jpg, caption = draw_pair(7, row)
+        missed_jpg, missed = draw_pair(7, row, near_miss=True)
+        assert missed_jpg == jpg
+        changed = [(a, b) for a, b in zip(caption.split(), missed.split(), strict=True) if a != b]
+        assert len(changed) == 1
+        assert {word.strip(",") for word in changed[0]} <= set(COLOURS)
+
+
+def run_of(*qualities: float, arm: str = "joint", seed: int = 0, flops: float = 1.0) -> dict[str, Any]:
+    """A record whose smoothed curve is easily known: each quality is held for three points."""
+    held = [quality for quality in qualities for _ in range(3)]
+    curve = [
+        {"step": i, "examples": 10 * i, "unique": 10 * i, "flops": 10 * i * flops, "wall_s": float(i), "r1": r1}
+        for i, r1 in enumerate(held, 1)
+    ]
+    return {
+        "arm": arm, "seed": seed, "curve": curve, "kinds": {}, "candidates": 0, "learner_scored": 0,
+        "reference_flops": 0.0, "reference_quality": {"r1": 1.0},
+    }  # fmt: skip
+
+
+def test_the_cost_of_a_quality_is_where_the_smoothed_curve_reaches_it():
+    assert smoothed([0.0, 3.0, 6.0, 9.0]) == [0.0, 1.5, 3.0, 6.0]
+    run = run_of(0.3, 0.6)  # smoothed: .3 .3 .3 .4 .5 .6
+    for quality, examples in ((0.3, 10), (0.4, 40), (0.45, 45), (0.6, 60), (0.15, 5)):
+        assert reached(run["curve"], quality, lambda point: point["examples"]) == pytest.approx(examples)
+    assert reached(run["curve"], 0.61, lambda point: point["examples"]) is None
+
+
+def test_the_interval_is_students_of_the_logarithms():
+    middle, low, high = interval([2.0, 8.0, 4.0])
+    wide = math.exp(4.303 * math.log(2) / math.sqrt(3))  # logs of base 2: 1, 2, 3; their deviation is 1
+    assert (middle, low, high) == pytest.approx((4.0, 4.0 / wide, 4.0 * wide), rel=1e-3)
+    assert interval([2.0, None]) is None
+    assert interval([3.0]) == (3.0, None, None)
+
+
+def test_ratios_pair_each_seed_with_its_own_uniform_run():
+    plan = PlanSection(set="drawn", arms=["joint"], steps=6, uniform_steps=12, seeds=[0, 1], pool_seed=1)
+    runs = [
+        run_of(0.0, 0.0, 0.0, 0.25, arm="uniform"),
+        run_of(0.0, 0.0, 0.0, 0.5, arm="uniform", seed=1),
+        run_of(0.25, 0.75, flops=4.0),
+        run_of(0.125, 0.5, seed=1, flops=4.0),
+    ]
+    uniform, joint = summarise(plan, runs)
+    assert joint["fewer_examples_by_seed"] == [12.0, 2.0]
+    assert joint["fewer_flops_by_seed"] == [3.0, 0.5]
+    assert joint["final_r1"] == [0.75, 0.5]
+    assert uniform["final_r1"] == [0.0, 0.0]  # at equal steps, not at its own end
+    assert uniform["fewer_examples"] == (1.0, 1.0, 1.0)
+    with pytest.raises(KeyError):
+        summarise(plan, runs[2:])
+
+
+def test_operations_of_a_forward_pass_are_those_that_torch_counts():
+    """Without the attention's products, which torch's counter leaves out on a CPU."""
+    config = json.loads((Path(study.__file__).parent / MODEL).read_text())
+    model, _, tokenizer = create_model(
+        EncoderSection(model=MODEL), role="learner", base=Path(study.__file__).parent, seed=0
+    )
+    side = config["vision_cfg"]["image_size"]
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, side, side), tokenizer(["a red circle"]))
+    assert forward_flops(config) == pytest.approx(counter.get_total_flops(), rel=0.02)

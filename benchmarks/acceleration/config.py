@@ -32,7 +32,6 @@ class PlanSection(Section):
     seeds: list[int] = Field(description="of a learner's weights and of all draws")
     pool_seed: int = Field(description="of the pictures; settings are chosen on another one than is reported")
 
-
     def steps_of(self, arm: str) -> int:
         """How long an arm is trained."""
         return self.uniform_steps or self.steps if arm == UNIFORM else self.steps

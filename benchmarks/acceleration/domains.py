@@ -57,7 +57,9 @@ def near_duplicate(rng: np.random.Generator, jpg: bytes) -> bytes:
     """The same picture once more: moved by a pixel, a little lighter or darker, compressed again."""
     image = Image.open(BytesIO(jpg)).convert("RGB")
     image = Image.fromarray(np.roll(np.asarray(image), rng.integers(-1, 2, size=2), axis=(0, 1)))
-    return _encoded(image.point([min(255, round(x * shade)) for shade in [rng.uniform(0.95, 1.05)] for x in range(256)] * 3))
+    return _encoded(
+        image.point([min(255, round(x * shade)) for shade in [rng.uniform(0.95, 1.05)] for x in range(256)] * 3)
+    )
 
 
 DRAWN_OTHERS: tuple[Callable[[np.random.Generator, int], tuple[bytes, str]], ...] = (draw_chart, draw_clock)

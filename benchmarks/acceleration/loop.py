@@ -1,6 +1,6 @@
-"""The loop of curation and training in one process: the product's walk, selection and training step, on pairs in memory.
+"""The loop of curation and training in one process: the product's walk, selection and training step, on arrays.
 
-What `curate round` and `curate train` do through files is done here on arrays, so that a run takes minutes:
+What `curate round` and `curate train` do through files is done here in memory, so that a run takes minutes:
 `tests/test_acceleration.py` holds that the batches are the same.
 """
 
@@ -17,8 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from benchmarks.acceleration.sets import WANTED, Pairs
-from benchmarks.acceleration.flops import forward_flops
+from benchmarks.acceleration.sets import Pairs
 from curate.encoder import Encoder
 from curate.evaluate import count_rivals, recall
 from curate.recipe import Section, SelectionSection, TrainSection
@@ -109,7 +108,9 @@ class Loop:
             held = len(self.rows) // B
             wanted = min(self.arm.round_steps, held)
             refresh = -(-self.arm.round_steps // wanted)
-            found = next_range(previous, candidates=len(self.rows), super_batch_size=B, super_batches=wanted, same_pool=B == size)
+            found = next_range(
+                previous, candidates=len(self.rows), super_batch_size=B, super_batches=wanted, same_pool=size == B
+            )
             assert found is not None, "a pool must hold a super-batch"
             if previous is None or found.epoch != previous.epoch:
                 content = np.asarray(self.pairs.content[self.rows])
@@ -187,7 +188,9 @@ class Loop:
         self.account.learner_scored += len(rows)
         self.account.score_s += time.perf_counter() - begun
 
-    def _draw(self, walked: npt.NDArray[np.void], selection: SelectionSection, number: int, i: int) -> npt.NDArray[np.int64]:
+    def _draw(
+        self, walked: npt.NDArray[np.void], selection: SelectionSection, number: int, i: int
+    ) -> npt.NDArray[np.int64]:
         begun = time.perf_counter()
         rows = walked["row"]
         own = (self._own[0][rows], self._own[1][rows]) if self._own is not None else None

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 from benchmarks.acceleration.config import UNIFORM, PlanSection
 
@@ -38,8 +40,10 @@ def reached(curve: Sequence[Record], quality: float, cost: Callable[[Record], fl
     return None
 
 
-def interval(ratios: Sequence[float | None]) -> tuple[float, float, float] | None:
-    """Geometric mean and 95 % interval over seeds; None if a seed never got there.
+def interval(ratios: Sequence[float | None]) -> tuple[float, float | None, float | None] | None:
+    """Geometric mean over seeds, lower and upper end of its 95 % interval; None if a seed never got there.
+
+    One seed has no interval.
 
     >>> interval([2.0, 2.0, 2.0])
     (2.0, 2.0, 2.0)
@@ -48,9 +52,10 @@ def interval(ratios: Sequence[float | None]) -> tuple[float, float, float] | Non
     if not logs or len(logs) < len(ratios):
         return None
     mean = float(np.mean(logs))
-    wide = T95[len(logs) - 1] * float(np.std(logs, ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
-    low, middle, high = (round(math.exp(min(700.0, max(-700.0, x))), 4) for x in (mean - wide, mean, mean + wide))
-    return middle, low, high
+    if len(logs) == 1:
+        return round(math.exp(mean), 4), None, None
+    wide = T95[len(logs) - 1] * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
+    return round(math.exp(mean), 4), round(math.exp(mean - wide), 4), round(math.exp(mean + wide), 4)
 
 
 def summarise(plan: PlanSection, runs: Sequence[Record]) -> list[Record]:
@@ -100,7 +105,12 @@ def write_report(runs: Sequence[tuple[PlanSection, Record]], folder: Path, *, so
         tables.append(_table(plan, mine, lines))
         curves = [
             {key: run[key] for key in ("arm", "seed", "kinds", "device")}
-            | {"curve": [[p["step"], p["examples"], p["flops"], round(p["wall_s"], 2), round(p["r1"], 4)] for p in run["curve"]]}
+            | {
+                "curve": [
+                    [p["step"], p["examples"], p["flops"], round(p["wall_s"], 2), round(p["r1"], 4)]
+                    for p in run["curve"]
+                ]
+            }
             for run in mine
         ]
         results.append({"plan": plan.model_dump(), "arms": lines, "runs": curves})
@@ -113,16 +123,18 @@ def write_report(runs: Sequence[tuple[PlanSection, Record]], folder: Path, *, so
 
 def draw(plan: PlanSection, runs: Sequence[Record], path: Path) -> None:
     """Draw recall at 1 against examples, operations and seconds: the mean of all seeds, and their range."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     arms = list(dict.fromkeys(run["arm"] for run in runs))
-    colours = plt.get_cmap("tab20").colors
-    figure, axes = plt.subplots(1, 3, figsize=(15, 5), sharey=True)
+    colours = [colormaps["tab20"](i) for i in range(20)]
+    figure = Figure(figsize=(15, 5))  # without pyplot, which looks for a screen
+    axes = figure.subplots(1, 3, sharey=True)
     for axis, (key, label) in zip(
-        axes, (("examples", "examples trained"), ("flops", "operations, reference cached"), ("wall_s", "seconds, one thread")), strict=True
+        axes,
+        (
+            ("examples", "examples trained"),
+            ("flops", "operations, reference cached"),
+            ("wall_s", "seconds, one thread"),
+        ),
+        strict=True,
     ):
         for colour, arm in zip(colours, arms, strict=False):
             same = [run for run in runs if run["arm"] == arm]
@@ -137,7 +149,6 @@ def draw(plan: PlanSection, runs: Sequence[Record], path: Path) -> None:
     figure.suptitle(f"{plan.set}: {len(plan.seeds)} seeds, their mean and their range")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _table(plan: PlanSection, runs: Sequence[Record], lines: Sequence[Record]) -> str:
@@ -167,7 +178,7 @@ def _ratio(line: Record, name: str) -> str:
         by_seed = line[f"{name}_by_seed"]
         return f"reached by {sum(ratio is not None for ratio in by_seed)} of {len(by_seed)}"
     middle, low, high = found
-    return f"÷ {middle:.2f}" + ("" if math.isinf(high) or high > 1e6 else f" ({low:.2f} to {high:.2f})")
+    return f"÷ {middle:.2f}" + ("" if high is None else f" ({low:.2f} to {high:.2f})")
 
 
 def _fewer(run: Record, uniform: Record, cost: Callable[[Record], float]) -> float | None:

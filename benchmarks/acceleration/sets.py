@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -105,7 +105,7 @@ class Pairs:
 def load_pairs(folder: Path, encoder: Encoder) -> Pairs:
     """Decode the shards of a folder once, and keep what came out beside them for the next process."""
     cache = folder.with_name(f"{folder.name}-{hashlib.sha256(encoder.view.encode()).hexdigest()[:8]}")
-    names = [field for field in Pairs.__dataclass_fields__]
+    names = list(Pairs.__dataclass_fields__)
     if not cache.exists():
         scratch = cache.with_name(f"{cache.name}.tmp")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -119,11 +119,15 @@ def load_pairs(folder: Path, encoder: Encoder) -> Pairs:
 def _decode(folder: Path, encoder: Encoder) -> tuple[npt.NDArray[np.generic], ...]:
     pool = take_inventory(PoolSection(path=str(folder), uid="key"))
     pixels, captions, contents, kinds = [], [], [], []
-    with tqdm(total=pool.rows, desc=f"decode {folder.parent.name}/{folder.name}", unit=" pictures", disable=None) as bar:
+    with tqdm(
+        total=pool.rows, desc=f"decode {folder.parent.name}/{folder.name}", unit=" pictures", disable=None
+    ) as bar:
         for shard in pool.shards:
             for batch in read_batches(shard, ["jpg", "caption", "kind"], batch_rows=1024):
                 images, texts = image_bytes(batch.column("jpg")), caption_bytes(batch.column("caption"))
-                for image, text, kind in zip(images.to_pylist(), texts.to_pylist(), batch.column("kind").to_pylist(), strict=True):
+                for image, text, kind in zip(
+                    images.to_pylist(), texts.to_pylist(), batch.column("kind").to_pylist(), strict=True
+                ):
                     try:
                         caption = clean_caption(text)
                         pixels.append(encoder.crop(decode_image(image)))
@@ -244,7 +248,9 @@ def _openstax(section: SetSection, seed: int, data: Path | None) -> dict[str, It
     )
 
 
-def _split(train: list[_Real], held_out: list[_Real], section: SetSection, seed: int, *, by_group: bool) -> dict[str, Iterable[Row]]:
+def _split(
+    train: list[_Real], held_out: list[_Real], section: SetSection, seed: int, *, by_group: bool
+) -> dict[str, Iterable[Row]]:
     """Give the reference a third of the rows to train on, and swap captions among the rest."""
     rng = np.random.default_rng((seed, 14))
     if by_group:
@@ -282,10 +288,10 @@ _SOURCES: dict[str, Callable[[SetSection, int, Path | None], dict[str, Iterable[
 def _counts(rows: int) -> list[int]:
     """Rows of each kind of a web-like pool, which are `rows` together."""
     ends = np.round(np.cumsum(list(WEB_SHARES.values())) * rows).astype(int)
-    return np.diff(ends, prepend=0).tolist()
+    return [int(count) for count in np.diff(ends, prepend=0)]
 
 
-def _rows_of(data: Path | None, name: str, columns: list[str]) -> list[dict[str, str | bytes]]:
+def _rows_of(data: Path | None, name: str, columns: list[str]) -> list[dict[str, Any]]:
     paths = sorted((data / name).glob("*.parquet")) if data else []
     if not paths:
         raise FileNotFoundError(f"expected Parquet files in {data}/{name}, found none: give their folder with --data")
@@ -299,11 +305,18 @@ def _write(folder: Path, rows: Iterable[Row]) -> None:
 
     def flush() -> None:
         nonlocal number
-        pq.write_table(pa.Table.from_pylist(table, SCHEMA), folder / f"{number:05d}.parquet", compression="zstd", row_group_size=1024)
+        pq.write_table(
+            pa.Table.from_pylist(table, SCHEMA),
+            folder / f"{number:05d}.parquet",
+            compression="zstd",
+            row_group_size=1024,
+        )
         table.clear()
         number += 1
 
-    for row, (jpg, caption, kind) in enumerate(tqdm(rows, desc=f"draw {folder.parent.name}/{folder.name}", unit=" pictures", disable=None)):
+    for row, (jpg, caption, kind) in enumerate(
+        tqdm(rows, desc=f"draw {folder.parent.name}/{folder.name}", unit=" pictures", disable=None)
+    ):
         table.append({"key": f"{row:07d}", "jpg": jpg, "caption": caption, "kind": kind})
         if len(table) == SHARD_ROWS:
             flush()

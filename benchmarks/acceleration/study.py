@@ -14,7 +14,7 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from benchmarks.acceleration.config import MODEL, UNIFORM, PlanSection, StudySec
 from benchmarks.acceleration.flops import forward_flops
 from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
 from benchmarks.acceleration.report import write_report
-from benchmarks.acceleration.sets import WANTED, Pairs, SetSection, load_pairs, make_set
+from benchmarks.acceleration.sets import WANTED, Pairs, load_pairs, make_set
 from benchmarks.acceleration.variants import without_near_duplicates
 from curate.encoder import Encoder, OpenClip, create_model
 from curate.recipe import EncoderSection, SelectionSection
@@ -73,6 +73,7 @@ class Job:
 
     @property
     def steps(self) -> int:
+        """Of this learner."""
         return self.plan.steps_of(self.arm)
 
     @property
@@ -84,6 +85,7 @@ class Job:
 
     @property
     def set_folder(self) -> Path:
+        """Where its shards lie."""
         return self.out / "sets" / self.set_key
 
     @property
@@ -121,7 +123,9 @@ def train_reference(job: Job) -> None:
     pairs = parts["pool" if job.study.arms[job.arm].reference == "weak" else "reference"]
     training = job.study.training.model_copy(update={"steps": job.study.reference.steps})
     b = job.study.arms[job.arm].selection.sub_batch_size
-    uniform = SelectionSection(sub_batch_size=b, filter_ratio=0.0, method="uniform", criterion="easy_reference", n_chunks=1)
+    uniform = SelectionSection(
+        sub_batch_size=b, filter_ratio=0.0, method="uniform", criterion="easy_reference", n_chunks=1
+    )
     model, config, tokenizer = _model(1_000_000 + job.plan.pool_seed, job.device)
     nothing = np.ones((len(pairs), config["embed_dim"]), np.float16)
     loop = Loop(
@@ -238,7 +242,9 @@ def reference_is_read(arm: ArmSection) -> bool:
 def main() -> None:
     """Run a study from the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.acceleration", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.acceleration",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", type=Path, help="a TOML file beside this module")
     parser.add_argument("--out", type=Path, default=Path("out/acceleration"), help="sets, references and runs")
@@ -258,19 +264,17 @@ def main() -> None:
     workers = arguments.workers or (1 if arguments.device == "cuda" else os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as executor:
-        for title, work, key in (
-            ("sets", make_pairs, lambda job: job.set_folder),
-            ("references", train_reference, lambda job: job.reference_path),
-            ("embeddings", embed_reference, lambda job: job.vectors_path),
-            ("runs", run, lambda job: job.path),
-        ):
-            _all(executor, title, work, {key(job): job for job in jobs}.values())
+        _all(executor, "sets", make_pairs, {job.set_folder: job for job in jobs})
+        _all(executor, "references", train_reference, {job.reference_path: job for job in jobs})
+        _all(executor, "embeddings", embed_reference, {job.vectors_path: job for job in jobs})
+        _all(executor, "runs", run, {job.path: job for job in jobs})
     runs = [(job.plan, json.loads(job.path.read_text())) for job in jobs]
     write_report(runs, arguments.report or arguments.out / "report", source=arguments.study)
 
 
-def _all(executor: ProcessPoolExecutor, title: str, work: Callable[[Job], None], jobs: Iterable[Job]) -> None:
-    pending = {executor.submit(work, job) for job in jobs}
+def _all(executor: ProcessPoolExecutor, title: str, work: Callable[[Job], None], jobs: Mapping[Path, Job]) -> None:
+    """Do one step of a study for each file that it makes."""
+    pending = {executor.submit(work, job) for job in jobs.values()}
     with tqdm(total=len(pending), desc=title, unit="", disable=None) as bar:
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)

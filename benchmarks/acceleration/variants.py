@@ -36,7 +36,7 @@ def without_near_duplicates(zimg: npt.NDArray[np.float16]) -> npt.NDArray[np.int
     index = faiss.index_factory(rows.shape[1], f"IVF{CELLS},Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(rows[:: max(1, len(rows) // (64 * CELLS))])
     index.add(rows)
-    index.nprobe = PROBED
+    faiss.extract_index_ivf(index).nprobe = PROBED
     limits, _, found = index.range_search(rows, NEAR_DUPLICATE)
     kept = np.ones(len(rows), bool)
     for row in range(len(rows)):
