@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types lock bench clean
+.PHONY: demo test lint types lock bench bench-acceleration clean
 
 demo: $(READY)  ## the whole loop on a small drawn pool: three rounds beside a trainer
 	$(BIN)/python -m jobs.demo
@@ -17,6 +17,9 @@ test: $(READY)  ## what CI runs: lint, types, tests
 
 bench: $(READY)  ## time and memory of selection against a bare baseline and the paper's listing
 	$(BIN)/python -m benchmarks.selection
+
+bench-acceleration: $(READY)  ## do learners learn faster from selected batches? the quick study, within 30 minutes on 2 cores
+	$(BIN)/python -m benchmarks.acceleration benchmarks/acceleration/quick.toml
 
 lock: $(READY)  ## pin pyproject.toml's dependencies for every supported platform
 	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header \

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.acceleration import study
-from benchmarks.acceleration.config import MODEL, PlanSection
+from benchmarks.acceleration.config import PlanSection, load_study
 from benchmarks.acceleration.flops import forward_flops
 from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
 from benchmarks.acceleration.report import interval, reached, smoothed, summarise
@@ -32,6 +32,7 @@ from pipelines.round import run_round
 from tests.helpers import CPU, write_tiny
 
 torch.set_num_threads(1)
+HERE = Path(study.__file__).parent
 ROUNDS, SUPER_BATCHES, b = 3, 6, 8
 
 
@@ -177,12 +178,21 @@ def test_ratios_pair_each_seed_with_its_own_uniform_run():
         summarise(plan, runs[2:])
 
 
-def test_operations_of_a_forward_pass_are_those_that_torch_counts():
-    """Without the attention's products, which torch's counter leaves out on a CPU."""
-    config = json.loads((Path(study.__file__).parent / MODEL).read_text())
-    model, _, tokenizer = create_model(
-        EncoderSection(model=MODEL), role="learner", base=Path(study.__file__).parent, seed=0
-    )
+@pytest.mark.parametrize("name", ["quick.toml", "study.toml", "gpu.toml"])
+def test_studies_are_sound_and_know_their_arms_and_sets(name: str):
+    found = load_study(HERE / name)
+    for plan in found.plans:
+        assert plan.set in found.sets
+        assert {"uniform", *plan.arms} <= set(found.arms)
+        assert len(set(plan.seeds)) == len(plan.seeds)
+        assert plan.steps % found.evaluate_every == 0
+    assert found.arms["uniform"].selection.super_batch_size == found.arms["uniform"].selection.sub_batch_size
+
+
+@pytest.mark.parametrize("name", ["small-clip.json", "gpu-clip.json"])
+def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str):
+    config = json.loads((HERE / name).read_text())
+    model, _, tokenizer = create_model(EncoderSection(model=name), role="learner", base=HERE, seed=0)
     side = config["vision_cfg"]["image_size"]
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, side, side), tokenizer(["a red circle"]))

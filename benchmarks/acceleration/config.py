@@ -4,13 +4,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from benchmarks.acceleration.loop import ArmSection
 from benchmarks.acceleration.sets import SetSection
-from curate.recipe import Section, SelectionSection, TrainSection
+from curate.errors import UserError
+from curate.recipe import Section, TrainSection
 
-MODEL = "small-clip.json"
 UNIFORM = "uniform"
 
 
@@ -40,6 +40,7 @@ class PlanSection(Section):
 class StudySection(Section):
     """One study."""
 
+    model: str = Field(description="open_clip JSON config beside this module, of learner and reference")
     training: TrainSection
     reference: ReferenceSection
     evaluate_every: int = Field(ge=1, description="steps between two points of a curve")
@@ -49,11 +50,27 @@ class StudySection(Section):
 
 
 def load_study(path: Path) -> StudySection:
-    """Read a study; `[selection]` holds what all its arms' selections have in common."""
-    data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    common = data.pop("selection", {})
-    for arm in data["arms"].values():
-        for name in ("selection", "later"):
-            if name in arm or name == "selection":
-                arm[name] = SelectionSection.model_validate(common | arm.get(name, {}))
-    return StudySection.model_validate(data)
+    """Read a study; `[selection]` holds what all its arms' selections have in common.
+
+    Raises:
+        UserError: not a study; one line per mistake.
+    """
+    try:
+        data: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        common = data.pop("selection", {})
+        for arm in data.get("arms", {}).values():
+            arm["selection"] = common | arm.get("selection", {})
+            if "later" in arm:
+                arm["later"] = common | arm["later"]
+        study = StudySection.model_validate(data)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: expected a study ({error}); begin with a copy of quick.toml") from None
+    except ValidationError as error:
+        mistakes = ((".".join(map(str, details["loc"])), details["msg"]) for details in error.errors())
+        raise UserError(*(f"{path}: {field}: {message}; correct it" for field, message in mistakes)) from None
+    for plan in study.plans:
+        if unknown := {UNIFORM, *plan.arms} - set(study.arms):
+            raise UserError(f"{path}: a plan names the arms {sorted(unknown)}, of which there are none; add [arms.…]")
+        if plan.set not in study.sets:
+            raise UserError(f"{path}: a plan names the set {plan.set!r}, and there is none; add [sets.{plan.set}]")
+    return study

@@ -31,7 +31,7 @@ def draw_chart(rng: np.random.Generator, image_size: int) -> tuple[bytes, str]:
         pen.rectangle((i * width + 0.1 * width, top, (i + 0.9) * width, side), fill=COLOURS[name])
     pen.line((0, side - 1, side, side - 1), fill=COLOURS["black"], width=2)
     bars = ", ".join(f"{HEIGHTS[height]} {name}" for name, height in zip(names, heights, strict=True))
-    return _encoded(image), f"a bar chart whose bars are {bars}"
+    return _encoded(image.reduce(SUPERSAMPLE)), f"a bar chart whose bars are {bars}"
 
 
 def draw_clock(rng: np.random.Generator, image_size: int) -> tuple[bytes, str]:
@@ -45,7 +45,9 @@ def draw_clock(rng: np.random.Generator, image_size: int) -> tuple[bytes, str]:
     for turn, length, width in ((hour / 12 + minute / 720, 0.22, 5), (minute / 60, 0.38, 3)):
         tip = (side * (0.5 + length * sin(2 * pi * turn)), side * (0.5 - length * cos(2 * pi * turn)))
         pen.line((side / 2, side / 2, *tip), fill=COLOURS["black"], width=width)
-    return _encoded(image), f"a clock with a {face} rim on {ground} that shows {minute} minutes past {HOURS[hour]}"
+    return _encoded(
+        image.reduce(SUPERSAMPLE)
+    ), f"a clock with a {face} rim on {ground} that shows {minute} minutes past {HOURS[hour]}"
 
 
 def boilerplate(rng: np.random.Generator) -> str:
@@ -57,9 +59,8 @@ def near_duplicate(rng: np.random.Generator, jpg: bytes) -> bytes:
     """The same picture once more: moved by a pixel, a little lighter or darker, compressed again."""
     image = Image.open(BytesIO(jpg)).convert("RGB")
     image = Image.fromarray(np.roll(np.asarray(image), rng.integers(-1, 2, size=2), axis=(0, 1)))
-    return _encoded(
-        image.point([min(255, round(x * shade)) for shade in [rng.uniform(0.95, 1.05)] for x in range(256)] * 3)
-    )
+    shade = rng.uniform(0.95, 1.05)
+    return _encoded(image.point([min(255, round(x * shade)) for x in range(256)] * 3))
 
 
 DRAWN_OTHERS: tuple[Callable[[np.random.Generator, int], tuple[bytes, str]], ...] = (draw_chart, draw_clock)
@@ -67,6 +68,5 @@ DRAWN_OTHERS: tuple[Callable[[np.random.Generator, int], tuple[bytes, str]], ...
 
 def _encoded(image: Image.Image) -> bytes:
     out = BytesIO()
-    image = image.reduce(SUPERSAMPLE) if image.width % SUPERSAMPLE == 0 and image.width > 48 else image
     image.save(out, "JPEG", **JPEG)
     return out.getvalue()

@@ -18,11 +18,12 @@ from pydantic import Field
 from torch import Tensor
 
 from benchmarks.acceleration.sets import Pairs
+from benchmarks.acceleration.variants import draw_by_scores, super_batch_losses
 from curate.encoder import Encoder
 from curate.evaluate import count_rivals, recall
 from curate.recipe import Section, SelectionSection, TrainSection
 from curate.seeds import derive_seed
-from curate.select import Candidates, Scale, Vectors, needs_learner, select_sub_batch
+from curate.select import Candidates, Scale, Vectors, embeddings_of, needs_learner, select_sub_batch
 from curate.spec import EncoderSpec
 from curate.walk import WalkRange, in_walk_order, next_range, walk_rows
 from jobs.optimize import learning_rate, make_criterion, make_optimizer, take_step
@@ -38,6 +39,9 @@ class ArmSection(Section):
     round_steps: int = Field(10, ge=1, description="steps between two learners that selection scores with")
     pool: Literal["all", "wanted", "deduplicated"] = Field("all", description="rows that are walked through")
     reference: Literal["clean", "weak"] = Field("clean", description="trained on clean pairs, or on the pool itself")
+    super_batch_loss: bool = Field(
+        False, description="the other independent selection: each pair by its part of the super-batch's loss"
+    )
     shuffled: bool = Field(False, description="the rows of a round are dealt anew to its batches")
     uniform_share: float = Field(0.0, ge=0, lt=1, description="share of batches that are drawn uniformly")
     later: SelectionSection | None = Field(None, description="replaces `selection` from step `later_from` on")
@@ -95,6 +99,7 @@ class Loop:
         order, representative = in_walk_order(records)
         self.rows = np.sort(records["row"][order[representative == np.arange(len(order))]])
         self._own: tuple[Vectors, Vectors] | None = None
+        self._scale = Scale(logit_scale=spec.logit_scale, logit_bias=spec.logit_bias)
         self._normalize = Encoder(spec, copy.deepcopy(learner), tokenizer, device).normalize
 
     def batches(self) -> Iterator[npt.NDArray[np.int64]]:
@@ -185,6 +190,8 @@ class Loop:
             self._own = np.full((N, D), np.nan, np.float16), np.full((N, D), np.nan, np.float16)
         for tower, found in zip(self._own, embed(encoder, self.pairs, rows), strict=True):
             tower[rows] = found
+        scale, bias = self.model.logit_scale.detach().exp(), self.model.logit_bias.detach()
+        self._scale = Scale(logit_scale=float(scale), logit_bias=float(bias))
         self.account.learner_scored += len(rows)
         self.account.score_s += time.perf_counter() - begun
 
@@ -196,22 +203,33 @@ class Loop:
         own = (self._own[0][rows], self._own[1][rows]) if self._own is not None else None
         vectors = self.reference.vectors
         candidates = Candidates(rows=walked, learner=own, reference=(vectors[0][rows], vectors[1][rows]))
-        scale = Scale(
-            logit_scale=float(self.model.logit_scale.detach().exp()), logit_bias=float(self.model.logit_bias.detach())
-        )
-        table, _ = select_sub_batch(
-            candidates,
-            selection,
-            learner=scale,
-            reference=self.reference.scale,
-            seed=self.seed,
-            round_number=number,
-            sub_batch=i,
-            device=self.device,
-        )
+        if self.arm.super_batch_loss and selection.method != "uniform":
+            chosen = rows[self._independent(candidates, selection, number, i)]
+        else:
+            table, _ = select_sub_batch(
+                candidates,
+                selection,
+                learner=self._scale,
+                reference=self.reference.scale,
+                seed=self.seed,
+                round_number=number,
+                sub_batch=i,
+                device=self.device,
+            )
+            chosen = np.asarray(table["row"].to_numpy())
         self.account.candidates += len(rows)
         self.account.select_s += time.perf_counter() - begun
-        return np.asarray(table["row"].to_numpy())
+        return chosen
+
+    def _independent(
+        self, candidates: Candidates, selection: SelectionSection, number: int, i: int
+    ) -> npt.NDArray[np.int64]:
+        """Positions drawn by losses within the super-batch."""
+        scores = -super_batch_losses(embeddings_of(candidates.reference, self.reference.scale, self.device)).cpu()
+        if candidates.learner is not None:
+            scores += super_batch_losses(embeddings_of(candidates.learner, self._scale, self.device)).cpu()
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "draw", number, i))
+        return draw_by_scores(scores, selection.sub_batch_size, selection.gain, generator).numpy()
 
     def _images(self, pairs: Pairs, rows: npt.NDArray[np.int64]) -> Tensor:
         pixels = torch.from_numpy(np.asarray(pairs.pixels[rows])).to(self.device)

@@ -33,7 +33,6 @@ from curate.recipe import PoolSection, Section
 from jobs.drawn_pool import draw_pair
 
 WANTED = "wanted"
-IMAGE_SIZE = 32
 SHARD_ROWS = 10_000
 SCHEMA = pa.schema({"key": pa.string(), "jpg": pa.binary(), "caption": pa.string(), "kind": pa.string()})
 Row = tuple[bytes, str, str]
@@ -59,6 +58,7 @@ class SetSection(Section):
     rows: int = Field(0, ge=0, description="of the pool, where it is drawn")
     swapped_share: float = Field(0.0, ge=0, lt=1, description="rows of the pool with the caption of another picture")
     words: int | None = Field(None, ge=3, description="crowds drawn concepts: so many colours and shapes")
+    image_size: int = Field(32, ge=8, description="width and height of drawn pictures, pixels")
     reference_rows: int = Field(12_000, ge=1, description="clean pairs that the reference is trained on, if drawn")
     held_out_rows: int = Field(1_000, ge=1, description="clean pairs that the learner is judged by")
 
@@ -142,7 +142,7 @@ def _decode(folder: Path, encoder: Encoder) -> tuple[npt.NDArray[np.generic], ..
 
 def _drawn(section: SetSection, seed: int, data: Path | None) -> dict[str, Iterable[Row]]:
     """Coloured shapes; `words` crowds them, `swapped_share` of the pool's captions are untrue."""
-    draw = partial(draw_pair, image_size=IMAGE_SIZE, words=section.words)
+    draw = partial(draw_pair, image_size=section.image_size, words=section.words)
     swapped = np.random.default_rng((seed, 10)).permutation(section.rows) < section.swapped_share * section.rows
     return {
         "pool": (
@@ -161,13 +161,13 @@ def _web(section: SetSection, seed: int, data: Path | None) -> dict[str, Iterabl
     real = [*_emoji_rows(data), *_openstax_rows(data)] if data else []
     order = rng.permutation(len(real)).tolist()
     kept_back, real_rows = order[: section.held_out_rows // 2], iter(order[section.held_out_rows // 2 :])
-    draw = partial(draw_pair, image_size=IMAGE_SIZE)
+    draw = partial(draw_pair, image_size=section.image_size)
 
     def other() -> tuple[bytes, str]:
         """Real pairs as long as there are any, every second time; drawn ones otherwise."""
         if rng.random() < 0.5 and (row := next(real_rows, None)) is not None:
             return real[row].jpg, real[row].caption
-        return DRAWN_OTHERS[int(rng.integers(len(DRAWN_OTHERS)))](rng, IMAGE_SIZE)
+        return DRAWN_OTHERS[int(rng.integers(len(DRAWN_OTHERS)))](rng, section.image_size)
 
     def pool() -> Iterator[Row]:
         spam: tuple[bytes, str] = other()
@@ -188,7 +188,7 @@ def _web(section: SetSection, seed: int, data: Path | None) -> dict[str, Iterabl
             yield real[row].jpg, real[row].caption, "other_domain"
         others_rng = np.random.default_rng((seed, 12))
         for i in range(section.held_out_rows - len(kept_back)):
-            yield (*DRAWN_OTHERS[i % len(DRAWN_OTHERS)](others_rng, IMAGE_SIZE), "other_domain")
+            yield (*DRAWN_OTHERS[i % len(DRAWN_OTHERS)](others_rng, section.image_size), "other_domain")
 
     drawn = _drawn(section, seed, data)
     return {"pool": pool(), "reference": drawn["reference"], "held-out": drawn["held-out"], "others": others()}

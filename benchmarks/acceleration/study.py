@@ -25,13 +25,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.acceleration.config import MODEL, UNIFORM, PlanSection, StudySection, load_study
+from benchmarks.acceleration.config import UNIFORM, PlanSection, StudySection, load_study
 from benchmarks.acceleration.flops import forward_flops
 from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
 from benchmarks.acceleration.report import write_report
 from benchmarks.acceleration.sets import WANTED, Pairs, load_pairs, make_set
 from benchmarks.acceleration.variants import without_near_duplicates
 from curate.encoder import Encoder, OpenClip, create_model
+from curate.errors import UserError
 from curate.recipe import EncoderSection, SelectionSection
 from curate.select import Scale
 from curate.spec import EncoderSpec
@@ -59,7 +60,7 @@ class Job:
         identity = {
             "format": FORMAT,
             "set": self.set_key,
-            "model": (HERE / MODEL).read_text(),
+            "model": (HERE / self.study.model).read_text(),
             "arm": self.study.arms[self.arm].model_dump(mode="json"),
             "training": self.study.training.model_dump(mode="json"),
             "reference": self.study.reference.model_dump(mode="json"),
@@ -95,8 +96,11 @@ class Job:
         alike: Any = self.set_key
         kind = self.study.arms[self.arm].reference
         if kind == "clean" and section.source in {"drawn", "web"}:
-            alike = [self.plan.pool_seed, section.reference_rows, section.words]
-        identity = [FORMAT, alike, kind, self.study.reference.model_dump(), (HERE / MODEL).read_text(), self.device]
+            alike = [self.plan.pool_seed, section.reference_rows, section.words, section.image_size]
+        b = self.study.arms[self.arm].selection.sub_batch_size
+        training = self.study.training.model_dump(mode="json")
+        model = (HERE / self.study.model).read_text()
+        identity = [FORMAT, alike, kind, self.study.reference.steps, training, b, model, self.device]
         return self.out / "references" / f"{_digest(identity)}.pt"
 
     @property
@@ -126,7 +130,7 @@ def train_reference(job: Job) -> None:
     uniform = SelectionSection(
         sub_batch_size=b, filter_ratio=0.0, method="uniform", criterion="easy_reference", n_chunks=1
     )
-    model, config, tokenizer = _model(1_000_000 + job.plan.pool_seed, job.device)
+    model, config, tokenizer = _model(job, 1_000_000 + job.plan.pool_seed)
     nothing = np.ones((len(pairs), config["embed_dim"]), np.float16)
     loop = Loop(
         pairs,
@@ -150,7 +154,7 @@ def embed_reference(job: Job) -> None:
     """Embed the pool with the reference, once for all runs."""
     if job.vectors_path.exists():
         return
-    model, config, tokenizer = _model(0, job.device)
+    model, config, tokenizer = _model(job, 0)
     model.load_state_dict(torch.load(job.reference_path)["weights"])
     pool = _load_parts(job)["pool"]
     encoder = Encoder(_spec(model, config), model, tokenizer, torch.device(job.device))
@@ -178,7 +182,7 @@ def run(job: Job) -> None:
         rows = np.flatnonzero(pool.kind == WANTED)
     elif arm.pool == "deduplicated":
         rows = without_near_duplicates(reference.vectors[0])
-    model, config, tokenizer = _model(job.seed, job.device)
+    model, config, tokenizer = _model(job, job.seed)
     loop = Loop(
         pool,
         model,
@@ -253,7 +257,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, help="processes, each with one thread; one per core, or one with CUDA")
     arguments = parser.parse_args()
-    study = load_study(arguments.study)
+    try:
+        study = load_study(arguments.study)
+    except UserError as error:
+        parser.exit(2, "".join(f"{line}\n" for line in error.lines))
     where = {"out": arguments.out, "data": arguments.data, "device": arguments.device}
     jobs = [
         Job(study=study, plan=plan, arm=arm, seed=seed, **where)
@@ -289,22 +296,23 @@ def _begin_worker() -> None:
 
 
 def _load_parts(job: Job) -> dict[str, Pairs]:
-    model, config, tokenizer = _model(0)
-    encoder = Encoder(_spec(model, config), model, tokenizer, torch.device("cpu"))
+    model, config, tokenizer = _model(job, 0)
+    encoder = Encoder(_spec(model, config), model, tokenizer, torch.device(job.device))
     names = [name for name in ("pool", "reference", "held-out", "others") if (job.set_folder / name).is_dir()]
     return {name: load_pairs(job.set_folder / name, encoder) for name in names}
 
 
-def _model(seed: int, device: str = "cpu") -> OpenClip:
-    model, config, tokenizer = create_model(EncoderSection(model=MODEL), role="learner", base=HERE, seed=seed)
-    return model.to(device), config, tokenizer
+def _model(job: Job, seed: int) -> OpenClip:
+    section = EncoderSection(model=job.study.model)
+    model, config, tokenizer = create_model(section, role="learner", base=HERE, seed=seed)
+    return model.to(job.device), config, tokenizer
 
 
 def _spec(model: Any, config: dict[str, Any]) -> EncoderSpec:
     """What an encoder must know of a model that is in no root."""
     return EncoderSpec(
         model="in memory",
-        source=MODEL,
+        source="benchmark",
         weights_sha256="",
         embed_dim=config["embed_dim"],
         logit_scale=float(model.logit_scale.detach().exp()),
