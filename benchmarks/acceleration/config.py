@@ -26,6 +26,7 @@ class PlanSection(Section):
     set: str
     arms: list[str] = Field(description="`uniform` is always run beside them")
     steps: int = Field(ge=1, description="of each learner; the batch is b, so the examples are alike, too")
+    warm_steps: int = Field(0, ge=0, description="of uniform training that all learners have behind them at the start")
     uniform_steps: int | None = Field(
         None, ge=1, description="of the uniform arm, where it is followed for longer: its end is what others must reach"
     )

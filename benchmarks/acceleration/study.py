@@ -66,6 +66,7 @@ class Job:
             "reference": self.study.reference.model_dump(mode="json"),
             "every": self.study.evaluate_every,
             "steps": self.steps,
+            "warm": self.plan.warm_steps,
             "seed": self.seed,
             "device": self.device,
         }
@@ -107,6 +108,17 @@ class Job:
     def vectors_path(self) -> Path:
         """Where the reference's embeddings of this pool lie."""
         return self.reference_path.with_name(f"{self.reference_path.stem}-{self.set_key}.npz")
+
+    @property
+    def warm_path(self) -> Path | None:
+        """Where the weights lie that its learner begins with; None if it begins with random ones."""
+        if not self.plan.warm_steps:
+            return None
+        training = self.study.training.model_dump(mode="json")
+        uniform = self.study.arms[UNIFORM].model_dump(mode="json")
+        model = (HERE / self.study.model).read_text()
+        identity = [FORMAT, self.set_key, training, uniform, self.plan.warm_steps, model, self.seed, self.device]
+        return self.out / "warm" / f"{_digest(identity)}.pt"
 
 
 def make_pairs(job: Job) -> None:
@@ -150,6 +162,18 @@ def train_reference(job: Job) -> None:
     _save(path, partial(torch.save, {"weights": model.state_dict(), "quality": quality}))
 
 
+def warm_learner(job: Job) -> None:
+    """Train a learner uniformly, for the arms of its seed to begin with."""
+    path = job.warm_path
+    if path is None or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    loop = _loop(job, job.study.arms[UNIFORM])
+    for _, rows in zip(range(job.plan.warm_steps), loop.batches(), strict=False):
+        loop.train(rows)
+    _save(path, partial(torch.save, loop.model.state_dict()))
+
+
 def embed_reference(job: Job) -> None:
     """Embed the pool with the reference, once for all runs."""
     if job.vectors_path.exists():
@@ -172,30 +196,10 @@ def run(job: Job) -> None:
     arm = job.study.arms[job.arm]
     parts = _load_parts(job)
     pool = parts["pool"]
-    stored = np.load(job.vectors_path)
-    reference = Reference(
-        vectors=(stored["zimg"], stored["ztxt"]),
-        scale=Scale(logit_scale=float(stored["scale"][0]), logit_bias=float(stored["scale"][1])),
-    )
-    rows = np.arange(len(pool))
-    if arm.pool == "wanted":
-        rows = np.flatnonzero(pool.kind == WANTED)
-    elif arm.pool == "deduplicated":
-        rows = without_near_duplicates(reference.vectors[0])
-    model, config, tokenizer = _model(job, job.seed)
-    loop = Loop(
-        pool,
-        model,
-        tokenizer,
-        _spec(model, config),
-        reference,
-        arm,
-        job.study.training,
-        rows=rows,
-        seed=job.seed,
-        device=torch.device(job.device),
-    )
-    forward = forward_flops(config)
+    loop = _loop(job, arm)
+    if job.warm_path is not None:
+        loop.model.load_state_dict(torch.load(job.warm_path))
+    forward = forward_flops(json.loads((HERE / job.study.model).read_text()))
     curve = []
     for step, batch in zip(range(1, job.steps + 1), loop.batches(), strict=False):
         loop.train(batch)
@@ -274,6 +278,7 @@ def main() -> None:
         _all(executor, "sets", make_pairs, {job.set_folder: job for job in jobs})
         _all(executor, "references", train_reference, {job.reference_path: job for job in jobs})
         _all(executor, "embeddings", embed_reference, {job.vectors_path: job for job in jobs})
+        _all(executor, "warm learners", warm_learner, {job.warm_path: job for job in jobs if job.warm_path})
         _all(executor, "runs", run, {job.path: job for job in jobs})
     runs = [(job.plan, json.loads(job.path.read_text())) for job in jobs]
     write_report(runs, arguments.report or arguments.out / "report", source=arguments.study)
@@ -293,6 +298,34 @@ def _all(executor: ProcessPoolExecutor, title: str, work: Callable[[Job], None],
 def _begin_worker() -> None:
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of every model that begins with random weights
+
+
+def _loop(job: Job, arm: ArmSection) -> Loop:
+    """A learner with random weights before its first step."""
+    pool = _load_parts(job)["pool"]
+    stored = np.load(job.vectors_path)
+    reference = Reference(
+        vectors=(stored["zimg"], stored["ztxt"]),
+        scale=Scale(logit_scale=float(stored["scale"][0]), logit_bias=float(stored["scale"][1])),
+    )
+    rows = np.arange(len(pool))
+    if arm.pool == "wanted":
+        rows = np.flatnonzero(pool.kind == WANTED)
+    elif arm.pool == "deduplicated":
+        rows = without_near_duplicates(reference.vectors[0])
+    model, config, tokenizer = _model(job, job.seed)
+    return Loop(
+        pool,
+        model,
+        tokenizer,
+        _spec(model, config),
+        reference,
+        arm,
+        job.study.training,
+        rows=rows,
+        seed=job.seed,
+        device=torch.device(job.device),
+    )
 
 
 def _load_parts(job: Job) -> dict[str, Pairs]:
