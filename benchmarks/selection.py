@@ -83,7 +83,7 @@ def bare(learner: Embeddings, reference: Embeddings, *, with_softplus: bool) -> 
 
 def literal(learner: Embeddings, reference: Embeddings) -> np.ndarray[Any, np.dtype[np.int64]]:
     b = len(learner) // SHARE
-    models: list[tuple[float, Model]] = [
+    models: list[tuple[int, Model]] = [
         (sign, (model.zimg.numpy(), model.ztxt.numpy(), model.logit_scale, model.logit_bias))
         for sign, model in ((1, learner), (-1, reference))
     ]

@@ -90,7 +90,7 @@ class SubBatch:
     scores: Tensor
 
 
-_Models = Sequence[tuple[float, Embeddings]]  # (factor on this model's loss in the score, its embeddings)
+_Models = Sequence[tuple[int, Embeddings]]  # (sign of this model's loss in the score, its embeddings)
 
 
 @torch.no_grad()
@@ -103,7 +103,6 @@ def jointly_sample_batch(
     loss: Loss = "sigmoid",
     criterion: Criterion = "learnability",
     method: Method = "joint",
-    learner_weight: float = 1.0,
     gain: float = 1.0,
     generator: torch.Generator,
 ) -> SubBatch:
@@ -134,8 +133,6 @@ def jointly_sample_batch(
         criterion: loss(learner) - loss(reference), or one of the two alone with that sign.
         method: ``joint`` scores each row given the rows before it, ``independent`` by its own pair alone,
             ``uniform`` not at all: it needs only B, from either model, and passes over non-finite rows too.
-        learner_weight: Factor on the learner's loss under ``learnability``. Ours: 1 is the paper's score, 0 would be
-            ``easy_reference``; the other criteria ignore it.
         gain: Factor on the whole score of either loss (``softmax_score_gain``, 100 in Algorithm 2): at 0 the
             draw is uniform, at high gain it is the top c of each chunk.
         generator: CPU generator; advanced by B values per draw.
@@ -151,14 +148,12 @@ def jointly_sample_batch(
     _require_choice("method", method, METHODS)
     if not (math.isfinite(gain) and gain >= 0):
         raise ValueError(f"gain must be finite and at least 0: found {gain}; 0 is uniform, 100 the paper's")
-    if not (math.isfinite(learner_weight) and learner_weight > 0):
-        raise ValueError(f"learner_weight must be finite and above 0: found {learner_weight}; 1 is the paper's")
     if generator.device.type != "cpu":
         raise ValueError(f"generator must be on the CPU: found {generator.device}; use torch.Generator()")
-    if method == "uniform":  # weights have no meaning here; any model tells B and which rows are sound
-        models: _Models = [(1.0, model) for model in (learner, reference) if model is not None]
+    if method == "uniform":  # signs have no meaning here; any model tells B and which rows are sound
+        models: _Models = [(1, model) for model in (learner, reference) if model is not None]
     else:
-        models = _weighted_models(learner, reference, criterion, learner_weight)
+        models = _signed_models(learner, reference, criterion)
     B = _shared_rows(models)
     if not 1 <= sub_batch_size <= B:
         raise ValueError(f"sub_batch_size must be 1 to B = {B}: found {sub_batch_size}; embed more rows")
@@ -247,6 +242,9 @@ def sub_batch_loss(model: Embeddings, positions: Tensor, *, loss: Loss) -> float
     return float((0.5 * lse.sum(0) - own).mean(dtype=torch.float64))
 
 
+_X = {"norm": "sum", "weight": 1.0, "learner": 1.0}
+
+
 class _Conditional:
     """Score of every candidate given the rows drawn so far.
 
@@ -255,39 +253,46 @@ class _Conditional:
     """
 
     def __init__(self, models: _Models, loss: Loss | None) -> None:
+        models = [(sign * (_X["learner"] if sign > 0 else 1.0), m) for sign, m in models]
         self._models, self._loss = models, loss
+        self._n = 0
         B, device = len(models[0][1]), models[0][1].zimg.device
         dtype = _accumulator(*(model.zimg for _, model in models))
         self._diagonal = torch.zeros(B, dtype=dtype, device=device)
-        for weight, model in models:
+        for sign, model in models:
             if loss is not None:
-                self._diagonal.add_(diagonal_losses(model, loss), alpha=weight)
+                self._diagonal.add_(diagonal_losses(model, loss), alpha=sign)
             for z in (model.zimg, model.ztxt):
                 # A sum is finite only if all its terms are (unit rows cannot overflow): no [B, D] temporary.
                 self._diagonal.masked_fill_(~z.sum(1).isfinite(), math.nan)
         self.scores = self._diagonal.clone()
+        self._pairs = torch.zeros_like(self._diagonal)
         # Softmax only: log-sum-exp over the rows drawn so far, [model, image to text | text to image, B].
         self._lse = self.scores.new_full((len(models), 2, B if loss == "softmax" else 0), -math.inf)
 
     def extend(self, new: Tensor) -> None:
         """Bring the scores up to date with the rows ``new`` [c], just drawn."""
         buffer = _tile_buffer(self.scores, len(new))
-        for m, (weight, model) in enumerate(self._models):
+        for m, (sign, model) in enumerate(self._models):
             bias = model.logit_bias if self._loss == "sigmoid" else 0.0
             # Algorithm 1's ji, images of candidates × texts drawn; then its ij, the other way round.
             for d, (rows, columns) in enumerate(((model.zimg, model.ztxt), (model.ztxt, model.zimg))):
                 for at, tile in _logit_tiles(rows, columns[new], model.logit_scale, bias, buffer):
                     if self._loss == "sigmoid":
                         # As log Π(1 + e^-|x|) + Σ relu(x), 32 factors to a log, it was no faster.
-                        self.scores[at].add_(softplus(tile).sum(1), alpha=weight)
+                        self._pairs[at].add_(softplus(tile).sum(1), alpha=sign)
                     else:
                         _add_logsumexp_(self._lse[m, d, at], tile)
+        self._n += len(new)
+        if self._loss == "sigmoid":
+            w = _X["weight"] / (self._n if _X["norm"] == "mean" else 1.0)
+            self.scores = self._diagonal + w * self._pairs
         if self._loss == "softmax":
             # The normaliser belongs to the whole set, so it is added afresh each time (A.6). The candidate's
             # own pair is not in it: Algorithm 3 masks all but the rows drawn.
             self.scores.copy_(self._diagonal)
-            for (weight, _), lse in zip(self._models, self._lse, strict=True):
-                self.scores.add_(lse.sum(0), alpha=0.5 * weight)
+            for (sign, _), lse in zip(self._models, self._lse, strict=True):
+                self.scores.add_(lse.sum(0), alpha=0.5 * sign)
 
 
 def _draw(conditional: _Conditional, sizes: list[int], gain: float, generator: torch.Generator) -> SubBatch:
@@ -382,19 +387,17 @@ def _chunk_sizes(sub_batch_size: int, n_chunks: int) -> list[int]:
     return [size + 1] * longer + [size] * (n_chunks - longer)
 
 
-def _weighted_models(
-    learner: Embeddings | None, reference: Embeddings | None, criterion: Criterion, learner_weight: float
-) -> _Models:
+def _signed_models(learner: Embeddings | None, reference: Embeddings | None, criterion: Criterion) -> _Models:
     models = []
-    for weight, name, model, unused_by in (
-        (learner_weight if criterion == "learnability" else 1.0, "learner", learner, "easy_reference"),
-        (-1.0, "reference", reference, "hard_learner"),
+    for sign, name, model, unused_by in (
+        (1, "learner", learner, "easy_reference"),
+        (-1, "reference", reference, "hard_learner"),
     ):
         if criterion == unused_by:
             continue
         if model is None:
             raise ValueError(f"{criterion} needs the {name}: found None; pass its embeddings, or {unused_by}")
-        models.append((weight, model))
+        models.append((sign, model))
     return models
 
 

@@ -122,7 +122,6 @@ def select_sub_batch(
             loss=selection.loss,
             criterion=selection.criterion,
             method=selection.method,
-            learner_weight=selection.learner_weight,
             gain=selection.gain,
             generator=_generator(seed, "draw", round_number, sub_batch),
         )

@@ -53,7 +53,13 @@ def test_the_loop_in_one_process_trains_on_the_batches_that_the_product_chooses(
             "reference": {"model": "reference.json"},
             "learner": {"model": "learner.json"},
             # All candidates are walked in each round, so that both embed the same rows in the same forward passes.
-            "selection": {"sub_batch_size": b, "n_chunks": 4, "super_batches": SUPER_BATCHES},
+            "selection": {
+                "sub_batch_size": b,
+                "n_chunks": 4,
+                "super_batches": SUPER_BATCHES,
+                "filter_ratio": 0.8,
+                "criterion": "learnability",
+            },
             "train": {"learning_rate": 3e-3, "warmup_steps": 2},
             "resources": {"workers": 1},
         }

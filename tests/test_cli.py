@@ -69,7 +69,7 @@ def recipe(tmp_path: Path) -> Path:
         pool.path = "{pool}"
         reference.model = "tiny.json"
         learner.model = "tiny.json"
-        selection = {{sub_batch_size = 8, n_chunks = 4, filter_ratio = 0.75}}
+        selection = {{sub_batch_size = 8, n_chunks = 4, filter_ratio = 0.75, criterion = "learnability"}}
         """
     )
     return path

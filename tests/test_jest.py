@@ -86,13 +86,10 @@ def test_draws_the_rows_of_the_papers_listing_in_its_order(loss, gain, dtype):
     B=st.integers(2, 60),
     loss=st.sampled_from(jest.LOSSES),
     criterion=st.sampled_from(jest.CRITERIA),
-    weight=st.sampled_from([0.125, 1.0, 2.0]),
     gain=st.sampled_from([0.0, 0.1, 1.0, 100.0]),
     tile=st.integers(1, 200),
 )
-def test_agrees_with_the_listing_at_every_size_criterion_weight_and_tile(
-    *, monkeypatch, data, B, loss, criterion, weight, gain, tile
-):
+def test_agrees_with_the_listing_at_every_size_criterion_and_tile(*, monkeypatch, data, B, loss, criterion, gain, tile):
     monkeypatch.setitem(jest.TILE_LOGITS, "cpu", tile)
     b = data.draw(st.integers(1, B))
     n_chunks = data.draw(st.integers(1, b))
@@ -105,12 +102,11 @@ def test_agrees_with_the_listing_at_every_size_criterion_weight_and_tile(
         n_chunks=n_chunks,
         loss=loss,
         criterion=criterion,
-        learner_weight=weight,
         gain=gain,
         generator=seeded(1),
     )
-    factors = {"learnability": [weight, -1], "easy_reference": [0, -1], "hard_learner": [1, 0]}[criterion]
-    models = [(factor, as_arrays(m)) for factor, m in zip(factors, (learner, reference), strict=True) if factor]
+    signed = {"learnability": [1, -1], "easy_reference": [0, -1], "hard_learner": [1, 0]}[criterion]
+    models = [(sign, as_arrays(m)) for sign, m in zip(signed, (learner, reference), strict=True) if sign]
     sizes = [len(part) for part in np.array_split(np.arange(b), n_chunks)]
     positions, _ = LITERAL[loss](models, sizes, gain, gumbel_rows(1, n_chunks, B))
     assert drawn.positions.tolist() == positions.tolist()
@@ -423,8 +419,6 @@ def pick(**options) -> SubBatch:
         ({"method": "gibbs"}, r"method must be one of joint, independent, uniform: found 'gibbs'"),
         ({"gain": float("nan")}, r"gain must be finite and at least 0: found nan; 0 is uniform"),
         ({"gain": -1.0}, r"gain must be finite and at least 0: found -1.0; 0 is uniform"),
-        ({"learner_weight": 0.0}, r"learner_weight must be finite and above 0: found 0.0; 1 is the paper's"),
-        ({"learner_weight": float("inf")}, r"learner_weight must be finite and above 0: found inf; 1 is the paper's"),
         ({"learner": None}, r"learnability needs the learner: found None; pass its embeddings, or easy_reference"),
         ({"reference": None}, r"learnability needs the reference: found None; pass its embeddings, or hard_learner"),
         (

@@ -30,6 +30,8 @@ model = "learner.json"
 [selection]
 sub_batch_size = 16
 n_chunks = 4
+filter_ratio = 0.8
+criterion = "learnability"
 [output]
 file_rows = 16
 [resources]

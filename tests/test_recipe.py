@@ -69,10 +69,10 @@ def test_defaults_are_filled_in(load: Load) -> None:
     assert (recipe.root, recipe.seed, recipe.pool.path) == ("some/root", 0, "some/pool")
     assert recipe.selection.model_dump() == {
         "sub_batch_size": 32,
-        "filter_ratio": 0.8,
+        "filter_ratio": 0.9,
         "n_chunks": 16,
         "loss": "sigmoid",
-        "criterion": "learnability",
+        "criterion": "easy_reference",
         "method": "joint",
         "gain": recipe.selection.gain,
         "super_batches": None,
@@ -148,7 +148,7 @@ def test_the_last_set_wins(load: Load) -> None:
         ("seed=1979-05-27", ["must be a valid integer"]),
         ("learner.trusted=1", ["learner.trusted = 1: must be a valid boolean"]),
         ("selection.sub_batch_size=0", ["= 0: must be greater than or equal to 1", "correct it or use --set"]),
-        ("selection.filter_ratio=1", ["= 1: must be less than 1", "the default is 0.8"]),
+        ("selection.filter_ratio=1", ["= 1: must be less than 1", "the default is 0.9"]),
         ("selection.filter_ratio=-0.1", ["= -0.1: must be greater than or equal to 0"]),
         ("selection.filter_ratio=nan", ["= nan: must be"]),
         ("selection.gain=inf", ["= inf: must be a finite number"]),
@@ -303,7 +303,7 @@ def test_the_fingerprint_ignores_what_cannot_change_a_round(load: Load, override
         "reference.precision=bf16",
         "learner.pretrained=openai",
         "selection.sub_batch_size=64",
-        "selection.filter_ratio=0.9",
+        "selection.filter_ratio=0.8",
         "selection.n_chunks=8",
         "selection.loss=softmax",
         "selection.criterion=hard_learner",
@@ -318,7 +318,7 @@ def test_the_fingerprint_changes_with_everything_else(load: Load, override: str)
 
 
 def test_writing_a_default_out_changes_nothing(load: Load) -> None:
-    assert load("selection.filter_ratio=0.8", "seed=0").fingerprint() == load().fingerprint()
+    assert load("selection.filter_ratio=0.9", "seed=0").fingerprint() == load().fingerprint()
 
 
 # --- the recipes that we ship ------------------------------------------------------------------------------------

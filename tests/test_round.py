@@ -60,7 +60,7 @@ def recipe_of(world: Path, root: Path | str, **changes: Any) -> Recipe:
         "pool": {"path": str(world / "pool"), "uid": "key"},
         "reference": {"model": "reference.json"},
         "learner": {"model": "learner.json"},
-        "selection": {"sub_batch_size": B_SMALL, "n_chunks": 4, "loss": "sigmoid"},
+        "selection": {"sub_batch_size": B_SMALL, "n_chunks": 4, "filter_ratio": 0.8, "criterion": "learnability"},
         "output": {"file_rows": 3 * B_SMALL},
         "resources": {"workers": 1},
     }

@@ -23,7 +23,7 @@ from tests.helpers import CPU
 
 torch.set_num_threads(1)
 
-SELECTION = SelectionSection(sub_batch_size=32, filter_ratio=0.8, n_chunks=4)
+SELECTION = SelectionSection(sub_batch_size=32, filter_ratio=0.8, n_chunks=4, criterion="learnability", gain=1.0)
 LEARNER, REFERENCE = Scale(logit_scale=10.0, logit_bias=-5.0), Scale(logit_scale=25.0, logit_bias=-8.0)
 B, D = 160, 12
 

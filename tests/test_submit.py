@@ -56,6 +56,8 @@ model = "tiny.json"
 [selection]
 sub_batch_size = 16
 n_chunks = 4
+filter_ratio = 0.8
+criterion = "learnability"
 [resources]
 workers = 1
 [schedule]

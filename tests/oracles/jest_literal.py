@@ -43,10 +43,10 @@ def _draw(keys: Array, k: int) -> NDArray[np.int64]:
 
 
 def sigmoid_literal(
-    models: list[tuple[float, Model]], sizes: list[int], gain: float, noise: list[Array]
+    models: list[tuple[int, Model]], sizes: list[int], gain: float, noise: list[Array]
 ) -> tuple[NDArray[np.int64], list[Array]]:
     """Algorithm 1: the rows in the order drawn, and before each draw all B scores (with gain, and chosen at -1e8)."""
-    scores: Array = reduce(np.add, (factor * sigmoid_nll(model) for factor, model in models))
+    scores: Array = reduce(np.add, (sign * sigmoid_nll(model) for sign, model in models))
     scores *= gain
     own = np.diag(scores)
     seen: list[Array] = [own]
@@ -62,21 +62,21 @@ def sigmoid_literal(
 
 
 def softmax_literal(
-    models: list[tuple[float, Model]], sizes: list[int], gain: float, noise: list[Array]
+    models: list[tuple[int, Model]], sizes: list[int], gain: float, noise: list[Array]
 ) -> tuple[NDArray[np.int64], list[Array]]:
     """Algorithm 3: the negatives that count are the chosen ones; as above."""
-    matrices = [(factor, scale * (zimg @ ztxt.T)) for factor, (zimg, ztxt, scale, _) in models]
-    own: Array = reduce(np.add, (-factor * np.diag(logits) for factor, logits in matrices))
+    matrices = [(sign, scale * (zimg @ ztxt.T)) for sign, (zimg, ztxt, scale, _) in models]
+    own: Array = reduce(np.add, (-sign * np.diag(logits) for sign, logits in matrices))
     seen: list[Array] = [gain * own]
     inds = _draw(gain * own + noise[0].astype(own.dtype), sizes[0])
     for k, draw_noise in zip(sizes[1:], noise[1:], strict=True):
         chosen = np.eye(len(own), dtype=own.dtype)[inds].sum(0)
         unchosen = 1e8 * (1 - chosen)
         score = own.copy()
-        for factor, logits in matrices:
+        for sign, logits in matrices:
             image_to_text = _logsumexp(logits - unchosen[None, :], axis=1)
             text_to_image = _logsumexp(logits - unchosen[:, None], axis=0)
-            score += factor * 0.5 * (image_to_text + text_to_image)
+            score += sign * 0.5 * (image_to_text + text_to_image)
         logits = gain * score - 1e8 * chosen
         seen.append(logits)
         inds = np.concatenate([inds, _draw(logits + draw_noise.astype(own.dtype), k)])
