@@ -47,7 +47,7 @@ def main() -> None:
     )
     say("a small reference model, trained on other pairs that are all clean")
     curate("train", f"{RECIPES}/demo-reference.toml", "--save-to", str(FOLDER / "reference-model"))
-    say("curation and trainer, two processes that meet in files alone: each learner chooses the next batches")
+    say("curation and trainer, two processes that meet in files alone: a round, a learner, the next round")
     side_by_side({"curation": ("rounds", f"{RECIPES}/demo.toml"), "trainer": ("train", f"{RECIPES}/demo.toml")})
 
     say("what was chosen, what was dropped, and why")

@@ -125,7 +125,7 @@ def draw(plan: PlanSection, runs: Sequence[Record], path: Path) -> None:
     """Draw recall at 1 against examples, operations and seconds: the mean of all seeds, and their range."""
     arms = list(dict.fromkeys(run["arm"] for run in runs))
     colours = [colormaps["tab20"](i) for i in range(20)]
-    figure = Figure(figsize=(15, 5))  # without pyplot, which looks for a screen
+    figure = Figure(figsize=(15, 6.5), layout="constrained")  # without pyplot, which looks for a screen
     axes = figure.subplots(1, 3, sharey=True)
     for axis, (key, label) in zip(
         axes,
@@ -141,13 +141,13 @@ def draw(plan: PlanSection, runs: Sequence[Record], path: Path) -> None:
             values = np.array([smoothed([p["r1"] for p in run["curve"]]) for run in same])
             x = np.mean([[p[key] for p in run["curve"]] for run in same], axis=0)
             axis.plot(x, values.mean(0), label=arm, color=colour, linewidth=2 if arm == UNIFORM else 1.2)
-            axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+            axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.08, linewidth=0)
         axis.set_xlabel(label)
+        axis.set_xscale("log")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("retrieval, recall at 1, mean of both ways")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     figure.suptitle(f"{plan.set}: {len(plan.seeds)} seeds, their mean and their range")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
