@@ -242,9 +242,6 @@ def sub_batch_loss(model: Embeddings, positions: Tensor, *, loss: Loss) -> float
     return float((0.5 * lse.sum(0) - own).mean(dtype=torch.float64))
 
 
-_X = {"norm": "sum", "weight": 1.0, "learner": 1.0}
-
-
 class _Conditional:
     """Score of every candidate given the rows drawn so far.
 
@@ -253,9 +250,7 @@ class _Conditional:
     """
 
     def __init__(self, models: _Models, loss: Loss | None) -> None:
-        models = [(sign * (_X["learner"] if sign > 0 else 1.0), m) for sign, m in models]
         self._models, self._loss = models, loss
-        self._n = 0
         B, device = len(models[0][1]), models[0][1].zimg.device
         dtype = _accumulator(*(model.zimg for _, model in models))
         self._diagonal = torch.zeros(B, dtype=dtype, device=device)
@@ -266,7 +261,6 @@ class _Conditional:
                 # A sum is finite only if all its terms are (unit rows cannot overflow): no [B, D] temporary.
                 self._diagonal.masked_fill_(~z.sum(1).isfinite(), math.nan)
         self.scores = self._diagonal.clone()
-        self._pairs = torch.zeros_like(self._diagonal)
         # Softmax only: log-sum-exp over the rows drawn so far, [model, image to text | text to image, B].
         self._lse = self.scores.new_full((len(models), 2, B if loss == "softmax" else 0), -math.inf)
 
@@ -280,13 +274,9 @@ class _Conditional:
                 for at, tile in _logit_tiles(rows, columns[new], model.logit_scale, bias, buffer):
                     if self._loss == "sigmoid":
                         # As log Π(1 + e^-|x|) + Σ relu(x), 32 factors to a log, it was no faster.
-                        self._pairs[at].add_(softplus(tile).sum(1), alpha=sign)
+                        self.scores[at].add_(softplus(tile).sum(1), alpha=sign)
                     else:
                         _add_logsumexp_(self._lse[m, d, at], tile)
-        self._n += len(new)
-        if self._loss == "sigmoid":
-            w = _X["weight"] / (self._n if _X["norm"] == "mean" else 1.0)
-            self.scores = self._diagonal + w * self._pairs
         if self._loss == "softmax":
             # The normaliser belongs to the whole set, so it is added afresh each time (A.6). The candidate's
             # own pair is not in it: Algorithm 3 masks all but the rows drawn.
