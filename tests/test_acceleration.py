@@ -176,6 +176,7 @@ def test_ratios_pair_each_seed_with_its_own_uniform_run():
     ]
     uniform, joint = summarise(plan, runs)
     assert joint["fewer_examples_by_seed"] == [12.0, 2.0]
+    assert joint["fewer_examples_by_budget"]["12"] == joint["fewer_examples"]
     assert joint["fewer_flops_by_seed"] == [3.0, 0.5]
     assert joint["final_r1"] == [0.75, 0.5]
     assert uniform["final_r1"] == [0.0, 0.0]  # at equal steps, not at its own end

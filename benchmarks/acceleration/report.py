@@ -73,6 +73,12 @@ def summarise(plan: PlanSection, runs: Sequence[Record]) -> list[Record]:
                 "final_r1_mean": round(float(np.mean(final)), 4),
                 "final_r1_sd": round(float(np.std(final, ddof=1)), 4) if len(final) > 1 else None,
                 **{title: interval(ratios) for title, ratios in fewer.items()},
+                "fewer_examples_by_budget": {
+                    str(budget): interval(
+                        [_fewer(run, uniform[run["seed"]], COSTS["fewer_examples"], budget) for run in same]
+                    )
+                    for budget in _budgets(plan)
+                },
                 **{f"{title}_by_seed": [r and round(r, 3) for r in ratios] for title, ratios in fewer.items()},
                 "unique_share": _mean(same, lambda run: run["curve"][-1]["unique"] / run["curve"][-1]["examples"]),
                 "wanted_share": _mean(same, lambda run: run["kinds"].get("wanted", 0.0)),
@@ -169,6 +175,21 @@ def _table(plan: PlanSection, runs: Sequence[Record], lines: Sequence[Record]) -
             f"{_ratio(line, 'fewer_flops')} | {line['wanted_share']:.2f} | {line['unique_share']:.2f} | {others} | "
             f"{line['loop_s']:.0f} |"
         )
+    if plan.uniform_steps is not None:
+        budgets = _budgets(plan)
+        rows += [
+            "",
+            "Examples to reach what uniform reached after so many steps:",
+            "",
+            f"| arm | {' | '.join(f'{budget:,}' for budget in budgets)} | by seed, at the last |",
+            "|---|" + "---|" * (len(budgets) + 1),
+        ]
+        for line in lines:
+            if line["arm"] != UNIFORM and line["fewer_examples"] is not None:
+                found = [line["fewer_examples_by_budget"][str(budget)] for budget in budgets]
+                by_seed = ", ".join(f"{ratio:.1f}" for ratio in line["fewer_examples_by_seed"])
+                ratios = " | ".join("" if ratio is None else f"÷ {ratio[0]:.1f}" for ratio in found)
+                rows.append(f"| {line['arm']} | {ratios} | {by_seed} |")
     return "\n".join(rows)
 
 
@@ -181,9 +202,14 @@ def _ratio(line: Record, name: str) -> str:
     return f"÷ {middle:.2f}" + ("" if high is None else f" ({low:.2f} to {high:.2f})")
 
 
-def _fewer(run: Record, uniform: Record, cost: Callable[[Record], float]) -> float | None:
-    """How many times less the run had cost when it reached what the uniform run reached at its end."""
-    quality = smoothed([p["r1"] for p in uniform["curve"]])[-1]
+def _budgets(plan: PlanSection) -> list[int]:
+    """Steps of the uniform arm after a quarter, a half, three quarters and all of its time."""
+    return [plan.steps_of(UNIFORM) * part // 4 for part in (1, 2, 3, 4)]
+
+
+def _fewer(run: Record, uniform: Record, cost: Callable[[Record], float], budget: int | None = None) -> float | None:
+    """How many times less the run had cost when it reached what the uniform run reached after `budget` steps."""
+    quality = _quality_at(uniform, budget or uniform["curve"][-1]["step"])
     mine = reached(run["curve"], quality, cost)
     theirs = reached(uniform["curve"], quality, cost)
     return theirs / mine if mine and theirs else None
