@@ -276,7 +276,7 @@ def test_a_round_is_finished_with_the_recipe_it_was_begun_with(world: Path, warm
     recipe = recipe_of(world, warm, pool__max_dropped_share=0.001)
     with pytest.raises(UserError, match=r"12 of 600 rows cannot be used .*caption_empty 3.* pool\.max_dropped_share"):
         run_round(recipe, base=world)
-    with pytest.raises(UserError, match=r"begun with another recipe \(selection\.gain: 1\.0 → 7\.0\)"):
+    with pytest.raises(UserError, match=r"begun with another recipe \(selection\.gain: 10\.0 → 7\.0\)"):
         run_round(recipe_of(world, warm, pool__max_dropped_share=0.001, selection__gain=7.0), base=world)
 
 
