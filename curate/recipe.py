@@ -89,16 +89,16 @@ class SelectionSection(Section):
     """How sub-batches are chosen; the words are those of arXiv 2406.17711."""
 
     sub_batch_size: int = Field(ge=1, description="b, pairs per sub-batch: the batch that the learner trains on")
-    # By `python -m benchmarks.acceleration benchmarks/acceleration/study.toml` (docs/acceleration.md): on a pool of
-    # which a tenth is wanted, 0.9 needed fewer examples than 0.8 and 0.5.
+    # Defaults by `python -m benchmarks.acceleration benchmarks/acceleration/search.toml`, and then study.toml (see
+    # docs/acceleration.md): on a pool of which a tenth is wanted, 0.9 needed fewer examples than 0.8 and 0.5.
     filter_ratio: float = Field(0.9, ge=0, lt=1, description="1 - b/B, share of each super-batch that is discarded")
     n_chunks: int = Field(16, ge=1, validate_default=True, description="draws per sub-batch")
     loss: Loss = Field("sigmoid", description="the learner's training loss")
-    # From the same study: the best of the three from the start, and the learner need not be run to choose.
+    # Likewise: the best of the three from the start, and the learner need not be run to choose.
     criterion: Criterion = Field("easy_reference", description="what makes a sub-batch worth training on")
     method: Method = Field("joint", description="how a sub-batch is drawn")
-    # Of no weight for easy-reference in that study. The paper uses 100 for learnability, where a high gain follows the
-    # noise of a learner that knows little: set 1 there.
+    # Likewise: 3 to 100 were alike for easy-reference. For learnability, where the paper uses 100, a high gain follows
+    # the noise of a learner that knows little, and 1 was better than 10.
     gain: float = Field(10.0, gt=0, allow_inf_nan=False, description="factor on the scores: larger is greedier")
     super_batches: int | None = Field(
         None, ge=1, description="super-batches, and so sub-batches, per round; as many as the pool holds if not given"

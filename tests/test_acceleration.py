@@ -185,7 +185,7 @@ def test_ratios_pair_each_seed_with_its_own_uniform_run():
         summarise(plan, runs[2:])
 
 
-@pytest.mark.parametrize("name", ["quick.toml", "study.toml", "gpu.toml"])
+@pytest.mark.parametrize("name", ["quick.toml", "search.toml", "study.toml", "gpu.toml"])
 def test_studies_are_sound_and_know_their_arms_and_sets(name: str):
     found = load_study(HERE / name)
     for plan in found.plans:

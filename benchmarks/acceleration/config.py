@@ -30,7 +30,7 @@ class PlanSection(Section):
     uniform_steps: int | None = Field(
         None, ge=1, description="of the uniform arm, where it is followed for longer: its end is what others must reach"
     )
-    seeds: list[int] = Field(description="of a learner's weights and of all draws")
+    seeds: list[int] = Field(min_length=1, max_length=10, description="of a learner's weights and of all draws")
     pool_seed: int = Field(description="of the pictures; settings are chosen on another one than is reported")
 
     def steps_of(self, arm: str) -> int:
@@ -61,8 +61,6 @@ def load_study(path: Path) -> StudySection:
         common = data.pop("selection", {})
         for arm in data.get("arms", {}).values():
             arm["selection"] = common | arm.get("selection", {})
-            if "later" in arm:
-                arm["later"] = common | arm["later"]
         study = StudySection.model_validate(data)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: expected a study ({error}); begin with a copy of quick.toml") from None

@@ -5,6 +5,7 @@ What `curate round` and `curate train` do through files is done here in memory, 
 """
 
 import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from torch import Tensor
 from benchmarks.acceleration.sets import Pairs
 from benchmarks.acceleration.variants import draw_by_scores, super_batch_losses
 from curate.encoder import Encoder
+from curate.errors import UserError
 from curate.evaluate import count_rivals, recall
 from curate.recipe import Section, SelectionSection, TrainSection
 from curate.seeds import derive_seed
@@ -44,8 +46,6 @@ class ArmSection(Section):
     )
     shuffled: bool = Field(False, description="the rows of a round are dealt anew to its batches")
     uniform_share: float = Field(0.0, ge=0, lt=1, description="share of batches that are drawn uniformly")
-    later: SelectionSection | None = Field(None, description="replaces `selection` from step `later_from` on")
-    later_from: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,30 +105,30 @@ class Loop:
     def batches(self) -> Iterator[npt.NDArray[np.int64]]:
         """Rows [b] of the pool, batch after batch; ask for the next one once the learner was trained on the last."""
         previous: WalkRange | None = None
-        size = 0
         number = count = 0
+        selection = self.arm.selection
+        B = selection.super_batch_size
+        held = len(self.rows) // B
+        if not held:
+            raise UserError(f"a super-batch of {B:,} pairs wants a larger pool than {len(self.rows):,} rows")
+        aged = self.arm.round_steps  # steps since the learner was scored
         while True:
-            selection = self._selection()
-            B = selection.super_batch_size
-            held = len(self.rows) // B
-            wanted = min(self.arm.round_steps, held)
-            refresh = -(-self.arm.round_steps // wanted)
-            found = next_range(
-                previous, candidates=len(self.rows), super_batch_size=B, super_batches=wanted, same_pool=size == B
-            )
-            assert found is not None, "a pool must hold a super-batch"
+            if aged >= self.arm.round_steps:
+                aged = 0
+            wanted = min(self.arm.round_steps - aged, held)
+            found = next_range(previous, candidates=len(self.rows), super_batch_size=B, super_batches=wanted)
+            assert found is not None, "no more is wanted than an epoch holds"
             if previous is None or found.epoch != previous.epoch:
                 content = np.asarray(self.pairs.content[self.rows])
                 walk = walk_rows(content, 0, self.rows, seed=self.seed, epoch=found.epoch)
                 walk = walk[in_walk_order(walk)[0]]
-            previous, size = found, B
+            previous = found
             supers = [walk[i * B : (i + 1) * B] for i in range(found.start, found.stop)]
-            if needs_learner(selection):
-                if self._own is None or number % refresh == 0:
-                    scored = self.rows if refresh > 1 else np.concatenate([rows["row"] for rows in supers])
-                    self._score(np.sort(scored))
-            else:
-                self._own = None
+            if needs_learner(selection) and aged == 0:
+                # A round longer than an epoch comes back to the same rows, so that all of them are scored at once.
+                whole = self.arm.round_steps > held
+                self._score(np.sort(self.rows if whole else np.concatenate([rows["row"] for rows in supers])))
+            aged += wanted
             drawn = []
             for i, rows in enumerate(supers):
                 is_uniform = int((count + 1) * self.arm.uniform_share) > int(count * self.arm.uniform_share)
@@ -146,7 +146,7 @@ class Loop:
         begun = time.perf_counter()
         self.step += 1
         torch.manual_seed(derive_seed(self.seed, "step", self.step, 0))
-        loss, _ = take_step(
+        loss, norm = take_step(
             self.model,
             self.optimizer,
             self.criterion,
@@ -157,6 +157,8 @@ class Loop:
             ranks=self.ranks,
             parallel=self.model,
         )
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise UserError(f"step {self.step}: the loss is {loss}, its gradient's norm {norm}; lower learning_rate")
         account = self.account
         account.trained += len(rows)
         account.kinds.update(self.pairs.kind[rows].tolist())
@@ -166,7 +168,7 @@ class Loop:
 
     @torch.inference_mode()
     def retrieve(self, held_out: Pairs) -> dict[str, float]:
-        """Recall at 1 and 5, each the mean of both ways, as `curate.evaluate` counts it."""
+        """Recall at 1, the mean of both ways, ties lost; rows with equal captions belong to each other's pictures."""
         self.model.eval()
         z: list[list[Tensor]] = [[], []]
         for start in range(0, len(held_out), EMBED_BATCH):
@@ -174,13 +176,9 @@ class Loop:
             z[0].append(self.model.encode_image(self._images(held_out, at), normalize=True).float())
             z[1].append(self.model.encode_text(self._texts(held_out, at), normalize=True).float())
         zimg, ztxt = torch.cat(z[0]), torch.cat(z[1])
-        own = _same_captions(held_out)
+        own = _same_captions(held_out).to(self.device)
         ways = count_rivals(zimg, ztxt, own), count_rivals(ztxt, zimg, own.flip(1))
-        return {f"r{k}": sum(recall(way, k) for way in ways) / 2 for k in (1, 5)}
-
-    def _selection(self) -> SelectionSection:
-        later = self.arm.later
-        return later if later is not None and self.step >= self.arm.later_from else self.arm.selection
+        return {"r1": sum(recall(way, 1) for way in ways) / 2}
 
     def _score(self, rows: npt.NDArray[np.int64]) -> None:
         begun = time.perf_counter()

@@ -80,14 +80,16 @@ def summarise(plan: PlanSection, runs: Sequence[Record]) -> list[Record]:
                     for budget in _budgets(plan)
                 },
                 **{f"{title}_by_seed": [r and round(r, 3) for r in ratios] for title, ratios in fewer.items()},
-                "unique_share": _mean(same, lambda run: run["curve"][-1]["unique"] / run["curve"][-1]["examples"]),
+                "unique_share": _mean(
+                    same, lambda run: _at(run, plan.steps)["unique"] / _at(run, plan.steps)["examples"]
+                ),
                 "wanted_share": _mean(same, lambda run: run["kinds"].get("wanted", 0.0)),
-                "examples": _mean(same, lambda run: run["curve"][-1]["examples"]),
+                "examples": _mean(same, lambda run: _at(run, plan.steps)["examples"]),
                 "candidates": _mean(same, lambda run: run["candidates"]),
                 "learner_scored": _mean(same, lambda run: run["learner_scored"]),
-                "flops": _mean(same, lambda run: run["curve"][-1]["flops"]),
+                "flops": _mean(same, lambda run: _at(run, plan.steps)["flops"]),
                 "reference_flops": _mean(same, lambda run: run["reference_flops"]),
-                "loop_s": _mean(same, lambda run: run["curve"][-1]["wall_s"]),
+                "loop_s": _mean(same, lambda run: _at(run, plan.steps)["wall_s"]),
                 "others_r1": _mean(same, lambda run: run["others"]["r1"]) if "others" in same[0] else None,
             }
         )
@@ -164,7 +166,7 @@ def _table(plan: PlanSection, runs: Sequence[Record], lines: Sequence[Record]) -
         f"**{plan.set}** (pool {plan.pool_seed}): {plan.steps:,} steps, to reach uniform's quality after {longest:,}; "
         f"seeds {', '.join(map(str, plan.seeds))}; the reference's R@1 is {reference:.3f}",
         "",
-        "| arm | R@1 | examples to uniform's end | operations to it | wanted | unique | R@1 elsewhere | s |",
+        "| arm | R@1 | examples to uniform's end | operations to it | wanted | unique | R@1 elsewhere, at end | s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for line in sorted(lines, key=lambda line: -float(line["final_r1_mean"])):
@@ -185,10 +187,12 @@ def _table(plan: PlanSection, runs: Sequence[Record], lines: Sequence[Record]) -
             "|---|" + "---|" * (len(budgets) + 1),
         ]
         for line in lines:
-            if line["arm"] != UNIFORM and line["fewer_examples"] is not None:
+            if line["arm"] != UNIFORM and any(ratio is not None for ratio in line["fewer_examples_by_seed"]):
                 found = [line["fewer_examples_by_budget"][str(budget)] for budget in budgets]
-                by_seed = ", ".join(f"{ratio:.1f}" for ratio in line["fewer_examples_by_seed"])
-                ratios = " | ".join("" if ratio is None else f"÷ {ratio[0]:.1f}" for ratio in found)
+                by_seed = ", ".join(
+                    "never" if ratio is None else f"{ratio:.1f}" for ratio in line["fewer_examples_by_seed"]
+                )
+                ratios = " | ".join("not all" if ratio is None else f"÷ {ratio[0]:.1f}" for ratio in found)
                 rows.append(f"| {line['arm']} | {ratios} | {by_seed} |")
     return "\n".join(rows)
 
@@ -212,7 +216,13 @@ def _fewer(run: Record, uniform: Record, cost: Callable[[Record], float], budget
     quality = _quality_at(uniform, budget or uniform["curve"][-1]["step"])
     mine = reached(run["curve"], quality, cost)
     theirs = reached(uniform["curve"], quality, cost)
-    return theirs / mine if mine and theirs else None
+    return theirs / mine if mine and theirs else None  # a quality of 0 is reached for nothing: no ratio either
+
+
+def _at(run: Record, steps: int) -> Record:
+    """The last point of a curve within so many steps."""
+    point: Record = [p for p in run["curve"] if p["step"] <= steps][-1]
+    return point
 
 
 def _quality_at(run: Record, steps: int) -> float:

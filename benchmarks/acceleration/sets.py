@@ -27,6 +27,7 @@ from tqdm import tqdm
 from benchmarks.acceleration.domains import DRAWN_OTHERS, boilerplate, near_duplicate
 from curate.embeddings import content_hash, halves
 from curate.encoder import Encoder
+from curate.errors import UserError
 from curate.images import Dropped, clean_caption, decode_image
 from curate.pool import caption_bytes, image_bytes, read_batches, take_inventory
 from curate.recipe import PoolSection, Section
@@ -73,7 +74,7 @@ def make_set(section: SetSection, folder: Path, *, seed: int, data: Path | None)
         data: folder of the real pairs, where there is one.
 
     Raises:
-        FileNotFoundError: the set is made of real pairs and they are not there.
+        UserError: the set is made of real pairs and they are not there.
     """
     if folder.exists():
         return
@@ -104,7 +105,8 @@ class Pairs:
 
 def load_pairs(folder: Path, encoder: Encoder) -> Pairs:
     """Decode the shards of a folder once, and keep what came out beside them for the next process."""
-    cache = folder.with_name(f"{folder.name}-{hashlib.sha256(encoder.view.encode()).hexdigest()[:8]}")
+    view = f"{encoder.view} {getattr(encoder.tokenize, 'context_length', None)}"
+    cache = folder.with_name(f"{folder.name}-{hashlib.sha256(view.encode()).hexdigest()[:8]}")
     names = list(Pairs.__dataclass_fields__)
     if not cache.exists():
         scratch = cache.with_name(f"{cache.name}.tmp")
@@ -159,8 +161,11 @@ def _web(section: SetSection, seed: int, data: Path | None) -> dict[str, Iterabl
     kinds = np.repeat(list(WEB_SHARES), _counts(section.rows))
     rng.shuffle(kinds)
     real = [*_emoji_rows(data), *_openstax_rows(data)] if data else []
+    # Whatever is about one thing is on one side.
+    held = set(rng.permutation(sorted({row.group for row in real}))[: section.held_out_rows // 4].tolist())
     order = rng.permutation(len(real)).tolist()
-    kept_back, real_rows = order[: section.held_out_rows // 2], iter(order[section.held_out_rows // 2 :])
+    kept_back = [row for row in order if real[row].group in held][: section.held_out_rows // 2]
+    real_rows = iter([row for row in order if real[row].group not in held])
     draw = partial(draw_pair, image_size=section.image_size)
 
     def other() -> tuple[bytes, str]:
@@ -294,7 +299,7 @@ def _counts(rows: int) -> list[int]:
 def _rows_of(data: Path | None, name: str, columns: list[str]) -> list[dict[str, Any]]:
     paths = sorted((data / name).glob("*.parquet")) if data else []
     if not paths:
-        raise FileNotFoundError(f"expected Parquet files in {data}/{name}, found none: give their folder with --data")
+        raise UserError(f"expected Parquet files in {data}/{name}, found none: give their folder with --data")
     return [row for path in paths for row in pq.read_table(path, columns=columns).to_pylist()]
 
 

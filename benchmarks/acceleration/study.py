@@ -66,7 +66,7 @@ class Job:
             "reference": self.study.reference.model_dump(mode="json"),
             "every": self.study.evaluate_every,
             "steps": self.steps,
-            "warm": self.plan.warm_steps,
+            "warm": self.warm_path and self.warm_path.name,
             "seed": self.seed,
             "device": self.device,
         }
@@ -83,7 +83,7 @@ class Job:
         """Names the set's folder by all that its pictures depend on."""
         section = self.study.sets[self.plan.set]
         real = section.source != "drawn" and self.data is not None
-        return f"{self.plan.set}-{self.plan.pool_seed}-{_digest([section.model_dump(mode='json'), real])}"
+        return f"{self.plan.set}-{self.plan.pool_seed}-{_digest([FORMAT, section.model_dump(mode='json'), real])}"
 
     @property
     def set_folder(self) -> Path:
@@ -123,10 +123,8 @@ class Job:
 
 def make_pairs(job: Job) -> None:
     """Draw the set and decode it."""
-    if not (job.set_folder / ".decoded").exists():
-        make_set(job.study.sets[job.plan.set], job.set_folder, seed=job.plan.pool_seed, data=job.data)
-        _load_parts(job)
-        (job.set_folder / ".decoded").touch()
+    make_set(job.study.sets[job.plan.set], job.set_folder, seed=job.plan.pool_seed, data=job.data)
+    _load_parts(job)
 
 
 def train_reference(job: Job) -> None:
@@ -241,10 +239,8 @@ def run(job: Job) -> None:
 
 def reference_is_read(arm: ArmSection) -> bool:
     """Whether the arm's scores, or its deduplication, need the reference's embeddings of the pool."""
-    return arm.pool == "deduplicated" or any(
-        part is not None and part.method != "uniform" and part.criterion != "hard_learner"
-        for part in (arm.selection, arm.later)
-    )
+    selection = arm.selection
+    return arm.pool == "deduplicated" or (selection.method != "uniform" and selection.criterion != "hard_learner")
 
 
 def main() -> None:
@@ -262,12 +258,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="processes, each with one thread; one per core, or one with CUDA")
     arguments = parser.parse_args()
     try:
-        study = load_study(arguments.study)
+        _run_study(arguments)
     except UserError as error:
         parser.exit(2, "".join(f"{line}\n" for line in error.lines))
-    where = {"out": arguments.out, "data": arguments.data, "device": arguments.device}
+
+
+def _run_study(arguments: argparse.Namespace) -> None:
+    study = load_study(arguments.study)
     jobs = [
-        Job(study=study, plan=plan, arm=arm, seed=seed, **where)
+        Job(
+            study=study,
+            plan=plan,
+            arm=arm,
+            seed=seed,
+            out=arguments.out,
+            data=arguments.data,
+            device=arguments.device,
+        )
         for plan in study.plans
         for seed in plan.seeds
         for arm in dict.fromkeys([UNIFORM, *plan.arms])
