@@ -124,7 +124,7 @@ class Job:
 def make_pairs(job: Job) -> None:
     """Draw the set and decode it."""
     make_set(job.study.sets[job.plan.set], job.set_folder, seed=job.plan.pool_seed, data=job.data)
-    _load_parts(job)
+    load_parts(job)
 
 
 def train_reference(job: Job) -> None:
@@ -133,20 +133,20 @@ def train_reference(job: Job) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = _load_parts(job)
+    parts = load_parts(job)
     pairs = parts["pool" if job.study.arms[job.arm].reference == "weak" else "reference"]
     training = job.study.training.model_copy(update={"steps": job.study.reference.steps})
     b = job.study.arms[job.arm].selection.sub_batch_size
     uniform = SelectionSection(
         sub_batch_size=b, filter_ratio=0.0, method="uniform", criterion="easy_reference", n_chunks=1
     )
-    model, config, tokenizer = _model(job, 1_000_000 + job.plan.pool_seed)
+    model, config, tokenizer = make_model(job, 1_000_000 + job.plan.pool_seed)
     nothing = np.ones((len(pairs), config["embed_dim"]), np.float16)
     loop = Loop(
         pairs,
         model,
         tokenizer,
-        _spec(model, config),
+        spec_of(model, config),
         Reference(vectors=(nothing, nothing), scale=Scale(logit_scale=1.0, logit_bias=0.0)),
         ArmSection(selection=uniform),
         training,
@@ -176,10 +176,10 @@ def embed_reference(job: Job) -> None:
     """Embed the pool with the reference, once for all runs."""
     if job.vectors_path.exists():
         return
-    model, config, tokenizer = _model(job, 0)
+    model, config, tokenizer = make_model(job, 0)
     model.load_state_dict(torch.load(job.reference_path)["weights"])
-    pool = _load_parts(job)["pool"]
-    encoder = Encoder(_spec(model, config), model, tokenizer, torch.device(job.device))
+    pool = load_parts(job)["pool"]
+    encoder = Encoder(spec_of(model, config), model, tokenizer, torch.device(job.device))
     zimg, ztxt = embed(encoder, pool, np.arange(len(pool)))
     scale = [encoder.spec.logit_scale, encoder.spec.logit_bias]
     _save(job.vectors_path, lambda file: np.savez(file, zimg=zimg, ztxt=ztxt, scale=scale))
@@ -192,7 +192,7 @@ def run(job: Job) -> None:
     job.path.parent.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
     arm = job.study.arms[job.arm]
-    parts = _load_parts(job)
+    parts = load_parts(job)
     pool = parts["pool"]
     loop = _loop(job, arm)
     if job.warm_path is not None:
@@ -309,7 +309,7 @@ def _begin_worker() -> None:
 
 def _loop(job: Job, arm: ArmSection) -> Loop:
     """A learner with random weights before its first step."""
-    pool = _load_parts(job)["pool"]
+    pool = load_parts(job)["pool"]
     stored = np.load(job.vectors_path)
     reference = Reference(
         vectors=(stored["zimg"], stored["ztxt"]),
@@ -320,12 +320,12 @@ def _loop(job: Job, arm: ArmSection) -> Loop:
         rows = np.flatnonzero(pool.kind == WANTED)
     elif arm.pool == "deduplicated":
         rows = without_near_duplicates(reference.vectors[0])
-    model, config, tokenizer = _model(job, job.seed)
+    model, config, tokenizer = make_model(job, job.seed)
     return Loop(
         pool,
         model,
         tokenizer,
-        _spec(model, config),
+        spec_of(model, config),
         reference,
         arm,
         job.study.training,
@@ -335,20 +335,20 @@ def _loop(job: Job, arm: ArmSection) -> Loop:
     )
 
 
-def _load_parts(job: Job) -> dict[str, Pairs]:
-    model, config, tokenizer = _model(job, 0)
-    encoder = Encoder(_spec(model, config), model, tokenizer, torch.device(job.device))
+def load_parts(job: Job) -> dict[str, Pairs]:
+    model, config, tokenizer = make_model(job, 0)
+    encoder = Encoder(spec_of(model, config), model, tokenizer, torch.device(job.device))
     names = [name for name in ("pool", "reference", "held-out", "others") if (job.set_folder / name).is_dir()]
     return {name: load_pairs(job.set_folder / name, encoder) for name in names}
 
 
-def _model(job: Job, seed: int) -> OpenClip:
+def make_model(job: Job, seed: int) -> OpenClip:
     section = EncoderSection(model=job.study.model)
     model, config, tokenizer = create_model(section, role="learner", base=HERE, seed=seed)
     return model.to(job.device), config, tokenizer
 
 
-def _spec(model: Any, config: dict[str, Any]) -> EncoderSpec:
+def spec_of(model: Any, config: dict[str, Any]) -> EncoderSpec:
     """What an encoder must know of a model that is in no root."""
     return EncoderSpec(
         model="in memory",
