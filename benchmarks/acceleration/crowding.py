@@ -81,12 +81,8 @@ def main() -> None:
                 same = sum(n * (n - 1) // 2 for n in counts.values())
                 found[name].append(Drawn(sub_batch_loss(own, chosen, loss="sigmoid") - loss, loss, same))
         for name, drawn in found.items():
-            learnability, loss = (
-                np.mean([getattr(d, key) for d in drawn]) for key in ("learnability", "reference_loss")
-            )
-            print(
-                f"| {1 - b / B:.1f} | {name} | {learnability:.2f} | {loss:.2f} | {np.mean([d.same for d in drawn]):.0f} |"
-            )
+            learnability, loss, same = np.mean([(d.learnability, d.reference_loss, d.same) for d in drawn], axis=0)
+            print(f"| {1 - b / B:.1f} | {name} | {learnability:.2f} | {loss:.2f} | {same:.0f} |")
 
 
 if __name__ == "__main__":
