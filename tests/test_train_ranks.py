@@ -115,7 +115,8 @@ def test_ranks_compute_what_one_process_does(alone: Alone, pool: Pool, loss: str
     assert places(made) == places(whole)
     # Of the same sub-batch by the same weights; then gradients are the same, too; then sums in another order add up.
     assert losses(made)[0] == pytest.approx(losses(whole)[0], abs=1e-6)
-    assert losses(made)[:10] == pytest.approx(losses(whole)[:10], abs=1e-5)
+    # Sums in another order: 1.2e-5 apart at the ninth step, at a loss of 3.5, on one kind of processor.
+    assert losses(made)[:10] == pytest.approx(losses(whole)[:10], abs=5e-5)
     assert losses(made) == pytest.approx(losses(whole), abs=2e-4)
     assert newest_learner(Store(made.root)).next_batch == ROUNDS * SUB_BATCHES
 
