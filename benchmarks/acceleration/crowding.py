@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.acceleration.config import load_study
 from benchmarks.acceleration.loop import embed
-from benchmarks.acceleration.study import HERE, Job, load_parts, make_model, spec_of
+from benchmarks.acceleration.study import HERE, Job, load_parts, load_reference, make_model, spec_of
 from curate.encoder import Encoder
 from curate.jest import jointly_sample_batch, sub_batch_loss
 from curate.select import Scale, embeddings_of
@@ -58,21 +58,19 @@ def main() -> None:
     model.load_state_dict(torch.load(job.warm_path))
     learner = Encoder(spec_of(model, config), model, tokenizer, torch.device("cpu"))
     pool = load_parts(job)["pool"]
-    stored = np.load(job.vectors_path)
+    reference = load_reference(job)
     shards = sorted((job.set_folder / "pool").glob("*.parquet"))
     captions = [text for path in shards for text in pq.read_table(path, columns=["caption"])["caption"].to_pylist()]
     said = [tuple(sorted(THING.findall(caption))) for caption in captions]
-    scales = (
-        Scale(logit_scale=learner.spec.logit_scale, logit_bias=learner.spec.logit_bias),
-        Scale(logit_scale=float(stored["scale"][0]), logit_bias=float(stored["scale"][1])),
-    )
+    own_scale = Scale(logit_scale=learner.spec.logit_scale, logit_bias=learner.spec.logit_bias)
+    zimg, ztxt = reference.vectors
     print("| f | method | learnability | reference's loss | say the same |\n|---|---|---|---|---|")
     for B in (5 * b, 10 * b):
         found: dict[str, list[Drawn]] = {name: [] for name in METHODS}
         for draw in range(DRAWS):
             rows = np.sort(np.random.default_rng(draw).permutation(len(pool))[:B])
-            towers = embed(learner, pool, rows), (stored["zimg"][rows], stored["ztxt"][rows])
-            own, ref = (embeddings_of(z, s, torch.device("cpu")) for z, s in zip(towers, scales, strict=True))
+            own = embeddings_of(embed(learner, pool, rows), own_scale, learner.device)
+            ref = embeddings_of((zimg[rows], ztxt[rows]), reference.scale, learner.device)
             for name, how in METHODS.items():
                 generator = torch.Generator().manual_seed(draw)
                 chosen = jointly_sample_batch(own, ref, sub_batch_size=b, generator=generator, **how).positions

@@ -176,7 +176,7 @@ class Loop:
             z[0].append(self.model.encode_image(self._images(held_out, at), normalize=True).float())
             z[1].append(self.model.encode_text(self._texts(held_out, at), normalize=True).float())
         zimg, ztxt = torch.cat(z[0]), torch.cat(z[1])
-        own = _same_captions(held_out).to(self.device)
+        own = held_out.same_captions.to(self.device)
         ways = count_rivals(zimg, ztxt, own), count_rivals(ztxt, zimg, own.flip(1))
         return {"r1": sum(recall(way, 1) for way in ways) / 2}
 
@@ -246,12 +246,3 @@ def embed(encoder: Encoder, pairs: Pairs, rows: npt.NDArray[np.int64]) -> tuple[
         for tower, found in zip(z, encoder.encode(pixels, texts.long()), strict=True):
             tower[start : start + len(at)] = found.numpy()
     return z[0], z[1]
-
-
-def _same_captions(held_out: Pairs) -> Tensor:
-    """int64 [P, 2]: each picture with every row that bears its caption, which to the model is the same text."""
-    _, caption = np.unique(held_out.texts, axis=0, return_inverse=True)
-    by_caption: dict[int, list[int]] = {}
-    for row, number in enumerate(caption.tolist()):
-        by_caption.setdefault(number, []).append(row)
-    return torch.tensor([(row, other) for row, number in enumerate(caption.tolist()) for other in by_caption[number]])

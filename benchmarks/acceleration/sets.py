@@ -13,7 +13,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from pydantic import Field
+from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.acceleration.domains import DRAWN_OTHERS, boilerplate, near_duplicate
@@ -101,6 +103,15 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.content)
+
+    @cached_property
+    def same_captions(self) -> Tensor:
+        """int64 [P, 2]: each row with every row that bears its caption, which to the model is the same text."""
+        _, caption = np.unique(self.texts, axis=0, return_inverse=True)
+        by_caption: dict[int, list[int]] = {}
+        for row, number in enumerate(caption.tolist()):
+            by_caption.setdefault(number, []).append(row)
+        return torch.tensor([(row, other) for rows in by_caption.values() for row in rows for other in rows])
 
 
 def load_pairs(folder: Path, encoder: Encoder) -> Pairs:
@@ -205,7 +216,7 @@ class _Real:
     caption: str
     group: str
     """Rows of one group are about the same thing."""
-    style: str
+    style: str = ""
 
 
 def _emoji_rows(data: Path | None) -> list[_Real]:
@@ -217,7 +228,7 @@ def _emoji_rows(data: Path | None) -> list[_Real]:
 
 def _openstax_rows(data: Path | None) -> list[_Real]:
     return [
-        _Real(jpg=row["jpg"], caption=row["caption"], group=row["orig_sha256"], style=name)
+        _Real(jpg=row["jpg"], caption=row["caption"], group=row["orig_sha256"])
         for name in ("openstax-dev", "openstax-physics-ml")
         for row in _rows_of(data, name, ["jpg", "caption", "orig_sha256", "lang"])
         if row["lang"] == "en"

@@ -33,7 +33,7 @@ from benchmarks.acceleration.sets import WANTED, Pairs, load_pairs, make_set
 from benchmarks.acceleration.variants import without_near_duplicates
 from curate.encoder import Encoder, OpenClip, create_model
 from curate.errors import UserError
-from curate.recipe import EncoderSection, SelectionSection
+from curate.recipe import EncoderSection
 from curate.select import Scale
 from curate.spec import EncoderSpec
 
@@ -58,17 +58,14 @@ class Job:
     def path(self) -> Path:
         """Where its record lies."""
         identity = {
-            "format": FORMAT,
+            "training": self._training,
             "set": self.set_key,
-            "model": (HERE / self.study.model).read_text(),
             "arm": self.study.arms[self.arm].model_dump(mode="json"),
-            "training": self.study.training.model_dump(mode="json"),
-            "reference": self.study.reference.model_dump(mode="json"),
+            "reference": self.reference_path.name,
             "every": self.study.evaluate_every,
             "steps": self.steps,
             "warm": self.warm_path and self.warm_path.name,
             "seed": self.seed,
-            "device": self.device,
         }
         name = f"{self.plan.set}-{self.plan.pool_seed}-{self.arm}-{self.steps}-s{self.seed}-{_digest(identity)}"
         return self.out / "runs" / f"{name}.json"
@@ -98,10 +95,7 @@ class Job:
         kind = self.study.arms[self.arm].reference
         if kind == "clean" and section.source in {"drawn", "web"}:
             alike = [self.plan.pool_seed, section.reference_rows, section.words, section.image_size]
-        b = self.study.arms[self.arm].selection.sub_batch_size
-        training = self.study.training.model_dump(mode="json")
-        model = (HERE / self.study.model).read_text()
-        identity = [FORMAT, alike, kind, self.study.reference.steps, training, b, model, self.device]
+        identity = [self._training, alike, kind, self.study.reference.steps]
         return self.out / "references" / f"{_digest(identity)}.pt"
 
     @property
@@ -114,11 +108,19 @@ class Job:
         """Where the weights lie that its learner begins with; None if it begins with random ones."""
         if not self.plan.warm_steps:
             return None
-        training = self.study.training.model_dump(mode="json")
-        uniform = self.study.arms[UNIFORM].model_dump(mode="json")
-        model = (HERE / self.study.model).read_text()
-        identity = [FORMAT, self.set_key, training, uniform, self.plan.warm_steps, model, self.seed, self.device]
+        identity = [self._training, self.set_key, self.plan.warm_steps, self.seed]
         return self.out / "warm" / f"{_digest(identity)}.pt"
+
+    @property
+    def _training(self) -> list[Any]:
+        """What all that is trained depends on."""
+        return [
+            FORMAT,
+            (HERE / self.study.model).read_text(),
+            self.study.training.model_dump(mode="json"),
+            self.study.arms[UNIFORM].model_dump(mode="json"),
+            self.device,
+        ]
 
 
 def make_pairs(job: Job) -> None:
@@ -129,17 +131,11 @@ def make_pairs(job: Job) -> None:
 
 def train_reference(job: Job) -> None:
     """Train the reference on its clean pairs, or on the pool where the arm wants a weak one."""
-    path = job.reference_path
-    if path.exists():
+    if job.reference_path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     parts = load_parts(job)
     pairs = parts["pool" if job.study.arms[job.arm].reference == "weak" else "reference"]
     training = job.study.training.model_copy(update={"steps": job.study.reference.steps})
-    b = job.study.arms[job.arm].selection.sub_batch_size
-    uniform = SelectionSection(
-        sub_batch_size=b, filter_ratio=0.0, method="uniform", criterion="easy_reference", n_chunks=1
-    )
     model, config, tokenizer = make_model(job, 1_000_000 + job.plan.pool_seed)
     nothing = np.ones((len(pairs), config["embed_dim"]), np.float16)
     loop = Loop(
@@ -148,7 +144,7 @@ def train_reference(job: Job) -> None:
         tokenizer,
         spec_of(model, config),
         Reference(vectors=(nothing, nothing), scale=Scale(logit_scale=1.0, logit_bias=0.0)),
-        ArmSection(selection=uniform),
+        job.study.arms[UNIFORM],
         training,
         rows=np.arange(len(pairs)),
         seed=1_000_000 + job.plan.pool_seed,
@@ -157,7 +153,7 @@ def train_reference(job: Job) -> None:
     for _, rows in zip(range(job.study.reference.steps), loop.batches(), strict=False):
         loop.train(rows)
     quality = loop.retrieve(parts["held-out"])
-    _save(path, partial(torch.save, {"weights": model.state_dict(), "quality": quality}))
+    _save(job.reference_path, partial(torch.save, {"weights": model.state_dict(), "quality": quality}))
 
 
 def warm_learner(job: Job) -> None:
@@ -165,8 +161,7 @@ def warm_learner(job: Job) -> None:
     path = job.warm_path
     if path is None or path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    loop = _loop(job, job.study.arms[UNIFORM])
+    loop = _loop(job, job.study.arms[UNIFORM], load_parts(job)["pool"])
     for _, rows in zip(range(job.plan.warm_steps), loop.batches(), strict=False):
         loop.train(rows)
     _save(path, partial(torch.save, loop.model.state_dict()))
@@ -189,12 +184,11 @@ def run(job: Job) -> None:
     """Train one learner and write what came of it."""
     if job.path.exists():
         return
-    job.path.parent.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
     arm = job.study.arms[job.arm]
     parts = load_parts(job)
     pool = parts["pool"]
-    loop = _loop(job, arm)
+    loop = _loop(job, arm, pool)
     if job.warm_path is not None:
         loop.model.load_state_dict(torch.load(job.warm_path))
     forward = forward_flops(json.loads((HERE / job.study.model).read_text()))
@@ -307,14 +301,9 @@ def _begin_worker() -> None:
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of every model that begins with random weights
 
 
-def _loop(job: Job, arm: ArmSection) -> Loop:
+def _loop(job: Job, arm: ArmSection, pool: Pairs) -> Loop:
     """A learner with random weights before its first step."""
-    pool = load_parts(job)["pool"]
-    stored = np.load(job.vectors_path)
-    reference = Reference(
-        vectors=(stored["zimg"], stored["ztxt"]),
-        scale=Scale(logit_scale=float(stored["scale"][0]), logit_bias=float(stored["scale"][1])),
-    )
+    reference = load_reference(job)
     rows = np.arange(len(pool))
     if arm.pool == "wanted":
         rows = np.flatnonzero(pool.kind == WANTED)
@@ -335,7 +324,17 @@ def _loop(job: Job, arm: ArmSection) -> Loop:
     )
 
 
+def load_reference(job: Job) -> Reference:
+    """The reference's embeddings of the job's pool."""
+    stored = np.load(job.vectors_path)
+    return Reference(
+        vectors=(stored["zimg"], stored["ztxt"]),
+        scale=Scale(logit_scale=float(stored["scale"][0]), logit_bias=float(stored["scale"][1])),
+    )
+
+
 def load_parts(job: Job) -> dict[str, Pairs]:
+    """The job's set in memory, by folder."""
     model, config, tokenizer = make_model(job, 0)
     encoder = Encoder(spec_of(model, config), model, tokenizer, torch.device(job.device))
     names = [name for name in ("pool", "reference", "held-out", "others") if (job.set_folder / name).is_dir()]
@@ -343,6 +342,7 @@ def load_parts(job: Job) -> dict[str, Pairs]:
 
 
 def make_model(job: Job, seed: int) -> OpenClip:
+    """The study's model with random weights."""
     section = EncoderSection(model=job.study.model)
     model, config, tokenizer = create_model(section, role="learner", base=HERE, seed=seed)
     return model.to(job.device), config, tokenizer
@@ -363,6 +363,7 @@ def spec_of(model: Any, config: dict[str, Any]) -> EncoderSpec:
 
 def _save(path: Path, write: Callable[[Any], object]) -> None:
     """Write a file such that it is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     with scratch.open("wb") as file:
         write(file)
