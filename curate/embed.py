@@ -17,9 +17,9 @@ from curate.embeddings import (
     EMBEDDING_NONFINITE,
     EMBEDDING_ZERO,
     NOT_SCORED,
-    content_hash,
     embedding_schema,
     halves,
+    pair_hashes,
     uid_texts,
 )
 from curate.images import Dropped, clean_caption, decode_image
@@ -39,11 +39,14 @@ class Pair:
 
     uid: str | None
     content: bytes
+    picture: bytes
     status: str
     error: str | None = None
     pixels: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
     """What each kind of encoder sees, [H, W, 3], by `Encoder.view`."""
     caption: str = ""
+    size: tuple[int, int] | None = None
+    """Width and height, pixels, of a picture that was decoded."""
 
 
 def embed_shard(
@@ -129,13 +132,14 @@ def _decode(
 ) -> list[Pair]:
     images = image_bytes(batch.column(columns.image)).to_pylist()
     captions = caption_bytes(batch.column(columns.caption)).to_pylist()
-    content = [content_hash(image, caption) for image, caption in zip(images, captions, strict=True)]
+    hashes = [pair_hashes(image, caption) for image, caption in zip(images, captions, strict=True)]
+    content = [content for _, content in hashes]
     uids = uid_texts(batch.column(columns.uid)) if columns.uid else [c.hex() for c in content]
     scored = wanted(halves(content)) if wanted else np.ones(len(content), bool)
     views = {encoder.view: encoder.crop for encoder in encoders}
     pairs = []
-    for uid, digest, data, raw, score in zip(uids, content, images, captions, scored, strict=True):
-        pair = partial(Pair, uid=uid, content=digest)
+    for uid, (picture, digest), data, raw, score in zip(uids, hashes, images, captions, scored, strict=True):
+        pair = partial(Pair, uid=uid, content=digest, picture=picture)
         if not score:
             pairs.append(pair(status=NOT_SCORED))
             continue
@@ -147,7 +151,7 @@ def _decode(
             pairs.append(pair(status=dropped.reason, error=dropped.error))
         else:
             pixels = {view: crop(image) for view, crop in views.items()}
-            pairs.append(pair(status="ok", pixels=pixels, caption=caption))
+            pairs.append(pair(status="ok", pixels=pixels, caption=caption, size=image.size))
     return pairs
 
 
@@ -173,6 +177,8 @@ def _embed_pairs(pairs: Sequence[Pair], encoder: "Encoder", batch_size: int) -> 
         pa.array([failed.get(row, pair.status) for row, pair in enumerate(pairs)], pa.string()),
         pa.array([pair.error for pair in pairs], pa.string()),
         pa.array([pair.content for pair in pairs], pa.binary(CONTENT_BYTES)),
+        pa.array([pair.picture for pair in pairs], pa.binary(CONTENT_BYTES)),
+        *(pa.array([pair.size and pair.size[side] for pair in pairs], pa.int32()) for side in (0, 1)),
         _vector_column(z[0, good], null),
         _vector_column(z[1, good], null),
     ]

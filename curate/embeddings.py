@@ -6,6 +6,9 @@ An embedding file has exactly one row per row of its shard, in order:
     status   string                 ok, not_scored, or why the pair cannot be used
     error    string or null         what was found, for people
     content  fixed_size_binary[16]  hash of image bytes and caption: equal pairs, equal content
+    picture  fixed_size_binary[16]  hash of image bytes: equal files, equal picture
+    width    int32 or null          of the picture, pixels; null unless it was decoded
+    height   int32 or null          likewise
     zimg     fixed_size_list<float16>[D] or null     unit rows, null unless status is ok
     ztxt     likewise
 """
@@ -34,11 +37,17 @@ def content_hash(image: bytes | None, caption: bytes | None) -> bytes:
     >>> content_hash(b"ab", b"c") != content_hash(b"a", b"bc")
     True
     """
+    return pair_hashes(image, caption)[1]
+
+
+def pair_hashes(image: bytes | None, caption: bytes | None) -> tuple[bytes, bytes]:
+    """Two hashes for one pass over the bytes: of the image alone, and `content_hash`."""
     digest = hashlib.blake2b(digest_size=CONTENT_BYTES)
     digest.update(len(image or b"").to_bytes(8, "little"))
     digest.update(image or b"")
+    picture = digest.digest()
     digest.update(caption or b"")
-    return digest.digest()
+    return picture, digest.digest()
 
 
 def uid_texts(column: pa.Array) -> list[str | None]:
@@ -87,8 +96,11 @@ def embedding_schema(embed_dim: int) -> pa.Schema:
             pa.field("status", pa.string(), nullable=False),
             pa.field("error", pa.string()),
             pa.field("content", pa.binary(CONTENT_BYTES), nullable=False),
+            pa.field("picture", pa.binary(CONTENT_BYTES), nullable=False),
+            pa.field("width", pa.int32()),
+            pa.field("height", pa.int32()),
             pa.field("zimg", vector),
             pa.field("ztxt", vector),
         ],
-        metadata={"format": json.dumps({"embeddings": 1})},
+        metadata={"format": json.dumps({"embeddings": 2})},
     )
