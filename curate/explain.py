@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curate.dedup import why_dropped
 from curate.embeddings import contents, embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.manifest import Manifest, last_round, read_manifest, steps_folder
@@ -33,6 +34,9 @@ class _Context:
     walk_range: WalkRange
     seed: int
     boundaries: tuple[int, ...]
+    dedup: str | None
+    """Folder of the deduplication that it went by."""
+    evaluation: tuple[str, ...]
 
 
 def summarize_rounds(store: Store) -> list[dict[str, Any]]:
@@ -135,6 +139,11 @@ def _follow(store: Store, context: _Context, key: str, row: int, content: npt.ND
     index = next((s.index for s in context.pool.shards if s.key == key), None)
     if index is None:
         return {"round": number, "outcome": "not_in_pool"}
+    shard = context.pool.shards[index]
+    if context.dedup is not None:
+        why = why_dropped(store, context.pool, context.dedup, context.evaluation, shard, row)
+        if why is not None:
+            return {"round": number} | why
     if (original := _original(store, context, index, row)) is not None:
         return {"round": number, "outcome": "duplicate_exact", "duplicate_of": original}
     walk_key = walk_keys(content, seed=context.seed, epoch=context.walk_range.epoch)
@@ -169,12 +178,14 @@ def _context(store: Store, manifest: Manifest) -> _Context:
     reference = EncoderSpec(**lineage["reference"])
     walk_range = WalkRange(**lineage["walk"]["range"])
     seed = lineage["recipe"]["seed"]
+    dedup = lineage.get("dedup") or {"folder": None, "evaluation": ()}
     folder = walk_folder(
         pool,
         reference,
         seed=seed,
         epoch=walk_range.epoch,
-        super_batch_size=lineage["walk"]["through"][-1],
+        super_batch_size=lineage["walk"]["through"][3],
+        dedup=dedup["folder"],
     )
     walk = read_walk(store, folder)
     if walk is None:
@@ -190,6 +201,8 @@ def _context(store: Store, manifest: Manifest) -> _Context:
         walk_range=walk_range,
         seed=seed,
         boundaries=walk.boundaries[walk_range.start : walk_range.stop + 1],
+        dedup=dedup["folder"],
+        evaluation=tuple(dedup["evaluation"]),
     )
 
 

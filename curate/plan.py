@@ -10,8 +10,8 @@ from typing import Any
 from curate.errors import UserError
 from curate.learner import newest_learner
 from curate.manifest import round_folder
-from curate.pool import take_inventory
-from curate.recipe import Recipe
+from curate.pool import Pool, take_inventory
+from curate.recipe import PoolSection, Recipe
 from curate.select import needs_learner
 from curate.spec import EncoderSpec
 from curate.storage import Store
@@ -31,6 +31,8 @@ class Plan:
     """None if selection does not look at it."""
     learner_number: int | None
     """Of the newest learner; None if there is none, as there need not be where selection does not look at it."""
+    evaluation: tuple[str, ...] = ()
+    """Fingerprints of the sets whose images must not be trained on; these inventories are in `pools/`, too."""
 
     def to_bytes(self) -> bytes:
         """JSON for the root."""
@@ -46,7 +48,12 @@ class Plan:
         """The inverse of `to_bytes`."""
         record = json.loads(data)
         reference, learner = record.pop("reference"), record.pop("learner")
-        return cls(reference=EncoderSpec(**reference), learner=EncoderSpec(**learner) if learner else None, **record)
+        return cls(
+            reference=EncoderSpec(**reference),
+            learner=EncoderSpec(**learner) if learner else None,
+            evaluation=tuple(record.pop("evaluation", ())),
+            **record,
+        )
 
 
 def plan_name(number: int) -> str:
@@ -97,8 +104,13 @@ def _make(
 
     mistakes: list[str] = []
     pool = reference = learner = None
+    evaluation: list[Pool] = []
     try:
         pool = take_inventory(recipe.pool, progress=progress)
+    except UserError as error:
+        mistakes += error.lines
+    try:
+        evaluation = evaluation_sets(recipe)
     except UserError as error:
         mistakes += error.lines
     try:
@@ -113,7 +125,8 @@ def _make(
     if needs_learner(recipe.selection):
         learner = first_learner(store, recipe.learner, base=base, seed=recipe.seed)
     newest = learner or newest_learner(store)
-    store.put_bytes(f"pools/{pool.fingerprint}.json", pool.to_bytes())
+    for seen in (pool, *evaluation):
+        store.put_bytes(f"pools/{seen.fingerprint}.json", seen.to_bytes())
     return Plan(
         recipe=recipe.of_round(),
         recipe_fingerprint=recipe.fingerprint(),
@@ -121,7 +134,25 @@ def _make(
         reference=reference,
         learner=learner.encoder if learner else None,
         learner_number=newest.number if newest else None,
+        evaluation=tuple(seen.fingerprint for seen in evaluation),
     )
+
+
+def evaluation_sets(recipe: Recipe) -> list[Pool]:
+    """Inventories of the sets that the recipe keeps out of the pool.
+
+    Raises:
+        UserError: mistakes in any of them, all together.
+    """
+    found, mistakes = [], []
+    for held_out in recipe.dedup.evaluation if recipe.dedup else ():
+        try:
+            found.append(take_inventory(PoolSection(**held_out.model_dump())))
+        except UserError as error:
+            mistakes += [f"dedup.evaluation: {line}" for line in error.lines]
+    if mistakes:
+        raise UserError(*mistakes)
+    return found
 
 
 def _learner_mistakes(recipe: Recipe, base: Path) -> Sequence[str]:

@@ -85,6 +85,42 @@ class EmbedSection(Section):
     chunk_rows: int = Field(1024, ge=1, description="rows decoded ahead while the model runs")
 
 
+class EvaluationSet(Section):
+    """Pairs that a learner will be measured on."""
+
+    path: str | list[str] = Field(description="as pool.path")
+    image: str | None = Field(None, description="image column; found by convention if not given")
+    caption: str | None = Field(None, description="caption column, or one of labels; found by convention if not given")
+
+
+class DedupSection(Section):
+    """Which pairs of the pool are near-duplicates, and which of them leave before any is chosen."""
+
+    threshold: float = Field(
+        0.95,
+        ge=0.5,
+        le=1,
+        allow_inf_nan=False,
+        description="cosine of two images, by the reference, from which on they are near-duplicates",
+    )
+    caption_threshold: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        allow_inf_nan=False,
+        description="cosine that their captions must have as well; captions do not matter if not given",
+    )
+    groups: Literal["components", "greedy"] = Field(
+        "components",
+        description="drop all but one of the pairs that near-duplicates connect, or only those with a better-ranked "
+        "near-duplicate",
+    )
+    earlier: Literal["stand", "anew"] = Field(
+        "stand", description="when the pool grows: decisions on earlier shards stand, or all are decided anew"
+    )
+    evaluation: list[EvaluationSet] = Field([], description="sets whose images' near-duplicates leave the pool")
+
+
 class SelectionSection(Section):
     """How sub-batches are chosen; the words are those of arXiv 2406.17711."""
 
@@ -229,6 +265,7 @@ class Recipe(Section):
     reference: EncoderSection | None = Field(None, description="the fixed model; needed by rounds, not by train")
     learner: EncoderSection
     embed: EmbedSection = EmbedSection()
+    dedup: DedupSection | None = Field(None, description="near-duplicates; exact ones alone leave if not given")
     selection: SelectionSection
     output: OutputSection = OutputSection()
     resources: ResourcesSection = ResourcesSection()

@@ -77,9 +77,11 @@ class Walk:
         return json.dumps(record, indent=1).encode()
 
 
-def walk_folder(pool: Pool, reference: EncoderSpec, *, seed: int, epoch: int, super_batch_size: int) -> str:
+def walk_folder(
+    pool: Pool, reference: EncoderSpec, *, seed: int, epoch: int, super_batch_size: int, dedup: str | None = None
+) -> str:
     """Folder of a walk within the root, named by all that decides it."""
-    identity = json.dumps([pool.fingerprint, reference.sha, seed, epoch, super_batch_size])
+    identity = json.dumps([pool.fingerprint, reference.sha, seed, epoch, super_batch_size, *([dedup] if dedup else [])])
     return f"walks/{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
@@ -17,8 +19,9 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
+from curate.dedup import kept_rows
 from curate.embed import Wanted, embed_shard
-from curate.embeddings import NOT_SCORED, embedding_name
+from curate.embeddings import NOT_SCORED, contents, embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.pool import Columns, Pool, Shard
 from curate.recipe import EmbedSection, ResourcesSection
@@ -52,6 +55,7 @@ def embed_pool(
     *,
     key_range: KeyRange | None = None,
     sample: Sample | None = None,
+    reference: EncoderSpec | None = None,
 ) -> None:
     """Write every embedding file that is missing; a pair that several encoders want is decoded once.
 
@@ -63,6 +67,7 @@ def embed_pool(
         resources: number of actors and their threads.
         key_range: score only these rows, into files of their own.
         sample: and these, with a `key_range`.
+        reference: whose files a deduplication went by, if the `key_range` leaves out what it dropped.
 
     Raises:
         UserError: a worker asks for more CPUs than any node has.
@@ -93,7 +98,7 @@ def embed_pool(
         warnings.filterwarnings("ignore", message="`ray_remote_args`")
         receipts = blocks.map_batches(
             EmbedShards,
-            fn_constructor_args=(store, list(encoders), settings, resources.threads, key_range, sample),
+            fn_constructor_args=(store, list(encoders), settings, resources.threads, key_range, sample, reference),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=workers),
@@ -122,6 +127,7 @@ class EmbedShards:
         threads: int,
         key_range: KeyRange | None,
         sample: Sample | None,
+        reference: EncoderSpec | None,
     ) -> None:
         # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
         from curate.encoder import load_encoder  # noqa: PLC0415
@@ -134,6 +140,7 @@ class EmbedShards:
         self.scope = key_range.scope if key_range else ""
         self.key_range = key_range
         self.sample = sample
+        self.reference = reference
         self.encoders = {spec.sha: load_encoder(store, spec, device()) for spec in encoders}
 
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
@@ -157,6 +164,21 @@ class EmbedShards:
         key_range, sample = self.key_range, self.sample
         if key_range is None:
             return None
-        if sample is None or shard.index not in sample.shards:
-            return key_range.wanted
-        return lambda content: key_range.wanted(content) | sample.keys.wanted(content)
+        ranges = [key_range] if sample is None or shard.index not in sample.shards else [key_range, sample.keys]
+        dropped = self._dropped(shard, key_range.dedup)
+
+        def wanted(content: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+            inside = np.logical_or.reduce([keys.wanted(content) for keys in ranges])
+            return np.asarray(inside & ~np.isin(content[:, 0], dropped))
+
+        return wanted
+
+    def _dropped(self, shard: Shard, dedup: str | None) -> npt.NDArray[np.uint64]:
+        """Contents, their first halves, of which no row of the shard was left by a deduplication."""
+        if dedup is None:
+            return np.empty(0, np.uint64)
+        assert self.reference is not None, dedup
+        table = read_embeddings(self.store, embedding_name(self.reference.sha, shard), ["content"])
+        content = contents(table["content"])[:, 0]
+        left = kept_rows(self.store, dedup, shard, np.arange(len(content)))
+        return np.setdiff1d(content, content[left])

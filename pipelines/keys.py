@@ -26,11 +26,14 @@ class KeyRange:
     epoch: int
     low: int
     high: int
+    dedup: str | None = None
+    """Folder of the deduplication whose dropped rows are not asked for."""
 
     @property
     def scope(self) -> str:
         """Names the folder of files that score these rows only."""
-        return f"walk-{self.seed}-{self.epoch}-{self.low:016x}-{self.high:016x}"
+        scope = f"walk-{self.seed}-{self.epoch}-{self.low:016x}-{self.high:016x}"
+        return f"{scope}-{hashlib.sha256(self.dedup.encode()).hexdigest()[:12]}" if self.dedup else scope
 
     def wanted(self, content: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Whether each content [n, 2] is in the range: [n]."""

@@ -43,6 +43,7 @@ def measure_round(
     sub_batches: int,
     through: list[Any],
     epoch: int,
+    dedup: str | None,
 ) -> dict[str, Any]:
     """What this round's manifest says about its quality and that of the rounds that its learner was trained on.
 
@@ -57,6 +58,7 @@ def measure_round(
         sub_batches: of the round.
         through: what the round's walk depends on.
         epoch: of its walk.
+        dedup: folder of the deduplication whose dropped rows are no candidates.
     """
     chosen = write_chosen(store, steps, _contents(store, steps, sub_batches))
     earlier = _rounds_before(store, parent)
@@ -73,7 +75,7 @@ def measure_round(
     return {
         "learner": plan.learner_number,
         "staleness_batches": _staleness(store, plan, parent),
-        "rank_correlation": _rank_correlation(store, pool, plan, recipe, parent, scope, steps),
+        "rank_correlation": _rank_correlation(store, pool, plan, recipe, parent, scope, steps, dedup),
         "trained": trained_rounds(earlier, _batch_losses(store, plan, parent)),
         "chosen_again": round(known / len(chosen), DIGITS),
         "unique_examples": before + len(chosen) - known,
@@ -112,12 +114,19 @@ def _batch_losses(store: Store, plan: Plan, parent: Manifest | None) -> dict[int
 
 
 def _rank_correlation(
-    store: Store, pool: Pool, plan: Plan, recipe: Recipe, parent: Manifest | None, scope: str, steps: str
+    store: Store,
+    pool: Pool,
+    plan: Plan,
+    recipe: Recipe,
+    parent: Manifest | None,
+    scope: str,
+    steps: str,
+    dedup: str | None,
 ) -> dict[str, Any] | None:
     """Rank correlation of the sample's learnability under this learner and under the parent's."""
     if plan.learner is None:
         return None
-    _write_sample(store, pool, recipe, plan.reference, plan.learner, scope, steps)
+    _write_sample(store, pool, recipe, plan.reference, plan.learner, scope, steps, dedup)
     # Under another reference or loss learnability is another thing.
     same = (plan.reference.to_json(), recipe.selection.loss)
     if parent is None or same != (parent.lineage["reference"], parent.lineage["recipe"]["selection"]["loss"]):
@@ -137,6 +146,7 @@ def _write_sample(
     learner: EncoderSpec,
     scope: str,
     steps: str,
+    dedup: str | None,
 ) -> None:
     """Measure the learnability, each pair by itself, of the fixed sample."""
     sample = fixed_sample(pool, recipe.seed)
@@ -152,6 +162,7 @@ def _write_sample(
                 (keys.low, keys.high),
                 seed=keys.seed,
                 epoch=keys.epoch,
+                dedup=dedup,
             )
             for index in sorted(sample.shards)
         ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from curate.dedup import Dedup
 from curate.errors import UserError
 from curate.manifest import Manifest, commit, last_round, read_manifest, round_folder, steps_folder
 from curate.plan import Plan, pin_plan
@@ -18,6 +19,7 @@ from curate.stream import END_NAME, stream_end
 from curate.tally import Tally
 from curate.walk import Walk, WalkRange, next_range
 from pipelines.cluster import connect
+from pipelines.dedup import dedup_pool
 from pipelines.embed import embed_pool
 from pipelines.keys import KeyRange, fixed_sample
 from pipelines.quality import measure_round
@@ -62,9 +64,12 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
     selection = recipe.selection
 
     embed_all(store, pool, plan, recipe)
-    walk, walk_range = place_round(store, pool, plan, recipe, parent[0] if parent else None)
+    dedup = dedup_all(store, pool, plan, recipe)
+    dropped = dedup.folder if dedup else None
+    through = _through(plan, recipe, dropped)
+    walk, walk_range = place_round(store, pool, plan, recipe, dedup, through, parent[0] if parent else None)
     boundaries = walk.boundaries[walk_range.start : walk_range.stop + 1]
-    scope = embed_learner(store, pool, plan, recipe, walk.epoch, boundaries)
+    scope = embed_learner(store, pool, plan, recipe, dropped, walk.epoch, boundaries)
     stats = select_round(
         store,
         pool,
@@ -77,6 +82,7 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
         seed=recipe.seed,
         round_number=number,
         steps=steps,
+        dedup=dropped,
     )
     files = write_round(
         store,
@@ -97,8 +103,9 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
         scope=scope,
         steps=steps,
         sub_batches=walk_range.super_batches,
-        through=_through(plan, recipe),
+        through=through,
         epoch=walk_range.epoch,
+        dedup=dropped,
     )
 
     taken = walk_range.super_batches * selection.super_batch_size
@@ -123,7 +130,7 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
         uniform_learnability=tuple(s.uniform_learnability for s in stats),
         reference_loss=tuple(s.reference_loss for s in stats),
         quality=quality,
-        lineage=lineage(plan, pool, walk_range, recipe),
+        lineage=lineage(plan, pool, walk_range, through, dedup),
     )
     commit(store, manifest)
     return manifest
@@ -133,19 +140,38 @@ def embed_all(store: Store, pool: Pool, plan: Plan, recipe: Recipe) -> None:
     """The reference's embeddings of the whole pool, and the learner's in the same pass where that pays.
 
     A round over at least half of the pool decodes each picture once for both models and keeps the few learner's
-    embeddings that it does not need; a smaller one runs the learner on its own candidates alone, later.
+    embeddings that it does not need; a smaller one, or one that is told which rows are no candidates, runs the learner
+    on its own candidates alone, later.
     """
     encoders = [plan.reference]
-    if plan.learner is not None and _whole_pool(pool, recipe):
+    if plan.learner is not None and _in_one_pass(pool, recipe):
         encoders.append(plan.learner)
     embed_pool(store, pool, encoders, recipe.embed, recipe.resources)
 
 
-def embed_learner(store: Store, pool: Pool, plan: Plan, recipe: Recipe, epoch: int, boundaries: tuple[int, ...]) -> str:
+def dedup_all(store: Store, pool: Pool, plan: Plan, recipe: Recipe) -> Dedup | None:
+    """Which rows of the pool are near-duplicates that leave, if the recipe asks."""
+    if recipe.dedup is None:
+        return None
+    evaluation = [load_pool(store, fingerprint) for fingerprint in plan.evaluation]
+    for held_out in evaluation:
+        embed_pool(store, held_out, [plan.reference], recipe.embed, recipe.resources)
+    return dedup_pool(store, pool, plan.reference, recipe.dedup, evaluation)
+
+
+def embed_learner(
+    store: Store,
+    pool: Pool,
+    plan: Plan,
+    recipe: Recipe,
+    dropped: str | None,
+    epoch: int,
+    boundaries: tuple[int, ...],
+) -> str:
     """The learner's embeddings of this round's candidates, unless `embed_all` made them; returns their scope."""
-    if plan.learner is None or _whole_pool(pool, recipe):
+    if plan.learner is None or _in_one_pass(pool, recipe):
         return ""
-    keys = KeyRange(seed=recipe.seed, epoch=epoch, low=boundaries[0], high=boundaries[-1])
+    keys = KeyRange(seed=recipe.seed, epoch=epoch, low=boundaries[0], high=boundaries[-1], dedup=dropped)
     embed_pool(
         store,
         pool,
@@ -154,12 +180,19 @@ def embed_learner(store: Store, pool: Pool, plan: Plan, recipe: Recipe, epoch: i
         recipe.resources,
         key_range=keys,
         sample=fixed_sample(pool, recipe.seed),
+        reference=plan.reference,
     )
     return keys.scope
 
 
 def place_round(
-    store: Store, pool: Pool, plan: Plan, recipe: Recipe, parent: Manifest | None
+    store: Store,
+    pool: Pool,
+    plan: Plan,
+    recipe: Recipe,
+    dedup: Dedup | None,
+    through: list[Any],
+    parent: Manifest | None,
 ) -> tuple[Walk, WalkRange]:
     """Where this round walks: on from its parent, or into a new epoch.
 
@@ -169,10 +202,10 @@ def place_round(
     selection = recipe.selection
     size = selection.super_batch_size
     previous = WalkRange(**parent.lineage["walk"]["range"]) if parent else None
-    same_pool = parent is not None and parent.lineage["walk"]["through"] == _through(plan, recipe)
+    same_pool = parent is not None and parent.lineage["walk"]["through"] == through
     epoch = 0 if previous is None else previous.epoch if same_pool else previous.epoch + 1
     while True:
-        walk = lay_walk(store, pool, plan.reference, seed=recipe.seed, epoch=epoch, super_batch_size=size)
+        walk = lay_walk(store, pool, plan.reference, seed=recipe.seed, epoch=epoch, super_batch_size=size, dedup=dedup)
         _check_dropped(walk.embedded, recipe)
         walk_range = next_range(
             previous,
@@ -193,7 +226,7 @@ def place_round(
         epoch = walk_range.epoch
 
 
-def lineage(plan: Plan, pool: Pool, walk_range: WalkRange, recipe: Recipe) -> dict[str, Any]:
+def lineage(plan: Plan, pool: Pool, walk_range: WalkRange, through: list[Any], dedup: Dedup | None) -> dict[str, Any]:
     """All that made this round, from the manifest alone."""
     return {
         "plan": plan.digest,
@@ -204,8 +237,9 @@ def lineage(plan: Plan, pool: Pool, walk_range: WalkRange, recipe: Recipe) -> di
         "learner": plan.learner.to_json() | {"number": plan.learner_number} if plan.learner else None,
         "walk": {
             "range": walk_range.to_json(),
-            "through": _through(plan, recipe),
+            "through": through,
         },
+        "dedup": {"folder": dedup.folder, "evaluation": list(dedup.evaluation)} if dedup else None,
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
     }
@@ -215,15 +249,18 @@ def _footers_bar(footers: Iterable[Any], total: int) -> Iterable[Any]:
     return tqdm(footers, total=total, desc="inventory", unit="shard", disable=None)
 
 
-def _whole_pool(pool: Pool, recipe: Recipe) -> bool:
+def _in_one_pass(pool: Pool, recipe: Recipe) -> bool:
     """Whether one pass for both models is cheaper than a second one over this round's candidates."""
+    if recipe.dedup is not None:
+        return False  # which rows are candidates is known after the reference has seen them
     wanted = recipe.selection.super_batches
     return wanted is None or 2 * wanted * recipe.selection.super_batch_size >= pool.rows
 
 
-def _through(plan: Plan, recipe: Recipe) -> list[Any]:
+def _through(plan: Plan, recipe: Recipe, dropped: str | None) -> list[Any]:
     """What a walk depends on: a round that differs in it from its parent begins a new epoch."""
-    return [plan.pool, plan.reference.sha, recipe.seed, recipe.selection.super_batch_size]
+    through = [plan.pool, plan.reference.sha, recipe.seed, recipe.selection.super_batch_size]
+    return through if dropped is None else [*through, dropped]
 
 
 def _check_dropped(embedded: Tally, recipe: Recipe) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from curate.dedup import kept_rows
 from curate.embeddings import contents, embedding_name, read_embeddings, vectors
 from curate.pool import Pool, Shard
 from curate.recipe import SelectionSection
@@ -29,6 +30,7 @@ def select_round(
     seed: int,
     round_number: int,
     steps: str,
+    dedup: str | None = None,
 ) -> list[SubBatchStats]:
     """Draw every sub-batch of a round that has not been drawn yet.
 
@@ -44,6 +46,7 @@ def select_round(
         seed: of the recipe.
         round_number: of the round.
         steps: folder of the round's steps.
+        dedup: folder of the deduplication whose dropped rows are no candidates.
 
     Returns:
         Statistics by sub-batch, those of sub-batches drawn before included.
@@ -56,7 +59,15 @@ def select_round(
         loaded = Candidates.concatenate(
             [
                 load_candidates(
-                    store, shard, reference, learner, learner_scope, boundaries, seed=seed, epoch=walk_range.epoch
+                    store,
+                    shard,
+                    reference,
+                    learner,
+                    learner_scope,
+                    boundaries,
+                    seed=seed,
+                    epoch=walk_range.epoch,
+                    dedup=dedup,
                 )
                 for shard in shards
             ]
@@ -91,11 +102,13 @@ def load_candidates(
     *,
     seed: int,
     epoch: int,
+    dedup: str | None,
 ) -> Candidates:
-    """The usable rows of a shard that some super-batch of the round holds, with their vectors."""
+    """The candidates of a shard that some super-batch of the round holds, with their vectors."""
     columns = ["status", "content", "zimg", "ztxt"]
     table = read_embeddings(store, embedding_name(reference.sha, shard), columns)
     usable = np.flatnonzero(np.asarray(table["status"].to_pylist(), object) == "ok")
+    usable = kept_rows(store, dedup, shard, usable)
     rows = walk_rows(contents(table["content"])[usable], shard.index, usable, seed=seed, epoch=epoch)
     rows = rows[super_batch_of(rows["key"], boundaries) >= 0]
     wanted = pa.array(rows["row"])

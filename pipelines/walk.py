@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from curate.dedup import Dedup, kept_rows
 from curate.embeddings import contents, embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.pool import Pool, Shard
@@ -35,8 +36,26 @@ DUPLICATES_SCHEMA = pa.schema(
 )
 
 
-def lay_walk(store: Store, pool: Pool, reference: EncoderSpec, *, seed: int, epoch: int, super_batch_size: int) -> Walk:
+def lay_walk(
+    store: Store,
+    pool: Pool,
+    reference: EncoderSpec,
+    *,
+    seed: int,
+    epoch: int,
+    super_batch_size: int,
+    dedup: Dedup | None = None,
+) -> Walk:
     """Make an epoch's walk, or read it if it was made before.
+
+    Args:
+        store: the root.
+        pool: the inventory.
+        reference: its embedding files are complete.
+        seed: of the recipe.
+        epoch: of the walk.
+        super_batch_size: B.
+        dedup: whose dropped rows are no candidates; None if exact duplicates alone are none.
 
     Returns:
         The walk; exact duplicates and whom they duplicate are in `walks/<fingerprint>/duplicates-*.parquet`.
@@ -44,7 +63,8 @@ def lay_walk(store: Store, pool: Pool, reference: EncoderSpec, *, seed: int, epo
     Raises:
         UserError: the recipe's uid column does not tell pairs apart.
     """
-    folder = walk_folder(pool, reference, seed=seed, epoch=epoch, super_batch_size=super_batch_size)
+    without = dedup.folder if dedup else None
+    folder = walk_folder(pool, reference, seed=seed, epoch=epoch, super_batch_size=super_batch_size, dedup=without)
     if (laid := read_walk(store, folder)) is not None:
         return laid
     if pool.columns.uid:
@@ -53,7 +73,7 @@ def lay_walk(store: Store, pool: Pool, reference: EncoderSpec, *, seed: int, epo
     buckets = list(range(1 + pool.rows // ROWS_PER_BUCKET))
 
     def split(shards: list[Shard]) -> list[tuple[Rows, Counter[str]]]:
-        rows, statuses = _candidates(store, shards, reference, seed=seed, epoch=epoch)
+        rows, statuses = _candidates(store, shards, reference, without, seed=seed, epoch=epoch)
         parts = _by_key(rows, len(buckets))
         return [(part, statuses if i == 0 else Counter()) for i, part in enumerate(parts)]
 
@@ -72,12 +92,12 @@ def lay_walk(store: Store, pool: Pool, reference: EncoderSpec, *, seed: int, epo
     duplicates = sum(found for _, found, _ in summaries)
     statuses = sum((found for _, _, found in summaries), Counter[str]())
     candidates = sum(counts)
+    embedded = Tally.of("embed", statuses.items())
+    dropped = Counter({DUPLICATE_EXACT: duplicates}) + Counter(dedup.dropped if dedup else {})
     walk = Walk(
         epoch=epoch,
-        embedded=Tally.of("embed", statuses.items()),
-        deduplicated=Tally(
-            step="dedup", rows_in=candidates + duplicates, kept=candidates, dropped={DUPLICATE_EXACT: duplicates}
-        ),
+        embedded=embedded,
+        deduplicated=Tally(step="dedup", rows_in=embedded.kept, kept=candidates, dropped=dropped),
         boundaries=_boundaries(counts, joined, super_batch_size),
     )
     store.put_bytes(f"{folder}/walk.json", walk.to_bytes())
@@ -85,9 +105,9 @@ def lay_walk(store: Store, pool: Pool, reference: EncoderSpec, *, seed: int, epo
 
 
 def _candidates(
-    store: Store, shards: Sequence[Shard], reference: EncoderSpec, *, seed: int, epoch: int
+    store: Store, shards: Sequence[Shard], reference: EncoderSpec, dedup: str | None, *, seed: int, epoch: int
 ) -> tuple[Rows, Counter[str]]:
-    """Usable rows of some shards, and all their rows counted by status."""
+    """Usable rows of some shards that no deduplication dropped, and all their rows counted by status."""
     parts = [np.empty(0, ROW)]
     statuses = Counter[str]()
     for shard in shards:
@@ -95,6 +115,7 @@ def _candidates(
         status = np.asarray(table["status"].to_pylist())
         statuses.update(status.tolist())
         usable = np.flatnonzero(status == "ok") if len(status) else np.empty(0, np.int64)
+        usable = kept_rows(store, dedup, shard, usable)
         parts.append(walk_rows(contents(table["content"])[usable], shard.index, usable, seed=seed, epoch=epoch))
     return np.concatenate(parts), statuses
 

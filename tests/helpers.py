@@ -1,7 +1,7 @@
 """Small worlds to test in: a tiny model, a drawn pool, and committed rounds made without Ray."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from curate.embeddings import content_hash
+from curate.embeddings import content_hash, embedding_name, embedding_schema, pair_hashes
 from curate.encoder import store_encoder
 from curate.manifest import Manifest, commit, read_manifest, round_folder
-from curate.pool import Pool, caption_bytes, image_bytes, take_inventory
+from curate.pool import Columns, Pool, Shard, caption_bytes, image_bytes, take_inventory
 from curate.recipe import EncoderSection, PoolSection
 from curate.selected import SELECTED_SCHEMA
 from curate.spec import EncoderSpec
@@ -62,6 +62,49 @@ def write_pool(folder: Path, *tables: pa.Table, uid: str | None = None, **sectio
     for number, table in enumerate(tables):
         pq.write_table(table, folder / f"{number:05d}.parquet")
     return take_inventory(PoolSection(path=str(folder), uid=uid, **section))
+
+
+def _halved(vector: Any) -> list[np.float16] | None:
+    return None if vector is None else list(np.asarray(vector, np.float16))
+
+
+def embedded_pool(
+    store: Store,
+    spec: EncoderSpec,
+    shards: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> Pool:
+    """A pool that consists of its embedding files alone: rows by name of shard.
+
+    A row has `zimg`, and may have `ztxt` (else the same), `image` and `caption` (bytes, else its own), `status`, `size`
+    and `uid`.
+    """
+    columns = Columns(image="jpg", caption="caption", uid=None)
+    made = []
+    for index, (name, rows) in enumerate(sorted(shards.items())):
+        shard = Shard(index=index, name=name, path=name, size=1, version="1", rows=len(rows), columns=columns)
+        made.append(shard)
+        table = []
+        for number, row in enumerate(rows):
+            picture, content = pair_hashes(
+                row.get("image", f"{name}/{number}".encode()), row.get("caption", f"{name}/{number}".encode())
+            )
+            width, height = row.get("size", (32, 32))
+            table.append(
+                {
+                    "uid": row.get("uid", content.hex()),
+                    "status": row.get("status", "ok"),
+                    "content": content,
+                    "picture": picture,
+                    "width": width,
+                    "height": height,
+                    "zimg": _halved(row["zimg"]),
+                    "ztxt": _halved(row.get("ztxt", row["zimg"])),
+                }
+            )
+        with store.local_scratch() as scratch:
+            pq.write_table(pa.Table.from_pylist(table, embedding_schema(spec.embed_dim)), scratch / "e.parquet")
+            store.put_file(scratch / "e.parquet", embedding_name(spec.sha, shard))
+    return Pool(shards=tuple(made), columns=columns, schema=pa.schema([]), ignored=(), skipped=())
 
 
 def pool_table(pool: Pool) -> pa.Table:

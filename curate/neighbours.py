@@ -1,0 +1,236 @@
+"""Near neighbours: every pair of unit rows whose cosine is at least a threshold, cell by cell.
+
+k-means cuts the rows into K cells. Two rows of one cell are compared in that cell. Two rows x and y of different cells
+with |x - y| <= r, where r² = 2 - 2 threshold, lie on different sides of the plane that separates the two centroids, so
+that one of them is within r / 2 of that plane: it is a border row of the other's cell and is compared there. Each row
+is put into the nearest `BORDERS` of the cells that it borders on. Where no row borders on more, every pair is found;
+`Places.beyond` says which rows do, and so how far that guarantee holds.
+
+    z      [n, D]  unit rows, float32
+    home   [n]     number of the cell that a row lies in
+    border [n, BORDERS]  of those that it borders on, nearest first, then -1
+
+The cells follow SemDeDup (arXiv 2303.09540, section 3), which compares within cells alone.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from curate.seeds import derive_seed
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+BORDERS = 3
+ITERATIONS = 8
+SAMPLE_PER_CELL = 100
+"""Rows per cell on which k-means is trained. With 8 iterations: what docs/dedup.md was measured with."""
+LEAST_PER_CELL = 4
+"""Fewer sampled rows than this make no cell of their own."""
+GIANT = 8
+"""A cell that holds so many times the mean of the sample is split."""
+MOST_CELLS = 8192
+"""Distances between all centroids are held at once: 256 MiB."""
+FEW_ROWS = 8192
+"""So many rows are one cell: comparing all of them takes less than finding cells."""
+TILE = 2048
+"""Rows and columns of a tile of cosines: 16 MiB."""
+VERIFIED = 65_536
+"""Pairs that are verified at once."""
+MARGIN = 2e-3
+"""How far below the threshold a tile's cosine may be and its pair still be verified: TF32 is off by up to 1e-3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where rows lie among the cells."""
+
+    home: Ints
+    border: Ints
+    beyond: Bools
+    """[n] whether a row borders on more than `BORDERS` cells, so that a pair of it may be missed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """K cells: a row belongs to the one whose centroid has the largest inner product with it, less the mean.
+
+    Embeddings share a mean, which a few spherical centroids would all follow; without it they tell rows apart. Moving
+    all rows by it leaves their distances as they are.
+    """
+
+    mean: Floats
+    """[D]"""
+    centroids: Floats
+    """[K, D] unit rows."""
+
+    def place(self, z: npt.NDArray[np.floating], threshold: float, device: torch.device) -> Places:
+        """Home, and borders for pairs of cosine at least `threshold`, of rows z [n, D] of norm 1 or nearly so."""
+        centroids = torch.from_numpy(self.centroids).to(device)
+        mean = torch.from_numpy(self.mean).to(device)
+        if len(centroids) == 1 or not len(z):
+            alone = np.zeros(len(z), np.int64)
+            return Places(home=alone, border=np.full((len(z), BORDERS), -1), beyond=np.zeros(len(z), bool))
+        # 1 / distance between centroids; a centroid is no neighbour of itself or of a copy of itself.
+        nearness = (2 - 2 * centroids @ centroids.T).clamp_min(1e-6).rsqrt()
+        reach = (2 - 2 * threshold) ** 0.5 / 2
+        width = min(BORDERS + 2, len(centroids))
+        parts: list[tuple[torch.Tensor, ...]] = []
+        for start in range(0, len(z), TILE):
+            rows = torch.from_numpy(unit_rows(z[start : start + TILE])).to(device)
+            inner = (rows - mean) @ centroids.T  # [n, K]
+            best, home = inner.max(dim=1)
+            # Distance of the rows from the plane between both centroids. That of the home itself is 0: it comes first.
+            distance = (best[:, None] - inner).mul_(nearness[home])
+            distance.scatter_(1, home[:, None], -1)
+            near, border = distance.topk(width, dim=1, largest=False)
+            near, border = near[:, 1:], border[:, 1:]
+            border = torch.where(near <= reach, border, -1)
+            beyond = border[:, BORDERS:].ge(0).any(dim=1)
+            border = torch.nn.functional.pad(border[:, :BORDERS], (0, BORDERS - min(BORDERS, width - 1)), value=-1)
+            parts.append((home, border, beyond))
+        home, border, beyond = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+        return Places(home=home.numpy(), border=border.numpy(), beyond=beyond.numpy())
+
+    def to_array(self) -> Floats:
+        """[K + 1, D]: the mean, then the centroids."""
+        return np.concatenate([self.mean[None], self.centroids])
+
+    @classmethod
+    def from_array(cls, array: Floats) -> "Cells":
+        """The inverse of `to_array`."""
+        return cls(mean=array[0], centroids=array[1:])
+
+
+def unit_rows(z: npt.NDArray[np.floating]) -> Floats:
+    """Z [n, D] in float32 with norm 1: stored in float16, rows are off by up to 1e-3."""
+    wide = z.astype(np.float32)
+    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide
+
+
+def cell_count(rows: int) -> int:
+    """K for so many rows: their square root, where finding a row's cell costs what comparing it there does."""
+    return 1 if rows <= FEW_ROWS else min(MOST_CELLS, round(rows**0.5))
+
+
+def train_cells(sample: Floats, cells: int) -> Cells:
+    """Spherical k-means with FAISS on unit rows [n, D], centred; cells that are much larger than others are split.
+
+    Equal samples give equal cells, up to the rounding of whatever computes them.
+    """
+    mean = sample.mean(axis=0) if len(sample) else np.zeros(sample.shape[1], np.float32)
+    cells = max(1, min(cells, len(sample) // LEAST_PER_CELL))
+    if cells == 1:
+        return Cells(mean=mean, centroids=np.zeros((1, sample.shape[1]), np.float32))
+    centred = sample - mean
+    norms = np.linalg.norm(centred, axis=1, keepdims=True)
+    centred = centred[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
+    limit = max(LEAST_PER_CELL * GIANT, GIANT * len(centred) // cells)
+    return Cells(mean=mean, centroids=np.concatenate(list(_split(centred, cells, limit))))
+
+
+def _split(rows: Floats, cells: int, limit: int, depth: int = 3) -> Iterator[Floats]:
+    """Centroids of `cells` cells, those with more than `limit` rows split again in the same way."""
+    centroids, home = _kmeans(rows, cells)
+    sizes = np.bincount(home, minlength=cells)
+    yield centroids[sizes <= limit]
+    for giant in np.flatnonzero(sizes > limit):
+        if depth == 0:  # copies of one another, which no cell tells apart
+            yield centroids[giant : giant + 1]
+        else:
+            yield from _split(rows[home == giant], max(2, GIANT * sizes[giant] // limit), limit, depth - 1)
+
+
+def _kmeans(rows: Floats, cells: int) -> tuple[Floats, Ints]:
+    # FAISS brings an OpenBLAS of 2021 that takes a CPU which it does not know for one of 2004, four times slower; it
+    # reads the name of a core that it does know while it is loaded.
+    core = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
+    if core:
+        os.environ.setdefault("OPENBLAS_CORETYPE", core)
+    import faiss  # noqa: PLC0415
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    kmeans = faiss.Kmeans(
+        rows.shape[1],
+        cells,
+        niter=ITERATIONS,
+        spherical=True,
+        seed=derive_seed(0, "cells") % 2**31,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(rows),
+        gpu=faiss.get_num_gpus() > 0,
+    )
+    kmeans.train(rows)
+    home = kmeans.index.search(rows, 1)[1][:, 0] if cells > 1 else np.zeros(len(rows), np.int64)
+    assert kmeans.centroids is not None
+    return kmeans.centroids, home
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """When two rows are near-duplicates."""
+
+    image: float
+    """Least cosine of their images."""
+    caption: float | None = None
+    """And of their captions; these do not matter if None."""
+
+
+def near_pairs(
+    zimg: torch.Tensor,
+    ztxt: torch.Tensor | None,
+    threshold: Threshold,
+    *,
+    inner: int,
+    fresh: torch.Tensor,
+    images_alone: torch.Tensor,
+) -> Iterator[tuple[Ints, Ints, Floats]]:
+    """Pairs (i, j), i < j, i < inner, that are near-duplicates: compared in tiles, verified one by one.
+
+    A plain tiled product is what finds them: FAISS's flat search takes 7 times as long on a CPU, see
+    `python -m benchmarks.dedup` (it computes both halves of a symmetric product, row by row through a heap).
+
+    Args:
+        zimg: [n, D] unit rows on the device that compares them.
+        ztxt: likewise, of the captions; None if `threshold` has none.
+        threshold: of a pair.
+        inner: rows that are compared with all later ones; the others are compared with these alone.
+        fresh: [n] bool; pairs of rows that are not fresh are left out. Fresh rows had best come first.
+        images_alone: [n] bool; a pair with such a row need not have similar captions.
+
+    Yields:
+        i [m], j [m] and cosine [m] of their images.
+    """
+    n = len(zimg)
+    for top in range(0, inner, TILE):
+        bottom = min(inner, top + TILE)
+        for left in range(top, n, TILE):
+            right = min(n, left + TILE)
+            if not (fresh[top:bottom].any() or fresh[left:right].any()):
+                continue
+            near = zimg[top:bottom] @ zimg[left:right].T >= threshold.image - MARGIN
+            if left == top:
+                near.triu_(1)
+            i, j = near.nonzero(as_tuple=True)
+            i, j = i + top, j + left
+            wanted = fresh[i] | fresh[j]
+            i, j = i[wanted], j[wanted]
+            for a, b in zip(torch.split(i, VERIFIED), torch.split(j, VERIFIED), strict=True):
+                cosine = _cosine(zimg, a, b)
+                good = cosine >= threshold.image
+                if threshold.caption is not None and ztxt is not None:
+                    good &= (_cosine(ztxt, a, b) >= threshold.caption) | images_alone[a] | images_alone[b]
+                if good.any():
+                    yield a[good].cpu().numpy(), b[good].cpu().numpy(), cosine[good].cpu().numpy()
+
+
+def _cosine(z: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """Of pairs of rows, to float32: summed in float64, or the tile that a pair lies in would decide its last bits."""
+    return (z[i].double() * z[j].double()).sum(dim=1).float()

@@ -1,0 +1,255 @@
+"""Dedup, scaled out: find the pool's near-duplicates, group them, and say which rows leave.
+
+    pairs -> groups -> dropped rows -> account
+
+A pool that grew starts from the largest earlier one whose shards it still holds: its new rows are compared with all.
+One task groups; it holds about 100 bytes per near-duplicate, whatever the size of the pool.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import ray
+
+from curate.dedup import (
+    DROPPED_SCHEMA,
+    Dedup,
+    LargeGroup,
+    dedup_folder,
+    nodes_name,
+    pairs_name,
+    pin_parent,
+    read_cells,
+    read_counts,
+    read_dedup,
+    read_records,
+    write_dropped,
+)
+from curate.grouping import (
+    EVALUATION,
+    NODE,
+    PAIR,
+    Decisions,
+    Ints,
+    Nodes,
+    Pairs,
+    Rule,
+    decide,
+    each_once,
+    in_rank_order,
+    nodes_once,
+)
+from curate.neighbours import Threshold
+from curate.pool import Pool, load_pool
+from curate.recipe import DedupSection
+from curate.spec import EncoderSpec
+from curate.storage import Store
+from pipelines.cluster import exchange, fetch
+from pipelines.neighbours import Compared, find_pairs, load_images
+
+LARGEST = 20
+"""Groups that the account describes,"""
+MEASURED = 256
+"""by at most so many of their rows."""
+
+
+def dedup_pool(
+    store: Store, pool: Pool, reference: EncoderSpec, section: DedupSection, evaluation: Sequence[Pool] = ()
+) -> Dedup:
+    """Find the pool's near-duplicates and decide which rows leave; or read what was decided before.
+
+    Args:
+        store: the root.
+        pool: the inventory.
+        reference: its embedding files, of the pool and of the evaluation sets, are complete.
+        section: what counts as a near-duplicate, and what becomes of it.
+        evaluation: inventories of the sets whose images must not be trained on.
+
+    Raises:
+        UserError: an embedding file was written by a version that did not hash pictures.
+    """
+    folder = dedup_folder(section, reference, pool, evaluation)
+    if (done := read_dedup(store, folder)) is not None:
+        return done
+    for seen in (pool, *evaluation):
+        store.put_bytes(f"pools/{seen.fingerprint}.json", seen.to_bytes())
+    parent = pin_parent(store, folder, pool)
+    chain = (*(parent.chain if parent else ()), folder)
+    compared = _compare(store, pool, evaluation, parent, stand=section.earlier == "stand")
+
+    find_pairs(
+        store, folder, reference, Threshold(image=section.threshold, caption=section.caption_threshold), compared
+    )
+    found: _Found = fetch([ray.remote(_group).remote(store, folder, chain, compared, section.groups)])[0]
+    largest = _measure(store, reference, compared, found.largest)
+
+    dedup = Dedup(
+        folder=folder,
+        chain=chain,
+        evaluation=tuple(seen.fingerprint for seen in evaluation),
+        generations=compared.generations[: len(pool.shards)],
+        **read_counts(store, folder),
+        dropped=found.dropped,
+        pairs=found.pairs,
+        groups=found.groups,
+        cells=found.cells,
+        largest_cell=found.largest_cell,
+        beyond=found.beyond,
+        largest=largest,
+    )
+    store.put_bytes(f"{folder}/dedup.json", dedup.to_bytes())
+    return dedup
+
+
+def _compare(store: Store, pool: Pool, evaluation: Sequence[Pool], parent: Dedup | None, *, stand: bool) -> Compared:
+    """The rows of the pool and of the evaluation sets, with what the parent says of them."""
+    newest = len(parent.chain) if parent else 0
+    known = {}
+    if parent:
+        keys = (shard.key for shard in _pool_of(store, parent.folder).shards)
+        known = dict(zip(keys, parent.generations, strict=True))
+    held = tuple(shard for seen in evaluation for shard in seen.shards)
+    return Compared(
+        shards=pool.shards + held,
+        generations=(*(known.get(shard.key, newest) for shard in pool.shards), *(EVALUATION for _ in held)),
+        newest=newest,
+        stand=stand,
+    )
+
+
+def _pool_of(store: Store, folder: str) -> Pool:
+    return load_pool(store, folder.rpartition("/")[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """A large group: its size, and the ids of the best-ranked of its rows, the best first."""
+
+    size: int
+    ids: Ints
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    dropped: dict[str, int]
+    pairs: int
+    groups: int
+    largest: list[_Group]
+    cells: int
+    largest_cell: int
+    beyond: int
+
+
+def _group(store: Store, folder: str, chain: Sequence[str], compared: Compared, rule: Rule) -> _Found:
+    """Decide which rows leave, by the pairs of the whole chain, and write them."""
+    pairs, nodes, largest_cell, beyond = _read_pairs(store, chain, compared)
+    tiers = compared.tiers(nodes["id"])
+    order = in_rank_order(nodes, tiers)
+    ids, tiers = nodes["id"][order], tiers[order]
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    ends = np.stack([rank[np.searchsorted(nodes["id"], pairs[end])] for end in ("better", "worse")])
+    pairs["better"], pairs["worse"] = ends.min(axis=0), ends.max(axis=0)
+    pairs = each_once(pairs)
+    decisions = decide(pairs, tiers, rule)
+    _write(store, folder, decisions, ids, compared)
+    cells = read_cells(store, folder)
+    assert cells is not None, folder
+    sizes = np.bincount(decisions.group, minlength=len(ids))
+    heads = np.flatnonzero(sizes > 1)
+    heads = heads[np.lexsort([heads, -sizes[heads]])][:LARGEST]
+    return _Found(
+        dropped=dict(sorted(Counter(decisions.reason.tolist()).items())),
+        pairs=len(pairs),
+        groups=int((sizes > 1).sum()),
+        largest=[
+            _Group(size=int(sizes[head]), ids=ids[np.flatnonzero(decisions.group == head)[:MEASURED]]) for head in heads
+        ],
+        cells=len(cells) - 1,
+        largest_cell=largest_cell,
+        beyond=beyond,
+    )
+
+
+def _read_pairs(store: Store, chain: Sequence[str], compared: Compared) -> tuple[Pairs, Nodes, int, int]:
+    """Pairs by id, and their nodes, ascending, each once; size of the newest largest cell; rows beyond the borders."""
+    pool_shards = sum(generation != EVALUATION for generation in compared.generations)
+    starts = {shard.key: int(compared.starts[i]) for i, shard in enumerate(compared.shards[:pool_shards])}
+    found_pairs, found_nodes, beyond, largest = [], [], 0, 0
+    for folder in chain:
+        shards = _pool_of(store, folder).shards
+        old = np.cumsum([0, *(shard.rows for shard in shards)])
+        # Where each of its shards begins now, and where the evaluation sets do, which follow.
+        new = np.array([*(starts[shard.key] for shard in shards), compared.starts[pool_shards]])
+
+        def moved(ids: Ints, old: Ints = old, new: Ints = new) -> Ints:
+            at = np.searchsorted(old, ids, side="right") - 1
+            return ids - old[at] + new[at]
+
+        largest = 0
+        for name in store.list(folder):
+            if name.startswith(pairs_name(folder, None)):
+                pairs, facts = read_records(store, name, PAIR)
+                pairs["better"], pairs["worse"] = moved(pairs["better"]), moved(pairs["worse"])
+                found_pairs.append(pairs)
+                beyond += facts["beyond"]
+                largest = max(largest, facts["largest_cell"])
+            elif name.startswith(nodes_name(folder, None)):
+                nodes, _ = read_records(store, name, NODE)
+                nodes["id"] = moved(nodes["id"])
+                found_nodes.append(nodes)
+    return np.concatenate(found_pairs), nodes_once(np.concatenate(found_nodes)), largest, beyond
+
+
+def _write(store: Store, folder: str, decisions: Decisions, ids: Ints, compared: Compared) -> None:
+    """Write the dropped rows in the order of the pool."""
+    order = np.argsort(ids[decisions.dropped])
+    columns: list[npt.NDArray[np.generic]] = []
+    for rows in (decisions.dropped, decisions.duplicate_of, decisions.representative):
+        at = ids[rows[order]]
+        place = compared.places(at)
+        columns += [place.astype(np.int32), at - compared.starts[place]]
+    shard, row, *others = columns
+    table = [shard, row, decisions.reason[order], *others[:2], decisions.cosine[order], *others[2:]]
+    write_dropped(store, folder, pa.Table.from_arrays([pa.array(c) for c in table], schema=DROPPED_SCHEMA))
+
+
+def _measure(
+    store: Store, reference: EncoderSpec, compared: Compared, largest: Sequence[_Group]
+) -> tuple[LargeGroup, ...]:
+    """Cosines within the largest groups: read the rows that are measured, and no others."""
+    if not largest:
+        return ()
+    ids = np.unique(np.concatenate([group.ids for group in largest]))
+    place = compared.places(ids)
+    sources = [ids[np.isin(place, places)] for places in compared.sources() if np.isin(place, places).any()]
+
+    def split(some: Ints) -> list[npt.NDArray[np.float32]]:
+        return [load_images(store, reference, compared, some)]
+
+    def join(_: None, parts: Sequence[npt.NDArray[np.float32]]) -> tuple[LargeGroup, ...]:
+        z = np.concatenate(parts)
+        found = []
+        for group in largest:
+            own = z[np.searchsorted(ids, group.ids)]
+            cosines = own @ own.T
+            head = group.ids[:1]
+            found.append(
+                LargeGroup(
+                    size=group.size,
+                    measured=len(own),
+                    lowest_cosine=round(float(cosines.min()), 4),
+                    lowest_to_representative=round(float(cosines[0].min()), 4),
+                    shard=int(compared.places(head)[0]),
+                    row=int(head[0] - compared.starts[compared.places(head)[0]]),
+                )
+            )
+        return tuple(found)
+
+    measured: tuple[LargeGroup, ...]
+    (measured,) = fetch(exchange(sources, split, [None], join, title="largest groups"))
+    return measured

@@ -1,0 +1,335 @@
+"""Near neighbours, scaled out: rows travel from shards to the cells, which independent tasks search.
+
+    embeddings -> sample -> cells -> each row to its cell and to those that it borders on -> pairs
+
+What a task holds: a group of shards, or k-means' sample, or a group of cells, whatever the size of the pool.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from hashlib import blake2b
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from curate.dedup import nodes_name, pairs_name, read_cells, write_cells, write_records
+from curate.embeddings import contents, embedding_name, vectors
+from curate.errors import UserError
+from curate.grouping import EVALUATION, NODE, PAIR, Nodes, Pairs, collapse, each_once, in_rank_order, nodes_once, thin
+from curate.neighbours import SAMPLE_PER_CELL, Cells, Places, Threshold, cell_count, near_pairs, train_cells, unit_rows
+from curate.pool import Shard
+from curate.seeds import derive_seed
+from curate.spec import EncoderSpec
+from curate.storage import Store
+from curate.walk import END, walk_keys
+from pipelines.cluster import device, exchange, fetch, gpus, groups
+
+ROWS_PER_TASK = 65_536
+"""Rows of the cells that one task searches; more where the tasks would be more than `MOST_TASKS`."""
+MOST_TASKS = 1024
+MOST_PAIRS = 2**22
+"""Pairs that a searching task holds before it thins them: 88 MiB."""
+SCORED = 8192
+"""Rows that are scored at once."""
+
+R = TypeVar("R")
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Halves = npt.NDArray[np.uint64]
+Vectors = npt.NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All rows that are compared: the pool's, then those of evaluation sets, numbered (`id`) shard after shard."""
+
+    shards: tuple[Shard, ...]
+    generations: tuple[int, ...]
+    """Of each shard: number of the deduplication that saw it first; `EVALUATION` for those of evaluation sets."""
+    newest: int
+    """Number of this deduplication."""
+    stand: bool
+    """Whether decisions on earlier generations stand."""
+
+    @cached_property
+    def starts(self) -> Ints:
+        """Id of each shard's first row, then the number of all rows."""
+        return np.array([0, *accumulate(shard.rows for shard in self.shards)])
+
+    def places(self, ids: Ints) -> Ints:
+        """Places, in `shards`, of the shards that rows lie in: [n]."""
+        return np.searchsorted(self.starts, ids, side="right") - 1
+
+    def tiers(self, ids: Ints) -> Ints:
+        """Tiers by which rows are ranked before all else: [n]."""
+        generations = np.array(self.generations, np.int64)[self.places(ids)]
+        return generations if self.stand else np.minimum(generations, 0)
+
+    def fresh(self, ids: Ints) -> Bools:
+        """Whether no earlier deduplication compared a row: [n]."""
+        generations = np.array(self.generations, np.int64)[self.places(ids)]
+        return np.asarray(generations == (self.newest or generations))
+
+    def sources(self) -> list[list[int]]:
+        """Places of the shards that each splitting task reads."""
+        sizes = [len(group) for group in groups(self.shards)]
+        return [list(range(stop - size, stop)) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows with what they are compared by: arrays [n, …]."""
+
+    nodes: Nodes
+    content: Halves
+    picture: Halves
+    zimg: Vectors
+    ztxt: Vectors
+    """[n, 0] where captions do not matter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What a group of shards sends to a group of cells."""
+
+    rows: Rows
+    places: Places
+    pairs: Pairs
+    """Copies within the shards, by id."""
+    nodes: Nodes
+    """Of these."""
+
+
+def find_pairs(store: Store, folder: str, reference: EncoderSpec, threshold: Threshold, compared: Compared) -> None:
+    """Write every pairs file of a deduplication that is missing, and before them its cells.
+
+    Args:
+        store: the root.
+        folder: of the deduplication.
+        reference: its embedding files are complete.
+        threshold: of near-duplicates.
+        compared: the rows.
+
+    Raises:
+        UserError: an embedding file was written by a version that did not hash pictures.
+    """
+    rows = int(compared.starts[-1])
+    if read_cells(store, folder) is None:
+        _make_cells(store, folder, reference, compared, cell_count(rows))
+    count = len(_cells(store, folder).centroids)
+    tasks = max(1, min(count, MOST_TASKS, rows // ROWS_PER_TASK))
+    there = set(store.list(folder))
+    todo = [task for task in range(tasks) if pairs_name(folder, task) not in there]
+    captions = threshold.caption is not None
+
+    def split(places: list[int]) -> Iterator[_Part]:
+        found = [_load(store, reference, compared, place, captions=captions)[0] for place in places]
+        rows = concatenate(found)
+        order = in_rank_order(rows.nodes, compared.tiers(rows.nodes["id"]))
+        kept, copies = collapse(rows.content[order], None if captions else rows.picture[order])
+        pairs, nodes = _by_id(copies, rows.nodes[order], compared)
+        rows = take(rows, order[kept])
+        places_of = _cells(store, folder).place(rows.zimg, threshold.image, device())
+        near = np.column_stack([places_of.home, places_of.border])
+        for task in todo:
+            meant = ((near % tasks == task) & (near >= 0)).any(axis=1)
+            mine = pairs[pairs["better"] % tasks == task]
+            used = np.isin(nodes["id"], np.concatenate([mine["better"], mine["worse"]]))
+            yield _Part(rows=take(rows, meant), places=take(places_of, meant), pairs=mine, nodes=nodes[used])
+
+    def join(task: int, parts: Sequence[_Part]) -> None:
+        rows, places_of = (concatenate([getattr(part, name) for part in parts]) for name in ("rows", "places"))
+        order = in_rank_order(rows.nodes, compared.tiers(rows.nodes["id"]))
+        rows, places_of = take(rows, order), take(places_of, order)
+        mine = range(task, count, tasks)
+        pairs, nodes = _by_id(_search(rows, places_of, mine, threshold, compared), rows.nodes, compared)
+        at_home = np.isin(places_of.home, mine)
+        write_records(store, nodes_name(folder, task), nodes_once(np.concatenate([nodes, *(p.nodes for p in parts)])))
+        # Last, for it says that the task is done.
+        write_records(
+            store,
+            pairs_name(folder, task),
+            each_once(np.concatenate([pairs, *(part.pairs for part in parts)])),
+            largest_cell=int(np.bincount(places_of.home[at_home], minlength=1).max()),
+            beyond=int(places_of.beyond[at_home].sum()),
+        )
+
+    fetch(
+        exchange(
+            compared.sources(),
+            lambda places: list(split(places)),
+            todo,
+            join,
+            title="near-duplicates",
+            join_gpus=min(1, gpus()),
+        )
+    )
+
+
+def take(record: R, rows: Any) -> R:
+    """Some rows of a record of arrays."""
+    return type(record)(**{field.name: getattr(record, field.name)[rows] for field in fields(record)})  # type: ignore[arg-type]
+
+
+def concatenate(records: Sequence[R]) -> R:
+    """The rows of all records of arrays."""
+    names = [field.name for field in fields(records[0])]  # type: ignore[arg-type]
+    return type(records[0])(**{name: np.concatenate([getattr(r, name) for r in records]) for name in names})
+
+
+def load_images(store: Store, reference: EncoderSpec, compared: Compared, ids: Ints) -> npt.NDArray[np.float32]:
+    """Unit rows [n, D] of the images with these ids, ascending, all of which have one."""
+    found = []
+    for place in np.unique(compared.places(ids)).tolist():
+        rows = ids[compared.places(ids) == place] - compared.starts[place]
+        with store.open_input(embedding_name(reference.sha, compared.shards[place])) as file:
+            column = pq.read_table(file, columns=["zimg"])["zimg"].take(pa.array(rows))
+        found.append(unit_rows(vectors(column, reference.embed_dim)))
+    return np.concatenate(found)
+
+
+def _cells(store: Store, folder: str) -> Cells:
+    array = read_cells(store, folder)
+    assert array is not None, folder
+    return Cells.from_array(array)
+
+
+def _make_cells(store: Store, folder: str, reference: EncoderSpec, compared: Compared, cells: int) -> None:
+    """Train the cells on a sample that depends on nothing but the contents of the rows; count the rows on the way."""
+    seed = derive_seed(0, "cells")
+    high = min(END - 1, int(END * min(1.0, SAMPLE_PER_CELL * cells / max(1, int(compared.starts[-1])))))
+
+    def split(places: list[int]) -> list[tuple[Halves, Vectors, Counter[str], int]]:
+        sampled, statuses, unsound = [], Counter[str](), 0
+        for place in places:
+            rows, found, bad = _load(store, reference, compared, place, captions=False)
+            if compared.generations[place] != EVALUATION:
+                statuses += found
+                unsound += bad
+            # Cells that are one need no sample.
+            chosen = (walk_keys(rows.content, seed=seed, epoch=0) <= np.uint64(high)) & (cells > 1)
+            sampled.append(take(rows, chosen))
+        one = concatenate(sampled)
+        return [(one.content, one.zimg, statuses, unsound)]
+
+    def join(_: None, parts: Sequence[tuple[Halves, Vectors, Counter[str], int]]) -> None:
+        content, zimg = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+        order = np.lexsort(content.T)
+        write_cells(
+            store,
+            folder,
+            train_cells(unit_rows(zimg[order]), cells).to_array(),
+            {
+                "statuses": sum((part[2] for part in parts), Counter[str]()),
+                "unsound": sum(part[3] for part in parts),
+            },
+        )
+
+    fetch(exchange(compared.sources(), split, [None], join, title="cells", join_gpus=min(1, gpus())))
+
+
+def _load(
+    store: Store, reference: EncoderSpec, compared: Compared, place: int, *, captions: bool
+) -> tuple[Rows, Counter[str], int]:
+    """The usable rows of a shard; all its rows counted by status; and those whose vectors are unsound all the same."""
+    shard = compared.shards[place]
+    name = embedding_name(reference.sha, shard)
+    with store.open_input(name) as file, pq.ParquetFile(file) as parquet:
+        if "picture" not in parquet.schema_arrow.names:
+            raise UserError(
+                f"{name}: expected a column picture, found a file of an older version, which had none; delete the "
+                f"folder embeddings/{reference.sha} and run again"
+            )
+        table = parquet.read(["uid", "status", "content", "picture", "width", "height", "zimg", "ztxt"])
+    status = table["status"].to_pylist()
+    zimg, ztxt = (vectors(table[name], reference.embed_dim) for name in ("zimg", "ztxt"))
+    ok = np.array([text == "ok" for text in status], bool)
+    sound = ok & np.logical_and.reduce([np.isfinite(z).all(axis=1) & z.any(axis=1) for z in (zimg, ztxt)])
+    row = np.flatnonzero(sound)
+    zimg, ztxt = zimg[row], ztxt[row]
+    table = table.take(pa.array(row))
+    nodes = np.empty(len(row), NODE)
+    nodes["id"] = compared.starts[place] + row
+    nodes["score"] = _scores(zimg, ztxt)
+    nodes["pixels"] = np.multiply(*(table[side].to_numpy().astype(np.int64) for side in ("width", "height")))
+    nodes["uid"] = [_hash(uid or "") for uid in table["uid"].to_pylist()]
+    nodes["place"] = walk_keys(
+        np.column_stack([np.full(len(row), _hash(shard.key), np.uint64), row.astype(np.uint64)]), seed=0, epoch=0
+    )
+    rows = Rows(
+        nodes=nodes,
+        content=contents(table["content"]),
+        picture=contents(table["picture"]),
+        zimg=zimg,
+        ztxt=ztxt if captions else ztxt[:, :0],
+    )
+    return rows, Counter(status), int(ok.sum() - sound.sum())
+
+
+def _scores(zimg: Vectors, ztxt: Vectors) -> npt.NDArray[np.float32]:
+    """Cosine of each image and its caption [n]."""
+    scores = np.empty(len(zimg), np.float32)
+    for start in range(0, len(zimg), SCORED):
+        at = slice(start, start + SCORED)
+        scores[at] = (unit_rows(zimg[at]) * unit_rows(ztxt[at])).sum(axis=1)
+    return scores
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _by_id(pairs: Pairs, nodes: Nodes, compared: Compared) -> tuple[Pairs, Nodes]:
+    """Pairs by position in `nodes` as pairs by id, and their nodes; without pairs that say nothing new."""
+    ids = nodes["id"]
+    evaluation = compared.tiers(ids) == EVALUATION
+    fresh = compared.fresh(ids)
+    better, worse = pairs["better"], pairs["worse"]
+    pairs = pairs[(fresh[better] | fresh[worse]) & ~evaluation[worse]]
+    named = pairs.copy()
+    named["better"], named["worse"] = ids[pairs["better"]], ids[pairs["worse"]]
+    return named, nodes[np.unique(np.concatenate([pairs["better"], pairs["worse"]]))]
+
+
+def _search(rows: Rows, places: Places, cells: Sequence[int], threshold: Threshold, compared: Compared) -> Pairs:
+    """Near-duplicates of some cells, by position: of home rows with one another and with those that border here."""
+    fresh = compared.fresh(rows.nodes["id"])
+    evaluation = compared.tiers(rows.nodes["id"]) == EVALUATION
+    where = device()
+    found = [np.empty(0, PAIR)]
+    for cell in cells:
+        home = places.home == cell
+        here = np.flatnonzero(home | (places.border == cell).any(axis=1))
+        captions = rows.ztxt.shape[1] > 0
+        kept, copies = collapse(rows.content[here], None if captions else rows.picture[here])
+        found.append(_moved(copies, here))
+        here = here[kept]
+        here = here[np.lexsort([~fresh[here], ~home[here]])]
+        pairs = near_pairs(
+            torch.from_numpy(unit_rows(rows.zimg[here])).to(where),
+            torch.from_numpy(unit_rows(rows.ztxt[here])).to(where) if captions else None,
+            threshold,
+            inner=int(home[here].sum()),
+            fresh=torch.from_numpy(fresh[here]).to(where),
+            images_alone=torch.from_numpy(evaluation[here]).to(where),
+        )
+        for i, j, cosine in pairs:
+            near = np.zeros(len(i), PAIR)
+            near["better"], near["worse"] = np.minimum(here[i], here[j]), np.maximum(here[i], here[j])
+            near["cosine"] = cosine
+            found.append(near)
+            if sum(map(len, found)) > MOST_PAIRS:
+                found = [thin(each_once(np.concatenate(found)), evaluation)]
+    return each_once(np.concatenate(found))
+
+
+def _moved(pairs: Pairs, to: Ints) -> Pairs:
+    pairs["better"], pairs["worse"] = to[pairs["better"]], to[pairs["worse"]]
+    return pairs

@@ -1,0 +1,310 @@
+"""Dedup: what leaves is what comparing every row with every other one says, however shards lie, grow, or die."""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import pytest
+
+from curate import neighbours
+from curate.dedup import Dedup, read_dropped
+from curate.embeddings import embedding_name
+from curate.errors import UserError
+from curate.pool import Pool
+from curate.recipe import DedupSection
+from curate.spec import EncoderSpec
+from curate.storage import Store
+from pipelines import neighbours as pipeline
+from pipelines.dedup import dedup_pool
+from tests.helpers import embedded_pool
+
+D = 24
+SPEC = EncoderSpec(model="m", source="s", weights_sha256="w", embed_dim=D, logit_scale=10.0, logit_bias=0.0)
+Row = dict[str, Any]
+Floats = npt.NDArray[np.float32]
+
+
+def unit(x: npt.NDArray[np.floating]) -> Floats:
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def planted(rows: int, *, seed: int = 0, copies: float = 0.2, clusters: int = 30) -> list[Row]:
+    """Rows in clusters about a shared mean; some are near copies of others, some the same file, some the same pair."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(clusters, D)) + rng.normal(size=D)
+    n = round(rows * (1 - copies))
+    z = centres[rng.integers(clusters, size=n)] + 0.7 * rng.normal(size=(n, D))
+    of = rng.integers(n, size=rows - n)
+    near = unit(z[of]) + rng.uniform(0.02, 0.5, (len(of), 1)) * unit(rng.normal(size=(len(of), D)))
+    zimg = unit(np.concatenate([z, near]))
+    ztxt = unit(zimg + 0.5 * rng.normal(size=zimg.shape))
+    made = [
+        {"zimg": z, "ztxt": t, "size": (int(side), 32), "image": b"%d/%d" % (seed, i), "caption": b"%d" % i}
+        for i, (z, t, side) in enumerate(zip(zimg, ztxt, rng.integers(16, 64, rows), strict=True))
+    ]
+    for i, j in zip(rng.integers(rows, size=rows // 20), rng.integers(rows, size=rows // 20), strict=True):
+        made[i] = made[j] | ({"caption": b"another"} if i % 2 else {})  # the same file; every other time the same pair
+    return [made[i] | {"uid": f"{seed}-{i}"} for i in rng.permutation(rows)]
+
+
+def cut(rows: Sequence[Row], shards: int, first: int = 0) -> dict[str, list[Row]]:
+    return {f"{first + i:03d}": list(rows[i::shards]) for i in range(shards)}
+
+
+def dropped_of(store: Store, pool: Pool, dedup: Dedup) -> dict[tuple[str, int], Row]:
+    """What was dropped, by name of shard and row."""
+    names = [shard.name for shard in pool.shards]
+    found = {}
+    for shard in pool.shards:
+        for row in read_dropped(store, dedup.folder, shard).to_pylist():
+            row |= {
+                end: (names + ["evaluation"] * 9)[row[end]] for end in ("duplicate_of_shard", "representative_shard")
+            }
+            found[shard.name, row["row"]] = row
+    return found
+
+
+def literal(
+    shards: Mapping[str, Sequence[Row]], *, threshold: float, caption: float | None = None, rule: str = "components"
+) -> set[tuple[str, int]]:
+    """The rows that leave, from all cosines, one rank and a plain search."""
+    places = [(name, i) for name in sorted(shards) for i in range(len(shards[name]))]
+    rows = [shards[name][i] for name, i in places]
+    z, t = (unit(np.array([row[tower] for row in rows], np.float16).astype(np.float32)) for tower in ("zimg", "ztxt"))
+    near = (z.astype(float) @ z.T.astype(float)).astype(np.float32) >= threshold
+    if caption is not None:
+        near &= (t.astype(float) @ t.T.astype(float)).astype(np.float32) >= caption
+        for i, j in np.argwhere(~near):
+            near[i, j] = near[j, i] = rows[i]["image"] == rows[j]["image"] and rows[i]["caption"] == rows[j]["caption"]
+    score = (z * t).sum(axis=1)
+    pixels = [row["size"][0] * row["size"][1] for row in rows]
+    uids = [hashlib.blake2b(row["uid"].encode(), digest_size=8).digest()[::-1] for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: (-score[i], -pixels[i], uids[i]))
+    left, seen = set(), set[int]()
+    for i in order:
+        if i in seen:
+            left.add(places[i])
+            if rule == "greedy":
+                seen |= set(np.flatnonzero(near[i]).tolist())
+        elif rule == "greedy":
+            seen |= set(np.flatnonzero(near[i]).tolist())
+        else:
+            todo = [i]
+            seen.add(i)
+            while todo:
+                more = set(np.flatnonzero(near[todo.pop()]).tolist()) - seen
+                seen |= more
+                todo += more
+    return left
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "root"))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pools have cells and several tasks."""
+    monkeypatch.setattr(neighbours, "FEW_ROWS", 500)
+    monkeypatch.setattr(pipeline, "ROWS_PER_TASK", 1000)
+
+
+def run(store: Store, shards: Mapping[str, Sequence[Row]], section: DedupSection) -> dict[tuple[str, int], Row]:
+    pool = embedded_pool(store, SPEC, shards)
+    return dropped_of(store, pool, dedup_pool(store, pool, SPEC, section))
+
+
+def pairs_left(shards: Mapping[str, Sequence[Row]], dropped: Collection[tuple[str, int]]) -> set[str]:
+    return {row["uid"] for name, rows in shards.items() for i, row in enumerate(rows) if (name, i) not in dropped}
+
+
+@pytest.mark.parametrize("rule", ["components", "greedy"])
+@pytest.mark.parametrize("caption", [None, 0.9])
+def test_what_leaves_is_what_all_cosines_say(
+    ray_local: None, small: None, store: Store, rule: Any, caption: float | None
+) -> None:
+    shards = cut(planted(3000), 4)
+    pool = embedded_pool(store, SPEC, shards)
+    dedup = dedup_pool(store, pool, SPEC, DedupSection(threshold=0.97, groups=rule, caption_threshold=caption))
+    dropped = dropped_of(store, pool, dedup)
+    assert set(dropped) == literal(shards, threshold=0.97, rule=rule, caption=caption)
+    assert dedup.cells > 50
+    assert len([name for name in store.list(dedup.folder) if "pairs-" in name]) == 3
+    assert sum(dedup.dropped.values()) == len(dropped)
+    assert min(dedup.dropped.values()) > 50, dedup.dropped
+    for (name, row), why in dropped.items():
+        other = shards[why["duplicate_of_shard"]][why["duplicate_of_row"]]
+        assert why["similarity"] == pytest.approx(float(shards[name][row]["zimg"] @ other["zimg"]), abs=1e-3)
+        assert (why["representative_shard"], why["representative_row"]) not in dropped
+
+
+def test_no_order_of_shards_matters(ray_local: None, small: None, tmp_path: Path) -> None:
+    rows, section = planted(3000), DedupSection(threshold=0.97)
+    shards = cut(rows, 4)
+    backwards = cut(rows[::-1], 3)
+    left = [
+        pairs_left(some, run(Store(str(tmp_path / str(i))), some, section))
+        for i, some in enumerate((shards, backwards))
+    ]
+    assert left[0] == left[1]
+    assert 2000 < len(left[0]) < 2700
+
+
+@pytest.mark.parametrize("rule", ["components", "greedy"])
+def test_two_halves_decided_anew_are_the_whole(ray_local: None, small: None, tmp_path: Path, rule: Any) -> None:
+    section = DedupSection(threshold=0.97, groups=rule, earlier="anew")
+    rows = planted(4000)
+    # The new shards stand before, between and behind the old ones.
+    first, second = cut(rows[:1700], 2, 10), cut(rows[1700:], 3, 9) | cut(rows[1700:1900], 1, 40)
+    second = {f"{name}-new": rows for name, rows in second.items()}
+    halves, whole = Store(str(tmp_path / "halves")), Store(str(tmp_path / "whole"))
+    run(halves, first, section)
+    grown = run(halves, first | second, section)
+    assert grown == run(whole, first | second, section)
+
+
+def test_earlier_decisions_stand_and_new_rows_yield_to_them(ray_local: None, small: None, store: Store) -> None:
+    section = DedupSection(threshold=0.97)
+    rows = planted(3000)
+    first = cut(rows[:1700], 2, 10)
+    shards = first | {"009": rows[1700:2300], "012": rows[2300:]}
+    then, now = run(store, first, section), run(store, shards, section)
+    same = ("reason", "duplicate_of_shard", "duplicate_of_row", "similarity", "representative_shard")
+    old = {place: why for place, why in now.items() if place[0] in first}
+    assert {place: [why[name] for name in same] for place, why in old.items()} == {
+        place: [why[name] for name in same] for place, why in then.items()
+    }
+    # Documented: of a group that has an earlier row, no new one stays, better-ranked or not.
+    anew = literal(shards, threshold=0.97)
+    kept_then = {(name, i) for name in first for i in range(len(first[name]))} - set(then)
+    assert {place for place in now if place[0] not in first} >= {place for place in anew if place[0] not in first}
+    stays_wrongly = anew - set(now)
+    assert stays_wrongly
+    assert stays_wrongly <= kept_then
+
+
+def test_a_third_pool_starts_from_the_largest_that_it_holds(ray_local: None, small: None, store: Store) -> None:
+    section = DedupSection(threshold=0.97, earlier="anew")
+    rows = planted(2400)
+    shards = cut(rows, 4)
+    pools = [
+        embedded_pool(store, SPEC, {name: shards[name] for name in names})
+        for names in (["000"], ["000", "001"], ["002"], list(shards))
+    ]
+    done = [dedup_pool(store, pool, SPEC, section) for pool in pools]
+    assert done[-1].chain == (done[0].folder, done[1].folder, done[3].folder)
+    assert done[-1].generations == (0, 1, 2, 2)
+    assert set(dropped_of(store, pools[-1], done[-1])) == literal(shards, threshold=0.97)
+    assert dedup_pool(store, pools[-1], SPEC, section) == done[-1]
+
+
+def test_what_is_left_undone_is_done_to_the_same_bytes(ray_local: None, small: None, store: Store) -> None:
+    section = DedupSection(threshold=0.97)
+    pool = embedded_pool(store, SPEC, cut(planted(3000), 4))
+    folder = dedup_pool(store, pool, SPEC, section).folder
+    files = {name: store.read_bytes(name) for name in store.list(folder)}
+    assert len(files) == 2 * 3 + 5
+    for gone in (
+        ["dedup.json"],
+        ["dedup.json", "dropped.parquet"],
+        ["dedup.json", "pairs-000001.parquet"],
+        list(files),
+    ):
+        for name in gone:
+            store.delete(name if name.startswith(folder) else f"{folder}/{name}")
+        dedup_pool(store, pool, SPEC, section)
+        assert {name: store.read_bytes(name) for name in store.list(folder)} == files
+
+
+def test_rows_without_a_sound_vector_are_counted_and_group_with_nothing(
+    ray_local: None, small: None, store: Store
+) -> None:
+    rows = planted(1500)
+    bad = [
+        {"zimg": np.full(D, np.nan), "ztxt": rows[0]["zimg"]},
+        {"zimg": np.zeros(D)},
+        {"zimg": rows[0]["zimg"], "ztxt": np.full(D, np.inf)},
+        {"zimg": None, "status": "image_truncated"},
+        {"zimg": None, "status": "embedding_nonfinite"},
+    ]
+    bad = [
+        {"uid": f"bad-{i}", "image": b"one", "caption": b"file", "size": (8, 8)} | row for i, row in enumerate(bad * 2)
+    ]
+    shards = cut(rows, 2) | {"000": [*bad[:5], *rows], "only": bad[5:]}
+    pool = embedded_pool(store, SPEC, shards)
+    dedup = dedup_pool(store, pool, SPEC, DedupSection(threshold=0.97))
+    assert dedup.unsound == 6
+    assert dedup.statuses == {"ok": pool.rows - 4, "image_truncated": 2, "embedding_nonfinite": 2}
+    dropped = dropped_of(store, pool, dedup)
+    assert not [place for place in dropped if place[0] == "only" or (place[0] == "000" and place[1] < 5)]
+    assert len(dropped) > 100
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_a_tiny_pool(ray_local: None, store: Store, rows: int) -> None:
+    shards = {"a": planted(30)[:rows], "empty": []}
+    pool = embedded_pool(store, SPEC, shards)
+    dedup = dedup_pool(store, pool, SPEC, DedupSection())
+    assert (dedup.cells, dedup.beyond, dedup.largest) == (1, 0, ())
+    assert not dropped_of(store, pool, dedup)
+
+
+def test_near_copies_of_evaluation_images_leave(ray_local: None, small: None, store: Store) -> None:
+    rows = planted(2400)
+    shards = cut(rows, 3)
+    rng = np.random.default_rng(5)
+    test_set = [
+        {
+            "zimg": unit(rows[i]["zimg"] + 0.1 * unit(rng.normal(size=D))),
+            "ztxt": unit(rng.normal(size=D)),
+            "uid": f"t{i}",
+        }
+        for i in range(0, 200, 2)
+    ]
+    test_set += [{"zimg": rows[i]["zimg"], "image": rows[i]["image"], "uid": f"t{i}"} for i in range(300, 320)]
+    test_set.append({"zimg": None, "status": "caption_missing"})
+    evaluation = embedded_pool(store, SPEC, {"test": test_set})
+    pool = embedded_pool(store, SPEC, shards)
+    for caption in (None, 0.9):  # the captions of an evaluation set do not matter
+        section = DedupSection(threshold=0.97, caption_threshold=caption)
+        dedup = dedup_pool(store, pool, SPEC, section, [evaluation])
+        dropped = dropped_of(store, pool, dedup)
+        contaminated = {place for place, why in dropped.items() if why["reason"] == "contaminated"}
+        seen = np.array([row["zimg"] for row in test_set[:-1]], np.float16).astype(np.float32)
+        expected = {
+            (name, i)
+            for name, some in shards.items()
+            for i, row in enumerate(some)
+            if (unit(seen) @ unit(np.asarray(row["zimg"], np.float16).astype(np.float32))).max() >= 0.97
+        }
+        assert contaminated == expected
+        assert all(dropped[place]["representative_shard"] == "evaluation" for place in contaminated)
+        clean = {
+            name: [row for i, row in enumerate(some) if (name, i) not in expected] for name, some in shards.items()
+        }
+        others = pairs_left(shards, dropped)
+        assert others == pairs_left(clean, literal(clean, threshold=0.97, caption=caption))
+    # A later pool is compared with the sets, too.
+    grown = embedded_pool(store, SPEC, shards | {"late": [test_set[3] | {"size": (32, 32)}]})
+    late = dedup_pool(store, grown, SPEC, section, [evaluation])
+    assert late.chain[0] == dedup.folder
+    assert dropped_of(store, grown, late)["late", 0]["reason"] == "contaminated"
+    # And a pool that is itself the evaluation set loses all of it, not the set's rows.
+    same = dedup_pool(store, evaluation, SPEC, section, [evaluation])
+    assert sum(same.dropped.values()) == len(test_set) - 1
+
+
+def test_an_embedding_file_of_an_older_version_is_refused(ray_local: None, store: Store, tmp_path: Path) -> None:
+    pool = embedded_pool(store, SPEC, cut(planted(20), 1))
+    name = embedding_name(SPEC.sha, pool.shards[0])
+    with store.open_input(name) as file:
+        table = pq.read_table(file).drop_columns(["picture"])
+    pq.write_table(table, tmp_path / "old.parquet")
+    store.put_file(tmp_path / "old.parquet", name)
+    with pytest.raises(UserError, match=r"expected a column picture.*delete the folder embeddings/m and run again"):
+        dedup_pool(store, pool, SPEC, DedupSection())
