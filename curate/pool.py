@@ -5,9 +5,11 @@ import hashlib
 import json
 import re
 import shlex
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -236,6 +238,18 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
         raise InputChangedError(
             f"{shard.path}: the footer promises {shard.rows} rows but {rows} were read; replace the file"
         )
+
+
+def read_rows(shard: Shard, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
+    """Some rows of a shard, ascending, from the row groups that hold them."""
+    with storage.open_input(shard.path) as file, pq.ParquetFile(file) as parquet:
+        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+        starts = [0, *accumulate(sizes)]
+        held = [i for i in range(len(sizes)) if any(starts[i] <= row < starts[i + 1] for row in rows)]
+        table = parquet.read_row_groups(held, columns=list(columns))
+    skipped = [starts[i] - sum(sizes[j] for j in held if j < i) for i in held]
+    within = [row - skipped[held.index(bisect_right(starts, row) - 1)] for row in rows]
+    return table.take(pa.array(within, pa.int64()))
 
 
 def image_bytes(column: pa.Array) -> pa.Array:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from curate.encoder import create_model
 from curate.errors import UserError
 from curate.manifest import last_round
+from curate.plan import evaluation_sets
 from curate.pool import Pool, take_inventory
 from curate.recipe import Recipe
 from curate.select import needs_learner
@@ -32,6 +33,10 @@ def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
         pool = take_inventory(
             recipe.pool, progress=lambda footers, total: tqdm(footers, total=total, desc="inventory", disable=None)
         )
+    except UserError as error:
+        mistakes += error.lines
+    try:
+        evaluation_sets(recipe)
     except UserError as error:
         mistakes += error.lines
     if recipe.reference is None:

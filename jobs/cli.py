@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from curate.errors import CurateError, UserError
 
 if TYPE_CHECKING:
+    from curate.dedup import Dedup
+    from curate.pool import Pool
     from curate.recipe import Recipe
 
 app = typer.Typer(
@@ -30,6 +33,7 @@ SetOption = Annotated[
 ]
 LOG_COLUMNS = 140
 SHOWN_ROUNDS = 8
+SHOWN_GROUPS = 8
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -58,6 +62,32 @@ def round_(
     from curate.storage import Store  # noqa: PLC0415
 
     _print(_round_tables(describe_round(Store(loaded.root), manifest.round)))
+
+
+@app.command()
+def dedup(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="also draw groups as pictures, into this HTML file", metavar="FILE")
+    ] = None,
+    groups: Annotated[int, typer.Option(help="how many groups to draw, at random", min=1)] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the pool's near-duplicates as a round would, and say what leaves; the next round finds it done."""
+    loaded = _load(recipe, overrides)
+    from pipelines.dedup import dedup_recipe  # noqa: PLC0415
+
+    store, pool, found = dedup_recipe(loaded, base=recipe.parent)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        _print(_dedup_tables(found, pool))
+    if sheet is not None:
+        from jobs.dedup_sheet import write_sheet  # noqa: PLC0415
+
+        drawn = write_sheet(store, pool, found, sheet, groups=groups, seed=loaded.seed)
+        print(f"{sheet}: {drawn} groups", file=sys.stderr)
 
 
 @app.command()
@@ -161,7 +191,8 @@ def reshard(
 def submit(
     recipe: RecipeArgument,
     command: Annotated[
-        list[str], typer.Argument(help="check, round, rounds or train, and its options", metavar="-- VERB [OPTIONS]")
+        list[str],
+        typer.Argument(help="check, round, dedup, rounds or train, and its options", metavar="-- VERB [OPTIONS]"),
     ],
     address: Annotated[
         str, typer.Option(help="of Ray's dashboard", metavar="URL", envvar="RAY_API_SERVER_ADDRESS", show_default=False)
@@ -263,6 +294,33 @@ def _round_tables(found: dict[str, Any]) -> list[Table | str]:
         steps.append({"step": step["step"], "rows in": step["rows_in"], "kept": step["kept"], "dropped": "", "why": ""})
         steps += [{"dropped": rows, "why": reason} for reason, rows in step["dropped"].items() if rows]
     return ["\n".join(facts), _table("every row of the pool, step by step", steps)]
+
+
+def _dedup_tables(found: "Dedup", pool: "Pool") -> list[Table | str]:
+    compared = found.statuses.get("ok", 0) - found.unsound
+    facts = [
+        f"{found.folder}: {compared:,} of {pool.rows:,} rows compared; cells: {found.cells:,}, the "
+        f"largest of {found.largest_cell:,} rows",
+        f"{found.pairs:,} pairs, {found.groups:,} groups",
+        f"{found.beyond:,} rows border on so many cells that a near-duplicate may have been missed"
+        if found.beyond
+        else "no near-duplicate can have been missed",
+    ]
+    if found.unsound:
+        facts.append(f"{found.unsound:,} rows whose vectors are not finite or zero were compared with nothing")
+    rows = [{"rows": count, "dropped": reason} for reason, count in found.dropped.items()]
+    rows.append({"rows": compared - sum(found.dropped.values()), "dropped": "no, they stay"})
+    largest = [
+        {
+            "rows": group.size,
+            "lowest cosine": group.lowest_cosine,
+            "to its representative": group.lowest_to_representative,
+            "measured": group.measured,
+            "representative": f"{pool.shards[group.shard].name}, row {group.row}",
+        }
+        for group in found.largest[:SHOWN_GROUPS]
+    ]
+    return ["\n".join(facts), _table("rows", rows), *([_table("the largest groups", largest)] if largest else [])]
 
 
 def _uid_tables(row: dict[str, Any]) -> list[Table]:

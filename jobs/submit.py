@@ -15,7 +15,7 @@ from curate.errors import UserError
 from curate.recipe import Recipe, load_recipe
 from jobs.job_client import LIVE, Attempt, JobClient
 
-VERBS = ("check", "round", "rounds", "train")
+VERBS = ("check", "round", "dedup", "rounds", "train")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
 
 

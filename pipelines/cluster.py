@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -50,6 +50,11 @@ def connect(address: str) -> None:
             raise UserError(
                 f"resources.address = {where!r}: no Ray cluster answers there ({error}); start one, or use local"
             ) from error
+
+
+def footers_bar(footers: Iterable[Any], total: int) -> Iterable[Any]:
+    """The progress bar of an inventory."""
+    return tqdm(footers, total=total, desc="inventory", unit="shard", disable=None)
 
 
 def gpus() -> int:

@@ -9,6 +9,7 @@ One task groups; it holds about 100 bytes per near-duplicate, whatever the size 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ from curate.dedup import (
     read_records,
     write_dropped,
 )
+from curate.errors import UserError
 from curate.grouping import (
     EVALUATION,
     NODE,
@@ -44,11 +46,13 @@ from curate.grouping import (
     nodes_once,
 )
 from curate.neighbours import Threshold
-from curate.pool import Pool, load_pool
-from curate.recipe import DedupSection
+from curate.plan import evaluation_sets
+from curate.pool import Pool, load_pool, take_inventory
+from curate.recipe import DedupSection, Recipe
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from pipelines.cluster import exchange, fetch
+from pipelines.cluster import connect, exchange, fetch, footers_bar
+from pipelines.embed import embed_pool
 from pipelines.neighbours import Compared, find_pairs, load_images
 
 LARGEST = 20
@@ -103,6 +107,46 @@ def dedup_pool(
     )
     store.put_bytes(f"{folder}/dedup.json", dedup.to_bytes())
     return dedup
+
+
+def dedup_recipe(recipe: Recipe, *, base: Path) -> tuple[Store, Pool, Dedup]:
+    """Embed the pool of a recipe with its reference, and find its near-duplicates; a round then finds both done.
+
+    Args:
+        recipe: the whole recipe.
+        base: its folder.
+
+    Raises:
+        UserError: in recipe, pool or model; all that are found together.
+    """
+    from curate.encoder import store_encoder  # noqa: PLC0415 importing open_clip takes seconds
+
+    mistakes: list[str] = []
+    if recipe.dedup is None:
+        mistakes.append(
+            "dedup: must be given; add [dedup], all of whose fields have defaults, or --set dedup.threshold=0.95"
+        )
+    if recipe.reference is None:
+        mistakes.append("reference: must be given to tell images apart; add [reference] with model and pretrained")
+    if recipe.dedup is None or recipe.reference is None:
+        raise UserError(*mistakes)
+    store = Store(recipe.root)
+    store.probe()
+    try:
+        pool = take_inventory(recipe.pool, progress=footers_bar)
+    except UserError as error:
+        mistakes += error.lines
+    try:
+        evaluation = evaluation_sets(recipe)
+    except UserError as error:
+        mistakes += error.lines
+    if mistakes:
+        raise UserError(*mistakes)
+    connect(recipe.resources.address)
+    reference = store_encoder(store, recipe.reference, role="reference", base=base, seed=recipe.seed)
+    for seen in (pool, *evaluation):
+        embed_pool(store, seen, [reference], recipe.embed, recipe.resources)
+    return store, pool, dedup_pool(store, pool, reference, recipe.dedup, evaluation)
 
 
 def _compare(store: Store, pool: Pool, evaluation: Sequence[Pool], parent: Dedup | None, *, stand: bool) -> Compared:

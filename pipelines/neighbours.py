@@ -149,7 +149,7 @@ def find_pairs(store: Store, folder: str, reference: EncoderSpec, threshold: Thr
         order = in_rank_order(rows.nodes, compared.tiers(rows.nodes["id"]))
         rows, places_of = take(rows, order), take(places_of, order)
         mine = range(task, count, tasks)
-        pairs, nodes = _by_id(_search(rows, places_of, mine, threshold, compared), rows.nodes, compared)
+        pairs, nodes = _by_id(search_cells(rows, places_of, mine, threshold, compared), rows.nodes, compared)
         at_home = np.isin(places_of.home, mine)
         write_records(store, nodes_name(folder, task), nodes_once(np.concatenate([nodes, *(p.nodes for p in parts)])))
         # Last, for it says that the task is done.
@@ -298,7 +298,7 @@ def _by_id(pairs: Pairs, nodes: Nodes, compared: Compared) -> tuple[Pairs, Nodes
     return named, nodes[np.unique(np.concatenate([pairs["better"], pairs["worse"]]))]
 
 
-def _search(rows: Rows, places: Places, cells: Sequence[int], threshold: Threshold, compared: Compared) -> Pairs:
+def search_cells(rows: Rows, places: Places, cells: Sequence[int], threshold: Threshold, compared: Compared) -> Pairs:
     """Near-duplicates of some cells, by position: of home rows with one another and with those that border here."""
     fresh = compared.fresh(rows.nodes["id"])
     evaluation = compared.tiers(rows.nodes["id"]) == EVALUATION

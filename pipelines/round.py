@@ -2,11 +2,8 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from curate.dedup import Dedup
 from curate.errors import UserError
@@ -18,7 +15,7 @@ from curate.storage import Store
 from curate.stream import END_NAME, stream_end
 from curate.tally import Tally
 from curate.walk import Walk, WalkRange, next_range
-from pipelines.cluster import connect
+from pipelines.cluster import connect, footers_bar
 from pipelines.dedup import dedup_pool
 from pipelines.embed import embed_pool
 from pipelines.keys import KeyRange, fixed_sample
@@ -57,7 +54,7 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
     connect(recipe.resources.address)
 
     folder = round_folder(number)
-    plan = pin_plan(store, recipe, base=base, number=number, progress=_footers_bar)
+    plan = pin_plan(store, recipe, base=base, number=number, progress=footers_bar)
     steps = steps_folder(number, plan.digest)
     pool = load_pool(store, plan.pool)
     parent = read_manifest(store, number - 1)
@@ -243,10 +240,6 @@ def lineage(plan: Plan, pool: Pool, walk_range: WalkRange, through: list[Any], d
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
     }
-
-
-def _footers_bar(footers: Iterable[Any], total: int) -> Iterable[Any]:
-    return tqdm(footers, total=total, desc="inventory", unit="shard", disable=None)
 
 
 def _in_one_pass(pool: Pool, recipe: Recipe) -> bool:

@@ -397,7 +397,7 @@ def test_all_mistakes_are_found_before_anything_is_sent(tmp_path: Path) -> None:
         recipe, "show", "--set=a=b", env=["1=2"], image="curate", requirements=tmp_path / "requirements.txt"
     )
     assert found == [
-        "-- show --set=a=b: expected one of check, round, rounds, train after --",
+        "-- show --set=a=b: expected one of check, round, dedup, rounds, train after --",
         "--set after --: it would escape the checks made here; give it before --",
         "--image, --requirements: Ray installs nothing into an image; leave one out",
         "--env 1=2: expected NAME=VALUE",

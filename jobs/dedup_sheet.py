@@ -1,0 +1,123 @@
+"""A sheet of groups of near-duplicates as pictures, one HTML file, to be looked at before a threshold is trusted."""
+
+import base64
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from curate.dedup import Dedup, compared_shards
+from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_rows
+from curate.storage import Store
+
+SURE = ["duplicate_exact", "duplicate_image"]
+"""Reasons that nobody need look at."""
+MOST_MEMBERS = 12
+"""Pictures of one group; how many more there are is said."""
+Place = tuple[int, int]
+"""Shard, by its number among those that were compared, and row."""
+
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<title>Near-duplicates</title>
+<style>
+body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222; }}
+section {{ border-top: 1px solid #ccc; padding: .5em 0; }}
+h2 {{ font-size: 14px; margin: .3em 0; }}
+div {{ display: flex; flex-wrap: wrap; gap: 10px; }}
+figure {{ width: 150px; margin: 0; overflow-wrap: anywhere; }}
+figure img {{ width: 140px; height: 140px; object-fit: contain; background: #eee; border: 3px solid #c66; }}
+figure.stays img {{ border-color: #393; }}
+figcaption {{ font-size: 12px; }}
+</style>
+<h1>Near-duplicates: {shown} of {groups} groups</h1>
+<p>{facts}</p>
+{sections}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Member:
+    place: Place
+    why: str
+
+
+def write_sheet(store: Store, pool: Pool, dedup: Dedup, path: Path, *, groups: int, seed: int = 0) -> int:
+    """Draw groups at random among those that hold a near-duplicate, and write them as one HTML file.
+
+    Args:
+        store: the root.
+        pool: the inventory.
+        dedup: complete.
+        path: of the file.
+        groups: how many, if there are so many.
+        seed: of the draw.
+
+    Returns:
+        The number of groups drawn.
+    """
+    with store.open_input(f"{dedup.folder}/dropped.parquet") as file:
+        table = pq.read_table(file)
+    heads = np.column_stack([table["representative_shard"].to_numpy(), table["representative_row"].to_numpy()])
+    distinct, group = np.unique(heads, axis=0, return_inverse=True)
+    near = np.unique(group[~pc.is_in(table["reason"], pa.array(SURE)).to_numpy()])
+    drawn = np.sort(np.random.default_rng(seed).permutation(near)[:groups])
+    shards = compared_shards(store, pool, dedup.evaluation)
+    members = []
+    for i in drawn.tolist():
+        shard, row = distinct[i].tolist()
+        stays = "stays" if shard < len(pool.shards) else "of an evaluation set"
+        members.append(_members((shard, row), stays, table.filter(pa.array(group == i))))
+    pictures = _read(shards, [member.place for some in members for member in some[: MOST_MEMBERS + 1]])
+    path.write_text(
+        PAGE.format(
+            shown=len(drawn),
+            groups=f"{len(near):,}",
+            facts=html.escape(", ".join(f"{reason} {rows:,}" for reason, rows in dedup.dropped.items())),
+            sections="\n".join(_section(some, shards, pictures) for some in members),
+        ),
+        encoding="utf-8",
+    )
+    return len(drawn)
+
+
+def _members(head: Place, stays: str, dropped: pa.Table) -> list[_Member]:
+    """The row that is kept, then those that it represents, the most similar first."""
+    rows = sorted(dropped.to_pylist(), key=lambda row: (-row["similarity"], row["shard"], row["row"]))
+    said = [_Member(place=(row["shard"], row["row"]), why=f"{row['reason']} {row['similarity']:.4f}") for row in rows]
+    return [_Member(place=head, why=stays), *said]
+
+
+def _read(shards: Sequence[Shard], places: Sequence[Place]) -> dict[Place, tuple[bytes, str]]:
+    """Image bytes and captions of some rows."""
+    found = {}
+    for shard in sorted({shard for shard, _ in places}):
+        rows = sorted({row for there, row in places if there == shard})
+        columns = shards[shard].columns
+        table = read_rows(shards[shard], rows, [columns.image, columns.caption])
+        images = image_bytes(table[columns.image].combine_chunks()).to_pylist()
+        captions = caption_bytes(table[columns.caption].combine_chunks()).to_pylist()
+        for row, image, caption in zip(rows, images, captions, strict=True):
+            found[shard, row] = (image, (caption or b"").decode(errors="replace"))
+    return found
+
+
+def _section(members: Sequence[_Member], shards: Sequence[Shard], pictures: dict[Place, tuple[bytes, str]]) -> str:
+    figures = []
+    for member in members[: MOST_MEMBERS + 1]:
+        image, caption = pictures[member.place]
+        shard, row = member.place
+        figures.append(
+            f'<figure class="{"leaves" if figures else "stays"}">'
+            f'<img alt="" src="data:image;base64,{base64.b64encode(image).decode()}">'
+            f"<figcaption><b>{html.escape(member.why)}</b><br>{html.escape(caption)}<br>"
+            f"{html.escape(shards[shard].name)}, row {row}</figcaption></figure>"
+        )
+    more = len(members) - 1 - MOST_MEMBERS
+    title = f"{len(members)} rows" + (f", {more} more not shown" if more > 0 else "")
+    return f"<section><h2>{title}</h2><div>{''.join(figures)}</div></section>"
