@@ -108,7 +108,7 @@ def _read(shards: Sequence[Shard], places: Sequence[Place]) -> dict[Place, tuple
 
 
 def _section(members: Sequence[_Member], shards: Sequence[Shard], pictures: dict[Place, tuple[bytes, str]]) -> str:
-    figures = []
+    figures: list[str] = []
     for member in members[: MOST_MEMBERS + 1]:
         image, caption = pictures[member.place]
         shard, row = member.place

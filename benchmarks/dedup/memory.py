@@ -1,0 +1,166 @@
+"""Time of `dedup_pool`, and the memory of each of its processes, as the pool grows fourfold.
+
+    python -m benchmarks.dedup.memory                                  250,000, 500,000 and 1,000,000 × 512: 15 minutes
+    python -m benchmarks.dedup.memory --rows 250000 --json out.json
+
+The embeddings are those of benchmarks/dedup/planted.py in shards of 10,000 rows, as embedding files in a root of their
+own. Each size runs in a Ray of its own with --cpus CPUs and an object store of 1 GiB, which spills what it cannot hold.
+Twenty times a second each process of that Ray is asked for its resident memory, with the part that it shares with the
+object store and without. Rows dropped are compared with those that were planted.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from benchmarks.dedup.planted import COPIES, D, planted
+from curate.embeddings import embedding_name, embedding_schema, pair_hashes
+from curate.pool import Columns, Pool, Shard
+from curate.recipe import DedupSection
+from curate.spec import EncoderSpec
+from curate.storage import Store
+from pipelines.dedup import dedup_pool
+
+SHARD_ROWS, THRESHOLD, STORE_BYTES = 10_000, 0.95, 2**30
+SPEC = EncoderSpec(
+    model="planted", source="planted", weights_sha256="", embed_dim=D, logit_scale=1.0, logit_bias=0.0, precision="fp32"
+)
+MIB = 1024  # of /proc's kB
+
+
+def write_pool(store: Store, rows: int) -> Pool:
+    columns = Columns(image="jpg", caption="caption", uid=None)
+    shards = []
+    blocks = rows // SHARD_ROWS
+    for block in range(blocks):
+        name = f"{block:05d}.parquet"
+        shard = Shard(index=block, name=name, path=name, size=1, version="1", rows=SHARD_ROWS, columns=columns)
+        zimg = planted(block, blocks, SHARD_ROWS).astype(np.float16)
+        ztxt = np.random.default_rng([3, block]).standard_normal(zimg.shape, np.float32).astype(np.float16)
+        hashes = [pair_hashes(b"%d/%d" % (block, row), b"") for row in range(SHARD_ROWS)]
+        towers = [pa.FixedSizeListArray.from_arrays(pa.array(z.reshape(-1)), D) for z in (zimg, ztxt)]
+        arrays = [
+            pa.array([content.hex() for _, content in hashes]),
+            pa.array(["ok"] * SHARD_ROWS),
+            pa.nulls(SHARD_ROWS, pa.string()),
+            pa.array([content for _, content in hashes], pa.binary(16)),
+            pa.array([picture for picture, _ in hashes], pa.binary(16)),
+            pa.array([256] * SHARD_ROWS, pa.int32()),
+            pa.array([256] * SHARD_ROWS, pa.int32()),
+            *towers,
+        ]
+        with store.local_scratch() as scratch:
+            path = scratch / "e.parquet"
+            pq.write_table(pa.Table.from_arrays(arrays, schema=embedding_schema(D)), path, compression="zstd")
+            store.put_file(path, embedding_name(SPEC.sha, shard))
+        shards.append(shard)
+    return Pool(shards=tuple(shards), columns=columns, schema=pa.schema([]), ignored=(), skipped=())
+
+
+class Watch(threading.Thread):
+    """Peak resident memory, by process, of everything that descends from this process."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peaks: dict[str, dict[str, int]] = defaultdict(lambda: {"resident": 0, "own": 0})
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        """Look, twenty times a second, until told to stop."""
+        while not self.stopped.wait(0.05):
+            for process in descendants():
+                try:
+                    status = Path(f"/proc/{process}/status").read_text()
+                except OSError:
+                    continue
+                found = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+                if "VmRSS" not in found:
+                    continue
+                resident, shared = (int(found[key].split()[0]) for key in ("VmRSS", "RssShmem"))
+                kind = "object store" if found["Name"].strip() == "raylet" else "largest other"
+                peak = self.peaks[kind]
+                peak["resident"] = max(peak["resident"], resident)
+                peak["own"] = max(peak["own"], resident - shared)
+
+
+def descendants() -> list[int]:
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found = [int(Path("/proc/self").resolve().name)]
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    return found
+
+
+def measure(rows: int, cpus: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(f"{folder}/root")
+        pool = write_pool(store, rows)
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=f"{folder}/ray",
+        )
+        watch = Watch()
+        watch.start()
+        started = time.monotonic()
+        dedup = dedup_pool(store, pool, SPEC, DedupSection(threshold=THRESHOLD))
+        seconds = time.monotonic() - started
+        watch.stopped.set()
+        watch.join()
+        ray.shutdown()
+    return {
+        "rows": rows,
+        "seconds": round(seconds, 1),
+        "cells": dedup.cells,
+        "largest_cell": dedup.largest_cell,
+        "pairs": dedup.pairs,
+        "dropped": sum(dedup.dropped.values()),
+        "planted": round(rows * COPIES),
+        "beyond": dedup.beyond,
+        "peak_mib": {kind: {name: size // MIB for name, size in peak.items()} for kind, peak in watch.peaks.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[250_000, 500_000, 1_000_000])
+    parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(arguments.rows[0], arguments.cpus)))
+        return
+    found = []
+    for rows in arguments.rows:
+        command = [sys.executable, "-m", "benchmarks.dedup.memory", "--one", "--rows", str(rows)]
+        done = subprocess.run([*command, "--cpus", str(arguments.cpus)], stdout=subprocess.PIPE, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(json.dumps(found[-1]))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
