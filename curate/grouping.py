@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+from scipy.sparse.csgraph import breadth_first_order, connected_components, minimum_spanning_tree
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -133,7 +133,8 @@ class Decisions:
     reason: npt.NDArray[np.str_]
     """[m] one of `KINDS`, or `CONTAMINATED`."""
     duplicate_of: Ints
-    """[m] the row's strongest near-duplicate: better-ranked, unless it has none such and others tie it to its group."""
+    """[m] a near-duplicate: with `components` the next one on a shortest way to a row that stays, with `greedy` the
+    strongest that is better-ranked. Who follows it arrives at the representative."""
     cosine: npt.NDArray[np.float32]
     """[m] of the images of both."""
     representative: Ints
@@ -146,7 +147,7 @@ def decide(pairs: Pairs, tiers: npt.NDArray[np.integer], rule: Rule) -> Decision
     """Apply a rule to all pairs.
 
     Args:
-        pairs: each once, by position in the order of rank.
+        pairs: as `each_once` gives them, by position in the order of rank.
         tiers: [n] of the rows, ascending; rows of a tier are decided without those of later ones.
         rule: which rows of a group go.
     """
@@ -171,24 +172,27 @@ def decide(pairs: Pairs, tiers: npt.NDArray[np.integer], rule: Rule) -> Decision
     inside = np.flatnonzero(left[pairs["better"]] & left[pairs["worse"]])
     edges = pairs[inside]
     better, worse = edges["better"], edges["worse"]
-    strongest = _strongest(worse, better, edges)
-    tied[worse[strongest]] = inside[strongest]
     group = _best_connected(better, worse, n)
     if rule == "greedy":
+        strongest = _strongest(worse, better, edges)
+        tied[worse[strongest]] = inside[strongest]
         representative[worse[strongest]] = better[strongest]
-        while (further := representative[representative])[left].tolist() != representative[left].tolist():
-            representative[left] = further[left]
+        while (representative[representative] != representative).any():
+            representative = representative[representative]
     else:
         for tier in np.unique(tiers[left]):
-            now = tiers[worse] <= tier  # the worse row is the later one
+            now = np.flatnonzero(tiers[worse] <= tier)  # the worse row is the later one
             here = left & (tiers == tier)
-            representative[here] = _best_connected(better[now], worse[now], n)[here]
-        # Rows that only worse ones tie to their group, of their own tier.
-        equal = np.flatnonzero(
-            (tied[better] < 0) & (representative[better] != better) & (tiers[better] == tiers[worse])
-        )
-        strongest = equal[_strongest(better[equal], worse[equal], edges[equal])]
-        tied[better[strongest]] = inside[strongest]
+            stays = here & (_best_connected(better[now], worse[now], n) == np.arange(n))
+            # Whatever was decided before is: a way ends at the first earlier row, and goes on as that one's does.
+            towards = _towards((left & (tiers < tier)) | stays, better[now], worse[now])
+            goes = np.flatnonzero(here & ~stays)
+            ends = np.minimum(goes, towards[goes]), np.maximum(goes, towards[goes])
+            at = np.searchsorted(_as_one(better[now], worse[now], n), _as_one(*ends, n))
+            tied[goes] = inside[now[at]]
+            representative[goes] = towards[goes]
+            while (representative[representative] != representative).any():
+                representative = representative[representative]
 
     dropped = np.flatnonzero(representative != np.arange(n))
     why = pairs[tied[dropped]]
@@ -226,3 +230,13 @@ def _best_connected(better: Ints, worse: Ints, n: int) -> Ints:
     first = np.full(count, n)
     np.minimum.at(first, label, np.arange(n))
     return np.asarray(first[label], np.int64)
+
+
+def _towards(heads: Bools, better: Ints, worse: Ints) -> Ints:
+    """For each of n rows the next one on a shortest way, over pairs, to a row of `heads` [n]."""
+    n = len(heads)
+    below = np.flatnonzero(heads)  # one root, which is row n, above them all
+    ends = np.concatenate([better, np.full(len(below), n)]), np.concatenate([worse, below])
+    graph = coo_array((np.ones(len(ends[0]), np.int8), ends), shape=(n + 1, n + 1)).tocsr()
+    _, towards = breadth_first_order(graph, n, directed=False)
+    return np.asarray(towards[:n], np.int64)

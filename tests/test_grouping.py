@@ -117,6 +117,13 @@ def test_every_dropped_row_names_a_pair_and_a_row_that_stays(rule: Rule, drawn: 
         assert reason in (CONTAMINATED, KINDS[kind])
         assert representative in stays
         assert tiers[other] <= tiers[row]  # nobody knows later rows yet
+    # Who follows what a row duplicates arrives at the row that stays.
+    following = dict(zip(decisions.dropped.tolist(), decisions.duplicate_of.tolist(), strict=True))
+    for row, representative in zip(decisions.dropped.tolist(), decisions.representative.tolist(), strict=True):
+        here = row
+        for _ in following:
+            here = following.get(here, here)
+        assert here == representative
 
 
 @given(drawn=graphs())
@@ -164,7 +171,7 @@ def test_a_chain_is_one_group_or_leaves_its_ends() -> None:
     connected_ = decide(pairs_of(graph), tiers, "components")
     assert connected_.dropped.tolist() == [1, 2]
     assert connected_.representative.tolist() == [0, 0]
-    assert connected_.duplicate_of.tolist() == [2, 0]  # C is tied to its group by B alone
+    assert connected_.duplicate_of.tolist() == [2, 0]  # C by way of B
     assert decide(pairs_of(graph), tiers, "greedy").dropped.tolist() == [2]
 
 
