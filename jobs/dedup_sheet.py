@@ -27,17 +27,21 @@ PAGE = """<!doctype html>
 <title>Near-duplicates</title>
 <style>
 body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222; }}
-section {{ border-top: 1px solid #ccc; padding: .5em 0; }}
+main {{ display: flex; flex-wrap: wrap; gap: 10px; align-items: flex-start; }}
+section {{ border: 1px solid #ccc; padding: .3em .6em; }}
 h2 {{ font-size: 14px; margin: .3em 0; }}
 div {{ display: flex; flex-wrap: wrap; gap: 10px; }}
 figure {{ width: 150px; margin: 0; overflow-wrap: anywhere; }}
+figcaption span {{ display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }}
 figure img {{ width: 140px; height: 140px; object-fit: contain; background: #eee; border: 3px solid #c66; }}
 figure.stays img {{ border-color: #393; }}
 figcaption {{ font-size: 12px; }}
 </style>
 <h1>Near-duplicates: {shown} of {groups} groups</h1>
 <p>{facts}</p>
+<main>
 {sections}
+</main>
 """
 
 
@@ -115,7 +119,8 @@ def _section(members: Sequence[_Member], shards: Sequence[Shard], pictures: dict
         figures.append(
             f'<figure class="{"leaves" if figures else "stays"}">'
             f'<img alt="" src="data:image;base64,{base64.b64encode(image).decode()}">'
-            f"<figcaption><b>{html.escape(member.why)}</b><br>{html.escape(caption)}<br>"
+            f"<figcaption><b>{html.escape(member.why)}</b>"
+            f'<span title="{html.escape(caption)}">{html.escape(caption)}</span>'
             f"{html.escape(shards[shard].name)}, row {row}</figcaption></figure>"
         )
     more = len(members) - 1 - MOST_MEMBERS
