@@ -12,15 +12,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from curate.embeddings import contents, read_embeddings
+from curate.dedup import read_dropped
+from curate.embeddings import contents, embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.explain import describe_round, explain_uid, summarize_rounds
 from curate.learner import newest_learner
 from curate.manifest import Manifest, manifest_name, round_folder
 from curate.plan import pin_plan
-from curate.pool import take_inventory
+from curate.pool import load_pool, take_inventory
 from curate.reader import CuratedReader
 from curate.recipe import Recipe
+from curate.spec import EncoderSpec
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool
 from jobs.train import train
@@ -325,3 +327,61 @@ def test_another_untrained_learner_than_the_roots_is_refused(
     other = recipe_of(world, tmp_path / "root", learner={"model": "reference.json"})
     with pytest.raises(UserError, match=r"learners/l000000/learner\.json holds another untrained model"):
         run_round(other, base=world)
+
+
+def test_near_duplicates_leave_before_any_is_chosen(world: Path, warm: Path, tmp_path: Path) -> None:
+    held_out = truth(world)
+    sound = held_out.filter(pc.is_null(held_out["broken"])).slice(0, 3)
+    pq.write_table(sound, tmp_path / "held-out.parquet")
+    near = {"threshold": 0.9998, "evaluation": [{"path": str(tmp_path / "held-out.parquet")}]}
+    recipe = recipe_of(world, warm, dedup=near, selection__sub_batch_size=8)
+    manifest = run_round(recipe, base=world)
+    store = Store(str(warm))
+    embed, dedup, walk, _ = manifest.tallies
+    assert dedup.rows_in == embed.kept
+    assert dedup.kept == walk.rows_in
+    assert min(dedup.dropped[reason] for reason in ("duplicate_exact", "near_duplicate", "contaminated")) >= 3
+
+    # The learner looked at no row that was dropped, and at all that were candidates of the round.
+    folder = manifest.lineage["dedup"]["folder"]
+    pool = load_pool(store, manifest.lineage["pool"]["fingerprint"])
+    tables = {shard.index: read_dropped(store, folder, shard).to_pylist() for shard in pool.shards}
+    dropped = {(index, row["row"]): row for index, rows in tables.items() for row in rows}
+    learner = EncoderSpec(**{k: v for k, v in manifest.lineage["learner"].items() if k != "number"})
+    names = [Path(name).name for name in store.list(f"embeddings/{learner.sha}")]
+    (scope,) = [name for name in names if not name.endswith(".parquet")]
+    for shard in pool.shards:
+        scored = read_embeddings(store, embedding_name(learner.sha, shard, scope), ["status"])["status"].to_pylist()
+        for row, status in enumerate(scored):
+            if (shard.index, row) in dropped:
+                # Unless a row of the shard that stays is the same pair.
+                assert status != "ok" or dropped[shard.index, row]["reason"] == "duplicate_exact"
+    taken = curated(recipe, manifest)["curate"].combine_chunks().field("uid").to_pylist()
+    assert len(taken) == manifest.sub_batches * 8 > 0
+
+    # `show uid` says which row it is a duplicate of, and that one can be followed.
+    keys = {shard.index: pq.read_table(shard.path)["key"].to_pylist() for shard in pool.shards}
+    shown = {}
+    for (shard, row), why in dropped.items():
+        uid = keys[shard][row]
+        assert uid not in taken
+        if why["reason"] in shown:
+            continue
+        (found,) = explain_uid(store, uid)
+        (outcome,) = found["rounds"]
+        shown[why["reason"]] = outcome
+        assert outcome["outcome"] == why["reason"]
+        assert outcome["similarity"] == pytest.approx(why["similarity"], abs=1e-4)
+    assert shown["contaminated"]["duplicate_of"]["shard"] == "held-out.parquet"
+    other = shown["near_duplicate"]["representative"]
+    (place,) = [shard.index for shard in pool.shards if shard.name == other["shard"]]
+    (stays,) = explain_uid(store, keys[place][other["row"]])
+    assert stays["rounds"][0]["outcome"] in ("selected", "not_selected", "other_round")
+
+    # The next round walks on; with other settings it begins a new epoch of another walk.
+    later = run_round(recipe, base=world)
+    assert later.lineage["walk"]["through"] == manifest.lineage["walk"]["through"]
+    without = run_round(recipe_of(world, warm, selection__sub_batch_size=8), base=world)
+    assert without.lineage["walk"]["through"] != later.lineage["walk"]["through"]
+    assert without.lineage["dedup"] is None
+    assert without.tallies[1].dropped.keys() == {"duplicate_exact"}
