@@ -180,3 +180,56 @@ def test_schedulers_and_a_node_killed(world: Path, undisturbed: Path, tmp_path: 
     run(arguments)
     assert disturbed.embedded() == embedded
     disturbed.assert_equal(undisturbed)
+
+
+DEDUP = """
+root = "{root}"
+[pool]
+path = "{pool}"
+[reference]
+model = "reference.json"
+[learner]
+model = "learner.json"
+[selection]
+sub_batch_size = 16
+n_chunks = 4
+[dedup]
+threshold = 0.9998
+[resources]
+workers = 1
+"""
+
+
+def test_a_deduplication_killed(world: Path, moto_url: str, tmp_path: Path) -> None:
+    """In each of its steps; at last the same bytes as in a root on S3 where nothing was killed."""
+
+    def arguments(root: str, name: str) -> list[str]:
+        recipe = world / name
+        recipe.write_text(DEDUP.format(root=root, pool=world / "pool"))
+        return [sys.executable, "-m", "jobs.cli", "dedup", str(recipe)]
+
+    env = {"AWS_ENDPOINT_URL": moto_url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    env |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+    client = boto3.client(
+        "s3", endpoint_url=moto_url, aws_access_key_id="x", aws_secret_access_key="x", region_name="us-east-1"
+    )
+    client.create_bucket(Bucket="dedup")
+    run(arguments("s3://dedup/root", "dedup-s3.toml"), **env)
+    expected = {
+        found["Key"].removeprefix("root/"): client.get_object(Bucket="dedup", Key=found["Key"])["Body"].read()
+        for found in client.list_objects_v2(Bucket="dedup", Prefix="root/dedup/")["Contents"]
+    }
+    client.close()
+    assert len(expected) == 7
+
+    root = tmp_path / "root"
+    again = arguments(str(root), "dedup.toml")
+
+    def there(name: str) -> bool:
+        return bool(list(root.glob(f"dedup/*/*/{name}")))
+
+    kill_when(again, lambda: there("cells.npy"), lambda: there("pairs-*"))
+    kill_when(again, lambda: there("pairs-*"), lambda: there("dedup.json"))
+    run(again)
+    made = {str(path.relative_to(root)): path.read_bytes() for path in root.glob("dedup/*/*/*")}
+    assert made == expected

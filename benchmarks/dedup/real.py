@@ -217,8 +217,8 @@ def plot(thresholds: npt.NDArray[np.float64], curves: dict[str, dict[str, list[f
         axis.set(title=f"reference: {label}", xlabel="threshold (cosine)", xlim=(0.5, 1), ylim=(0, 1))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share")
-    axes[0].legend(fontsize=8, loc="upper right")
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncol=len(meaning))
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=110)
 
 
