@@ -31,6 +31,8 @@ BORDERS = 3
 ITERATIONS = 8
 SAMPLE_PER_CELL = 100
 """Rows per cell on which k-means is trained. With 8 iterations: what docs/dedup.md was measured with."""
+MOST_SAMPLED = 2**18
+"""Rows on which it is trained at most: 512 MiB at D = 512."""
 LEAST_PER_CELL = 4
 """Fewer sampled rows than this make no cell of their own."""
 GIANT = 8
@@ -116,24 +118,33 @@ def unit_rows(z: npt.NDArray[np.floating]) -> Floats:
 
 
 def cell_count(rows: int) -> int:
-    """K for so many rows: their square root, where finding a row's cell costs what comparing it there does."""
-    return 1 if rows <= FEW_ROWS else min(MOST_CELLS, round(rows**0.5))
+    """K for so many rows: half their square root.
+
+    Finding a row's cell costs K products, comparing it there as many as a cell has rows, and cells that cut through
+    dense regions have most rows on borders, where they are compared again. With the whole, half and a quarter of the
+    square root, 100,000 planted rows took .133, .073 and .101 of the bare product, a million 114, 67 and 59 s.
+    """
+    return 1 if rows <= FEW_ROWS else min(MOST_CELLS, round(rows**0.5 / 2))
+
+
+def sample_share(rows: int, cells: int) -> float:
+    """Share of the rows on which so many cells are trained."""
+    return min(1.0, min(MOST_SAMPLED, SAMPLE_PER_CELL * cells) / max(1, rows)) if cells > 1 else 0.0
 
 
 def train_cells(sample: Floats, cells: int) -> Cells:
     """Spherical k-means with FAISS on unit rows [n, D], centred; cells that are much larger than others are split.
 
-    Equal samples give equal cells, up to the rounding of whatever computes them.
+    Equal samples give equal cells, up to the rounding of whatever computes them. The sample is overwritten.
     """
     mean = sample.mean(axis=0) if len(sample) else np.zeros(sample.shape[1], np.float32)
     cells = max(1, min(cells, len(sample) // LEAST_PER_CELL))
     if cells == 1:
         return Cells(mean=mean, centroids=np.zeros((1, sample.shape[1]), np.float32))
-    centred = sample - mean
-    norms = np.linalg.norm(centred, axis=1, keepdims=True)
-    centred = centred[norms[:, 0] > 0] / norms[norms[:, 0] > 0]
-    limit = max(LEAST_PER_CELL * GIANT, GIANT * len(centred) // cells)
-    return Cells(mean=mean, centroids=np.concatenate(list(_split(centred, cells, limit))))
+    sample -= mean
+    sample /= np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    limit = max(LEAST_PER_CELL * GIANT, GIANT * len(sample) // cells)
+    return Cells(mean=mean, centroids=np.concatenate(list(_split(sample, cells, limit))))
 
 
 def _split(rows: Floats, cells: int, limit: int, depth: int = 3) -> Iterator[Floats]:

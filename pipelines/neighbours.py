@@ -23,7 +23,7 @@ from curate.dedup import nodes_name, pairs_name, read_cells, write_cells, write_
 from curate.embeddings import contents, embedding_name, vectors
 from curate.errors import UserError
 from curate.grouping import EVALUATION, NODE, PAIR, Nodes, Pairs, collapse, each_once, in_rank_order, nodes_once, thin
-from curate.neighbours import SAMPLE_PER_CELL, Cells, Places, Threshold, cell_count, near_pairs, train_cells, unit_rows
+from curate.neighbours import Cells, Places, Threshold, cell_count, near_pairs, sample_share, train_cells, unit_rows
 from curate.pool import Shard
 from curate.seeds import derive_seed
 from curate.spec import EncoderSpec
@@ -146,10 +146,8 @@ def find_pairs(store: Store, folder: str, reference: EncoderSpec, threshold: Thr
 
     def join(task: int, parts: Sequence[_Part]) -> None:
         rows, places_of = (concatenate([getattr(part, name) for part in parts]) for name in ("rows", "places"))
-        order = in_rank_order(rows.nodes, compared.tiers(rows.nodes["id"]))
-        rows, places_of = take(rows, order), take(places_of, order)
         mine = range(task, count, tasks)
-        pairs, nodes = _by_id(search_cells(rows, places_of, mine, threshold, compared), rows.nodes, compared)
+        pairs, nodes = _by_id(*search_cells(rows, places_of, mine, threshold, compared), compared)
         at_home = np.isin(places_of.home, mine)
         write_records(store, nodes_name(folder, task), nodes_once(np.concatenate([nodes, *(p.nodes for p in parts)])))
         # Last, for it says that the task is done.
@@ -204,7 +202,7 @@ def _cells(store: Store, folder: str) -> Cells:
 def _make_cells(store: Store, folder: str, reference: EncoderSpec, compared: Compared, cells: int) -> None:
     """Train the cells on a sample that depends on nothing but the contents of the rows; count the rows on the way."""
     seed = derive_seed(0, "cells")
-    high = min(END - 1, int(END * min(1.0, SAMPLE_PER_CELL * cells / max(1, int(compared.starts[-1])))))
+    high = int(END * sample_share(int(compared.starts[-1]), cells))
 
     def split(places: list[int]) -> list[tuple[Halves, Vectors, Counter[str], int]]:
         sampled, statuses, unsound = [], Counter[str](), 0
@@ -213,11 +211,11 @@ def _make_cells(store: Store, folder: str, reference: EncoderSpec, compared: Com
             if compared.generations[place] != EVALUATION:
                 statuses += found
                 unsound += bad
-            # Cells that are one need no sample.
-            chosen = (walk_keys(rows.content, seed=seed, epoch=0) <= np.uint64(high)) & (cells > 1)
-            sampled.append(take(rows, chosen))
-        one = concatenate(sampled)
-        return [(one.content, one.zimg, statuses, unsound)]
+            keys = walk_keys(rows.content, seed=seed, epoch=0)
+            chosen = keys < np.uint64(high) if high < END else np.ones(len(keys), bool)
+            sampled.append((rows.content[chosen], rows.zimg[chosen]))
+        content, zimg = (np.concatenate(part) for part in zip(*sampled, strict=True))
+        return [(content, zimg, statuses, unsound)]
 
     def join(_: None, parts: Sequence[tuple[Halves, Vectors, Counter[str], int]]) -> None:
         content, zimg = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
@@ -298,18 +296,30 @@ def _by_id(pairs: Pairs, nodes: Nodes, compared: Compared) -> tuple[Pairs, Nodes
     return named, nodes[np.unique(np.concatenate([pairs["better"], pairs["worse"]]))]
 
 
-def search_cells(rows: Rows, places: Places, cells: Sequence[int], threshold: Threshold, compared: Compared) -> Pairs:
-    """Near-duplicates of some cells, by position: of home rows with one another and with those that border here."""
+def search_cells(
+    rows: Rows, places: Places, cells: Sequence[int], threshold: Threshold, compared: Compared
+) -> tuple[Pairs, Nodes]:
+    """Near-duplicates of some cells: of home rows with one another, and with those that border on the cell.
+
+    Returns:
+        Pairs by position, each once, and the nodes in these positions, which are those of the rows from the best to
+        the worst.
+    """
+    order = in_rank_order(rows.nodes, compared.tiers(rows.nodes["id"]))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
     fresh = compared.fresh(rows.nodes["id"])
     evaluation = compared.tiers(rows.nodes["id"]) == EVALUATION
+    captions = rows.ztxt.shape[1] > 0
     where = device()
     found = [np.empty(0, PAIR)]
     for cell in cells:
         home = places.home == cell
         here = np.flatnonzero(home | (places.border == cell).any(axis=1))
-        captions = rows.ztxt.shape[1] > 0
+        here = here[np.argsort(rank[here])]
         kept, copies = collapse(rows.content[here], None if captions else rows.picture[here])
-        found.append(_moved(copies, here))
+        copies["better"], copies["worse"] = rank[here[copies["better"]]], rank[here[copies["worse"]]]
+        found.append(copies)
         here = here[kept]
         here = here[np.lexsort([~fresh[here], ~home[here]])]
         pairs = near_pairs(
@@ -322,14 +332,9 @@ def search_cells(rows: Rows, places: Places, cells: Sequence[int], threshold: Th
         )
         for i, j, cosine in pairs:
             near = np.zeros(len(i), PAIR)
-            near["better"], near["worse"] = np.minimum(here[i], here[j]), np.maximum(here[i], here[j])
-            near["cosine"] = cosine
+            one, other = rank[here[i]], rank[here[j]]
+            near["better"], near["worse"], near["cosine"] = np.minimum(one, other), np.maximum(one, other), cosine
             found.append(near)
             if sum(map(len, found)) > MOST_PAIRS:
-                found = [thin(each_once(np.concatenate(found)), evaluation)]
-    return each_once(np.concatenate(found))
-
-
-def _moved(pairs: Pairs, to: Ints) -> Pairs:
-    pairs["better"], pairs["worse"] = to[pairs["better"]], to[pairs["worse"]]
-    return pairs
+                found = [thin(each_once(np.concatenate(found)), evaluation[order])]
+    return each_once(np.concatenate(found)), rows.nodes[order]

@@ -35,8 +35,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from benchmarks.dedup.planted import COPIES, D, planted
-from curate.grouping import NODE, decide, in_rank_order
-from curate.neighbours import SAMPLE_PER_CELL, Threshold, cell_count, near_pairs, train_cells
+from curate.grouping import NODE, decide
+from curate.neighbours import Threshold, cell_count, near_pairs, sample_share, train_cells
 from curate.pool import Columns, Shard
 from pipelines.neighbours import Compared, Rows, search_cells
 
@@ -68,16 +68,15 @@ def ours(x: torch.Tensor) -> tuple[Pairs, Ids | None]:
     nodes = np.zeros(n, NODE)
     nodes["id"] = np.arange(n)
     nodes["score"] = np.random.default_rng(0).permutation(n) / n
-    nodes = nodes[in_rank_order(nodes, np.zeros(n, int))]
-    z = x.numpy().astype(np.float16)[nodes["id"]]
+    z = x.numpy().astype(np.float16)
     distinct = np.column_stack([nodes["id"], nodes["id"]]).astype(np.uint64)
     rows = Rows(nodes=nodes, content=distinct, picture=distinct, zimg=z, ztxt=z[:, :0])
     count = cell_count(n)
-    sample = np.random.default_rng(0).permutation(n)[: SAMPLE_PER_CELL * count]
+    sample = np.random.default_rng(0).permutation(n)[: round(n * sample_share(n, count))]
     cells = train_cells(x.numpy()[sample], count)
     places = cells.place(z, THRESHOLD, torch.device("cpu"))
     compared = Compared(shards=(shard,), generations=(0,), newest=0, stand=False)
-    pairs = search_cells(rows, places, range(len(cells.centroids)), Threshold(image=THRESHOLD), compared)
+    pairs, nodes = search_cells(rows, places, range(len(cells.centroids)), Threshold(image=THRESHOLD), compared)
     decisions = decide(pairs, np.zeros(n, int), "components")
     print(f"rows that border on more cells than are searched: {places.beyond.sum()}", file=sys.stderr)
     return (nodes["id"][pairs["better"]], nodes["id"][pairs["worse"]]), nodes["id"][decisions.dropped]
