@@ -35,6 +35,8 @@ MOST_SAMPLED = 2**18
 """Rows on which it is trained at most: 512 MiB at D = 512."""
 LEAST_PER_CELL = 4
 """Fewer sampled rows than this make no cell of their own."""
+ROUNDING = 1e-5
+"""A sampled row that is no further from the mean is the mean."""
 GIANT = 8
 """A cell that holds so many times the mean of the sample is split."""
 MOST_CELLS = 8192
@@ -138,11 +140,14 @@ def train_cells(sample: Floats, cells: int) -> Cells:
     Equal samples give equal cells, up to the rounding of whatever computes them. The sample is overwritten.
     """
     mean = sample.mean(axis=0) if len(sample) else np.zeros(sample.shape[1], np.float32)
+    sample -= mean
+    norms = np.linalg.norm(sample, axis=1, keepdims=True)
+    if (norms <= ROUNDING).any():  # of which k-means would make cells of noise
+        sample, norms = sample[norms[:, 0] > ROUNDING], norms[norms[:, 0] > ROUNDING]
     cells = max(1, min(cells, len(sample) // LEAST_PER_CELL))
     if cells == 1:
         return Cells(mean=mean, centroids=np.zeros((1, sample.shape[1]), np.float32))
-    sample -= mean
-    sample /= np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    sample /= norms
     limit = max(LEAST_PER_CELL * GIANT, GIANT * len(sample) // cells)
     return Cells(mean=mean, centroids=np.concatenate(list(_split(sample, cells, limit))))
 

@@ -93,7 +93,7 @@ def test_help_is_quick_because_it_loads_nothing() -> None:
     assert loaded.stdout.split() == []
 
 
-@pytest.mark.parametrize("verb", ["check", "round", "train", "show", "reshard"])
+@pytest.mark.parametrize("verb", ["check", "round", "dedup", "train", "show", "reshard"])
 def test_every_verb_explains_itself(curate: Curate, verb: str) -> None:
     ended = curate(verb, "--help")
     assert ended.returncode == 0

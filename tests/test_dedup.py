@@ -1,6 +1,9 @@
 """Dedup: what leaves is what comparing every row with every other one says, however shards lie, grow, or die."""
 
+import base64
+import dataclasses
 import hashlib
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate import neighbours
-from curate.dedup import Dedup, read_dropped
+from curate.dedup import Dedup, dedup_folder, read_dropped
 from curate.embeddings import embedding_name
 from curate.errors import UserError
-from curate.pool import Pool
-from curate.recipe import DedupSection
+from curate.grouping import NODE, decide
+from curate.neighbours import Places, Threshold
+from curate.pool import Columns, Pool, Shard
+from curate.recipe import DedupSection, EvaluationSet, Recipe
 from curate.spec import EncoderSpec
 from curate.storage import Store
+from jobs.dedup_sheet import write_sheet
+from jobs.drawn_pool import draw_pool
 from pipelines import neighbours as pipeline
-from pipelines.dedup import dedup_pool
-from tests.helpers import embedded_pool
+from pipelines.dedup import dedup_pool, dedup_recipe
+from tests.helpers import embedded_pool, write_tiny
 
 D = 24
 SPEC = EncoderSpec(model="m", source="s", weights_sha256="w", embed_dim=D, logit_scale=10.0, logit_bias=0.0)
@@ -308,3 +315,95 @@ def test_an_embedding_file_of_an_older_version_is_refused(ray_local: None, store
     store.put_file(tmp_path / "old.parquet", name)
     with pytest.raises(UserError, match=r"expected a column picture.*delete the folder embeddings/m and run again"):
         dedup_pool(store, pool, SPEC, DedupSection())
+
+
+def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(ray_local: None, tmp_path: Path) -> None:
+    write_tiny(tmp_path, "tiny.json")
+    draw_pool(tmp_path / "pool", rows=300, shards=3, seed=0, image_size=32, duplicate_share=0.1, broken_share=0.02)
+    draw_pool(tmp_path / "test-set", rows=10, shards=1, seed=0, image_size=32)
+    recipe = Recipe.model_validate(
+        {
+            "root": str(tmp_path / "root"),
+            "pool": {"path": str(tmp_path / "pool"), "uid": "key"},
+            "reference": {"model": "tiny.json"},
+            "learner": {"model": "tiny.json"},
+            "selection": {"sub_batch_size": 8, "n_chunks": 4},
+            "dedup": {"threshold": 0.9995, "evaluation": [{"path": str(tmp_path / "test-set")}]},
+            "resources": {"workers": 1},
+        }
+    )
+    store, pool, dedup = dedup_recipe(recipe, base=tmp_path)
+    assert min(dedup.dropped[reason] for reason in ("duplicate_exact", "near_duplicate", "contaminated")) > 0
+    assert sum(dedup.statuses.values()) == pool.rows
+    assert sum(rows for status, rows in dedup.statuses.items() if status.startswith("image")) > 0
+    drawn = write_sheet(store, pool, dedup, tmp_path / "sheet.html", groups=4)
+    sheet = (tmp_path / "sheet.html").read_text()
+    assert drawn == sheet.count("<section>") == 4
+    pictures = {image for shard in [*pool.shards] for image in pq.read_table(shard.path)["jpg"].to_pylist()}
+    pictures |= set(pq.read_table(tmp_path / "test-set" / "00000.parquet")["jpg"].to_pylist())
+    shown = [base64.b64decode(found) for found in re.findall('src="data:image;base64,([^"]+)"', sheet)]
+    assert len(shown) >= 8
+    assert set(shown) <= pictures
+    assert sheet.count('class="stays"') == 4
+    assert write_sheet(store, pool, dedup, tmp_path / "again.html", groups=4) == 4
+    assert (tmp_path / "again.html").read_text() == sheet
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    fields = {
+        "root": str(tmp_path / "root"),
+        "pool": {"path": str(tmp_path / "nowhere")},
+        "learner": {"model": "tiny.json"},
+        "selection": {"sub_batch_size": 8, "n_chunks": 4},
+    }
+    with pytest.raises(UserError) as told:
+        dedup_recipe(Recipe.model_validate(fields), base=tmp_path)
+    assert [line.partition(":")[0] for line in told.value.lines] == ["dedup", "reference"]
+    fields |= {"dedup": {"evaluation": [{"path": str(tmp_path / "none")}]}, "reference": {"model": "tiny.json"}}
+    with pytest.raises(UserError) as told:
+        dedup_recipe(Recipe.model_validate(fields), base=tmp_path)
+    pool, evaluation = told.value.lines
+    assert "nowhere: expected a file" in pool
+    assert evaluation.startswith("dedup.evaluation: ")
+    assert "none: expected a file" in evaluation
+
+
+def test_another_question_is_another_folder() -> None:
+    pool = Pool(shards=(), columns=Columns(image="i", caption="c", uid=None), schema=None, ignored=(), skipped=())
+    asked = [
+        DedupSection(),
+        DedupSection(threshold=0.9),
+        DedupSection(caption_threshold=0.9),
+        DedupSection(groups="greedy"),
+        DedupSection(earlier="anew"),
+    ]
+    folders = [dedup_folder(section, SPEC, pool, ()) for section in asked]
+    folders.append(dedup_folder(asked[0], SPEC, pool, [pool]))
+    folders.append(dedup_folder(asked[0], dataclasses.replace(SPEC, model="other"), pool, ()))
+    assert len(set(folders)) == len(folders)
+    assert dedup_folder(DedupSection(evaluation=[EvaluationSet(path="moved")]), SPEC, pool, ()) == folders[0]
+
+
+def test_a_flood_of_near_copies_is_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    n = 400
+    z = unit(np.ones(D) + 0.1 * rng.normal(size=(n, D))).astype(np.float16)
+    nodes = np.zeros(n, NODE)
+    nodes["id"], nodes["score"] = np.arange(n), rng.random(n)
+    distinct = np.column_stack([np.arange(n), np.arange(n)]).astype(np.uint64)
+    rows = pipeline.Rows(nodes=nodes, content=distinct, picture=distinct, zimg=z, ztxt=z[:, :0])
+    alone = Places(home=np.zeros(n, int), border=np.full((n, 3), -1), beyond=np.zeros(n, bool))
+    columns = Columns(image="i", caption="c", uid=None)
+    shard = Shard(index=0, name="a", path="a", size=0, version="", rows=n, columns=columns)
+    compared = pipeline.Compared((shard,), (0,), 0, True)
+    every, ordered = pipeline.search_cells(rows, alone, [0], Threshold(image=0.985), compared)
+    monkeypatch.setattr(neighbours, "TILE", 64)
+    monkeypatch.setattr(pipeline, "MOST_PAIRS", 1000)
+    fewer, same = pipeline.search_cells(rows, alone, [0], Threshold(image=0.985), compared)
+    assert np.array_equal(ordered, same)
+    assert len(every) > 10_000
+    assert len(fewer) < 3 * n + 2 * 1000
+    for rule in ("components", "greedy"):
+        one, other = (decide(pairs, np.zeros(n, int), rule) for pairs in (every, fewer))
+        assert np.array_equal(one.dropped, other.dropped)
+        assert 10 < len(one.dropped) < n
