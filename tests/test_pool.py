@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.errors import InputChangedError, UserError
-from curate.pool import Pool, Shard, caption_bytes, image_bytes, load_pool, read_batches, take_inventory
+from curate.pool import Pool, Shard, caption_bytes, image_bytes, load_pool, read_batches, read_rows, take_inventory
 from curate.recipe import PoolSection
 from curate.reshard import reshard_file
 from curate.storage import Store
@@ -599,3 +599,11 @@ def test_a_fuzzed_file_is_inventoried_or_one_line(tmp_path: Path) -> None:
     assert len(files) == len(list(ODD.iterdir()))
     assert all(line.endswith(("inventoried ", "refused ", "unreadable ")) for line in files)
     assert int(peak.split()[-1]) < 4096
+
+
+def test_some_rows_are_read_from_the_row_groups_that_hold_them(tmp_path: Path) -> None:
+    table = pa.table({"jpg": [b"%d" % i for i in range(100)], "caption": [str(i) for i in range(100)]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    (shard,) = take_inventory(PoolSection(path=str(tmp_path))).shards
+    for rows in ([], [0], [99], [6, 7], [3, 20, 21, 22, 98], list(range(100))):
+        assert read_rows(shard, rows, ["caption"])["caption"].to_pylist() == [str(row) for row in rows]
