@@ -1,7 +1,7 @@
 """Dedup files: what a deduplication was asked for, which rows it dropped, and where they are found.
 
 dedup/<settings>/<pool>/parent.json      whose decisions it starts from
-dedup/<settings>/<pool>/cells.npy        the mean and the centroids; counts.json: rows by status
+dedup/<settings>/<pool>/cells.npy        the mean and the centroids; counts.json: rows by status, tasks
 dedup/<settings>/<pool>/pairs-*.parquet  near-duplicates that this pool adds; nodes-*.parquet: what ranks them
 dedup/<settings>/<pool>/dropped.parquet  one row per row that leaves, in the order of the pool
 dedup/<settings>/<pool>/dedup.json       the account; written last
@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.errors import CommitConflictError
+from curate.errors import CommitConflictError, UserError
 from curate.pool import Pool, Shard, load_pool
 from curate.recipe import DedupSection
 from curate.spec import EncoderSpec
@@ -74,6 +74,8 @@ class Dedup:
     """Of each shard of the pool: number, in the chain, of the deduplication that it came in with."""
     statuses: Mapping[str, int]
     """Rows of the pool by the status of their embedding."""
+    evaluation_statuses: Mapping[str, int]
+    """Likewise of the evaluation sets: an image without an embedding keeps nothing out of the pool."""
     unsound: int
     """Rows whose vectors are not finite or zero though their status is ok: they were compared with nothing."""
     dropped: Mapping[str, int]
@@ -84,7 +86,7 @@ class Dedup:
     largest_cell: int
     """Rows."""
     beyond: int
-    """Rows, of those that this deduplication placed, that may have further near-duplicates; 0 proves that none has."""
+    """Rows that may have further near-duplicates, the most in one of the chain; 0 proves that none has."""
     largest: tuple[LargeGroup, ...]
 
     def to_bytes(self) -> bytes:
@@ -107,7 +109,11 @@ def dedup_folder(section: DedupSection, reference: EncoderSpec, pool: Pool, eval
 
 
 def pin_parent(store: Store, folder: str, pool: Pool) -> Dedup | None:
-    """The largest earlier deduplication, asked for alike, of shards that the pool still holds; the same ever after."""
+    """The largest earlier deduplication, asked for alike, of shards that the pool still holds; the same ever after.
+
+    Raises:
+        UserError: it was pinned, and is gone.
+    """
     name = f"{folder}/parent.json"
     if not store.exists(name):
         held = {shard.key for shard in pool.shards}
@@ -121,17 +127,28 @@ def pin_parent(store: Store, folder: str, pool: Pool) -> Dedup | None:
         with contextlib.suppress(CommitConflictError):  # somebody else began it: theirs
             store.put_if_absent(name, json.dumps(chosen).encode())
     parent = json.loads(store.read_bytes(name))
-    return None if parent is None else read_dedup(store, parent)
+    if parent is None:
+        return None
+    if (found := read_dedup(store, parent)) is None:
+        raise _broken(f"{parent}/dedup.json", folder)
+    return found
 
 
-def pairs_name(folder: str, task: int | None = None) -> str:
-    """Name of a file of pairs by id; without a task what all of them begin with."""
-    return f"{folder}/pairs-" + ("" if task is None else f"{task:06d}.parquet")
+def _broken(name: str, folder: str) -> UserError:
+    return UserError(
+        f"{name}: expected the earlier deduplication that {folder} starts from, found no such file; restore it, or "
+        f"delete {folder} to decide anew"
+    )
 
 
-def nodes_name(folder: str, task: int | None = None) -> str:
-    """Likewise of the nodes of these pairs."""
-    return f"{folder}/nodes-" + ("" if task is None else f"{task:06d}.parquet")
+def pairs_name(folder: str, task: int) -> str:
+    """Name of a file of pairs by id."""
+    return f"{folder}/pairs-{task:06d}.parquet"
+
+
+def nodes_name(folder: str, task: int) -> str:
+    """Name of the file of the nodes of these pairs."""
+    return f"{folder}/nodes-{task:06d}.parquet"
 
 
 def write_records(store: Store, name: str, records: npt.NDArray[np.void], **facts: int) -> None:
@@ -171,6 +188,25 @@ def read_cells(store: Store, folder: str) -> npt.NDArray[np.float32] | None:
 def read_counts(store: Store, folder: str) -> dict[str, Any]:
     """The counts that were written before the cells."""
     return dict(json.loads(store.read_bytes(f"{folder}/counts.json")))
+
+
+def chain_files(store: Store, chain: Sequence[str]) -> list[tuple[str, list[str], list[str]]]:
+    """Of each deduplication of a chain its folder, its pairs files and its nodes files.
+
+    Raises:
+        UserError: one of them is gone: without it rows that were dropped would come back.
+    """
+    found = []
+    for folder in chain:
+        there = set(store.list(folder))
+        if f"{folder}/counts.json" not in there:
+            raise _broken(f"{folder}/counts.json", chain[-1])
+        tasks = range(read_counts(store, folder)["tasks"])
+        pairs, nodes = ([name(folder, task) for task in tasks] for name in (pairs_name, nodes_name))
+        if missing := [name for name in pairs + nodes if name not in there]:
+            raise _broken(missing[0], chain[-1])
+        found.append((folder, pairs, nodes))
+    return found
 
 
 def write_dropped(store: Store, folder: str, table: pa.Table) -> None:

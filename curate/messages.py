@@ -1,6 +1,20 @@
-"""How messages quote what others say."""
+"""How messages quote what others say, and how mistakes are told together."""
+
+import contextlib
+from collections.abc import Iterator
+
+from curate.errors import UserError
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
     """What another library's error says, fit to stand in a line of ours: no line breaks, at most `limit` characters."""
     return " ".join(str(error).split())[:limit]
+
+
+@contextlib.contextmanager
+def gathered(mistakes: list[str]) -> Iterator[None]:
+    """Let a step that makes a user's mistake known end, add its lines to `mistakes`, and go on with the next step."""
+    try:
+        yield
+    except UserError as error:
+        mistakes += error.lines

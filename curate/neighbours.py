@@ -36,17 +36,17 @@ MOST_SAMPLED = 2**18
 LEAST_PER_CELL = 4
 """Fewer sampled rows than this make no cell of their own."""
 ROUNDING = 1e-5
-"""A sampled row that is no further from the mean is the mean."""
+"""A sampled row that is no further from the mean is the mean; and how much further a border reaches than it need."""
 GIANT = 8
 """A cell that holds so many times the mean of the sample is split."""
 MOST_CELLS = 8192
-"""Distances between all centroids are held at once: 256 MiB."""
+"""Distances between all centroids are held, a few times, at once: 256 MiB each; more where giant cells were split."""
 FEW_ROWS = 8192
 """So many rows are one cell: comparing all of them takes less than finding cells."""
 TILE = 2048
 """Rows and columns of a tile of cosines: 16 MiB."""
-VERIFIED = 65_536
-"""Pairs that are verified at once."""
+VERIFIED = 8192
+"""Pairs that are verified at once: 100 MiB at D = 512."""
 MARGIN = 2e-3
 """How far below the threshold a tile's cosine may be and its pair still be verified: TF32 is off by up to 1e-3."""
 
@@ -83,7 +83,7 @@ class Cells:
             return Places(home=alone, border=np.full((len(z), BORDERS), -1), beyond=np.zeros(len(z), bool))
         # 1 / distance between centroids; a centroid is no neighbour of itself or of a copy of itself.
         nearness = (2 - 2 * centroids @ centroids.T).clamp_min(1e-6).rsqrt()
-        reach = (2 - 2 * threshold) ** 0.5 / 2
+        reach = (2 - 2 * threshold) ** 0.5 / 2 + ROUNDING
         width = min(BORDERS + 2, len(centroids))
         parts: list[tuple[torch.Tensor, ...]] = []
         for start in range(0, len(z), TILE):
@@ -184,7 +184,7 @@ def _kmeans(rows: Floats, cells: int) -> tuple[Floats, Ints]:
         gpu=faiss.get_num_gpus() > 0,
     )
     kmeans.train(rows)
-    home = kmeans.index.search(rows, 1)[1][:, 0] if cells > 1 else np.zeros(len(rows), np.int64)
+    home = kmeans.index.search(rows, 1)[1][:, 0]
     assert kmeans.centroids is not None
     return kmeans.centroids, home
 

@@ -10,6 +10,7 @@ from typing import Any
 from curate.errors import UserError
 from curate.learner import newest_learner
 from curate.manifest import round_folder
+from curate.messages import gathered
 from curate.pool import Pool, take_inventory
 from curate.recipe import PoolSection, Recipe
 from curate.select import needs_learner
@@ -36,7 +37,10 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """JSON for the root."""
-        return (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode()
+        record = asdict(self)
+        if not self.evaluation:
+            del record["evaluation"]  # plans of rounds that were begun before there were any
+        return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
 
     @property
     def digest(self) -> str:
@@ -105,20 +109,14 @@ def _make(
     mistakes: list[str] = []
     pool = reference = learner = None
     evaluation: list[Pool] = []
-    try:
+    with gathered(mistakes):
         pool = take_inventory(recipe.pool, progress=progress)
-    except UserError as error:
-        mistakes += error.lines
-    try:
+    with gathered(mistakes):
         evaluation = evaluation_sets(recipe)
-    except UserError as error:
-        mistakes += error.lines
-    try:
+    with gathered(mistakes):
         if recipe.reference is None:
             raise UserError("reference: must be given for a round; add [reference] with model and pretrained")
         reference = store_encoder(store, recipe.reference, role="reference", base=base, seed=recipe.seed)
-    except UserError as error:
-        mistakes += error.lines
     if mistakes or pool is None or reference is None:
         raise UserError(*mistakes, *_learner_mistakes(recipe, base))
     # Last, because it publishes: learner 0 must not outlive a recipe that is about to be mended.
@@ -144,12 +142,11 @@ def evaluation_sets(recipe: Recipe) -> list[Pool]:
     Raises:
         UserError: mistakes in any of them, all together.
     """
-    found, mistakes = [], []
+    found: list[Pool] = []
+    mistakes: list[str] = []
     for held_out in recipe.dedup.evaluation if recipe.dedup else ():
-        try:
-            found.append(take_inventory(PoolSection(**held_out.model_dump())))
-        except UserError as error:
-            mistakes += [f"dedup.evaluation: {line}" for line in error.lines]
+        with gathered(mistakes):
+            found.append(take_inventory(PoolSection(**held_out.model_dump()), section_name="dedup.evaluation"))
     if mistakes:
         raise UserError(*mistakes)
     return found

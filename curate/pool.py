@@ -122,12 +122,16 @@ def load_pool(store: Store, fingerprint: str) -> Pool:
 
 
 def take_inventory(
-    section: PoolSection, *, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None
+    section: PoolSection,
+    *,
+    section_name: str = "pool",
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> Pool:
     """List the pool, read every footer once, and check every shard.
 
     Args:
         section: where the pool is and what its columns are called.
+        section_name: what the recipe calls the section, for messages.
         progress: wraps the iteration over footers, given it and its length.
 
     Raises:
@@ -157,7 +161,7 @@ def take_inventory(
     columns: Columns | None = None
     for file, footer in good:
         try:
-            columns = _find_columns(section, footer.schema, file.path)
+            columns = _find_columns(section, footer.schema, file.path, section_name)
             break
         except UserError as error:
             mistakes += error.lines
@@ -166,7 +170,7 @@ def take_inventory(
     usable: list[tuple[FileInfo, _Footer]] = []
     schema: pa.Schema | None = None
     for file, footer in good:
-        lines = _shard_mistakes(file, footer, columns, section.max_row_group_bytes)
+        lines = _shard_mistakes(file, footer, columns, section.max_row_group_bytes, section_name)
         if not lines:
             try:
                 schema = _union([footer.schema] if schema is None else [schema, footer.schema])
@@ -180,7 +184,9 @@ def take_inventory(
     if bad and section.on_bad_shard == "fail":
         raise UserError(*bad)
     if not usable:
-        raise UserError(*bad, f"pool.path = {section.path!r}: no shard of the pool can be used; mend the files above")
+        raise UserError(
+            *bad, f"{section_name}.path = {section.path!r}: no shard of the pool can be used; mend the files above"
+        )
     names = _relative_names([file.path for file, _ in usable])
     return Pool(
         shards=tuple(
@@ -208,19 +214,7 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
     Raises:
         InputChangedError: if the file is not the one that the inventory recorded, or a page does not decode.
     """
-    try:
-        found = storage.file_info(shard.path)
-    except FileNotFoundError:
-        raise InputChangedError(
-            f"{shard.path}: expected {shard.size} bytes, found no file; the shard was removed while the round was "
-            "running: put it back, or delete the round's folder to begin it anew"
-        ) from None
-    if (found.size, found.version) != (shard.size, shard.version):
-        raise InputChangedError(
-            f"{shard.path}: expected {shard.size} bytes, version {shard.version}, found {found.size} bytes, version "
-            f"{found.version}; the shard changed while the round was running: restore it, or delete the round's folder "
-            "to begin it anew"
-        )
+    _check_unchanged(shard)
     rows = 0
     try:
         with storage.open_input(shard.path) as file, pq.ParquetFile(file) as parquet:
@@ -241,15 +235,38 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
 
 
 def read_rows(shard: Shard, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
-    """Some rows of a shard, ascending, from the row groups that hold them."""
+    """Some rows of a shard, ascending, from the row groups that hold them.
+
+    Raises:
+        InputChangedError: if the file is not the one that the inventory recorded.
+    """
+    _check_unchanged(shard)
     with storage.open_input(shard.path) as file, pq.ParquetFile(file) as parquet:
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         starts = [0, *accumulate(sizes)]
-        held = [i for i in range(len(sizes)) if any(starts[i] <= row < starts[i + 1] for row in rows)]
+        held = sorted({bisect_right(starts, row) - 1 for row in rows})
         table = parquet.read_row_groups(held, columns=list(columns))
-    skipped = [starts[i] - sum(sizes[j] for j in held if j < i) for i in held]
-    within = [row - skipped[held.index(bisect_right(starts, row) - 1)] for row in rows]
-    return table.take(pa.array(within, pa.int64()))
+    moved, read = {}, 0
+    for group in held:
+        moved[group] = read - starts[group]
+        read += sizes[group]
+    return table.take(pa.array([row + moved[bisect_right(starts, row) - 1] for row in rows], pa.int64()))
+
+
+def _check_unchanged(shard: Shard) -> None:
+    try:
+        found = storage.file_info(shard.path)
+    except FileNotFoundError:
+        raise InputChangedError(
+            f"{shard.path}: expected {shard.size} bytes, found no file; the shard was removed while the round was "
+            "running: put it back, or delete the round's folder to begin it anew"
+        ) from None
+    if (found.size, found.version) != (shard.size, shard.version):
+        raise InputChangedError(
+            f"{shard.path}: expected {shard.size} bytes, version {shard.version}, found {found.size} bytes, version "
+            f"{found.version}; the shard changed while the round was running: restore it, or delete the round's folder "
+            "to begin it anew"
+        )
 
 
 def image_bytes(column: pa.Array) -> pa.Array:
@@ -302,7 +319,7 @@ def _listed(schema: pa.Schema) -> str:
     return ", ".join(names[:20]) + (f", … ({len(names)} columns)" if len(names) > 20 else "") or "no column"
 
 
-def _find_columns(section: PoolSection, schema: pa.Schema, path: str) -> Columns:
+def _find_columns(section: PoolSection, schema: pa.Schema, path: str, section_name: str) -> Columns:
     """The pool's columns by the recipe, else by convention."""
     missing: list[str] = []
     found: dict[str, str] = {}
@@ -312,7 +329,9 @@ def _find_columns(section: PoolSection, schema: pa.Schema, path: str) -> Columns
     ):
         name = given or next((name for name in known if name in schema.names), None)
         if name is None:
-            missing.append(f"expected the {role} column as one of {', '.join(known)} (or name it with pool.{role})")
+            missing.append(
+                f"expected the {role} column as one of {', '.join(known)} (or name it with {section_name}.{role})"
+            )
         else:
             found[role] = name
     if missing:
@@ -320,7 +339,9 @@ def _find_columns(section: PoolSection, schema: pa.Schema, path: str) -> Columns
     return Columns(image=found["image"], caption=found["caption"], uid=section.uid)
 
 
-def _shard_mistakes(file: FileInfo, footer: _Footer, columns: Columns, max_row_group_bytes: int) -> list[str]:
+def _shard_mistakes(
+    file: FileInfo, footer: _Footer, columns: Columns, max_row_group_bytes: int, section_name: str
+) -> list[str]:
     """Why this shard cannot be used, one line each; an empty shard is fine."""
     schema = footer.schema
     assert schema is not None
@@ -337,12 +358,12 @@ def _shard_mistakes(file: FileInfo, footer: _Footer, columns: Columns, max_row_g
         if name not in schema.names:
             lines.append(
                 f"{file.path}: expected the {role} column {name!r}, found {_listed(schema)}; "
-                f"mend the shard, or name the column with pool.{role}"
+                f"mend the shard, or name the column with {section_name}.{role}"
             )
         elif not accepts(schema.field(name).type):
             lines.append(
                 f"{file.path}: {role} column {name!r}: expected {expected}, found {schema.field(name).type}; "
-                f"convert it, or name another column with pool.{role}"
+                f"convert it, or name another column with {section_name}.{role}"
             )
     if ADDED_COLUMN in schema.names:
         lines.append(

@@ -14,9 +14,9 @@ import typing
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from curate.criteria import Criterion, Loss, Method
@@ -31,10 +31,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _names_something(path: Any) -> Any:
+    paths = path if isinstance(path, list) else [path]
+    if not paths or not all(isinstance(p, str) and p for p in paths):
+        raise PydanticCustomError("path", "must be a path or URL, or a list of at least one")
+    return path
+
+
+Paths = Annotated[str | list[str], BeforeValidator(_names_something)]
+
+
 class PoolSection(Section):
     """The raw pairs."""
 
-    path: str | list[str] = Field(description="folder, glob, file or fsspec URL of Parquet shards, or a list")
+    path: Paths = Field(description="folder, glob, file or fsspec URL of Parquet shards, or a list")
     image: str | None = Field(None, description="image column; found by convention (jpg, image, …) if not given")
     caption: str | None = Field(None, description="caption column; found by convention (caption, text, …)")
     uid: str | None = Field(None, description="column that identifies a pair; else a hash of image and caption")
@@ -50,14 +60,6 @@ class PoolSection(Section):
     max_row_group_bytes: int = Field(
         2**29, ge=2**20, description="largest row group, uncompressed bytes, that a worker loads at once"
     )
-
-    @field_validator("path", mode="before")
-    @classmethod
-    def _names_something(cls, path: Any) -> Any:
-        paths = path if isinstance(path, list) else [path]
-        if not paths or not all(isinstance(p, str) and p for p in paths):
-            raise PydanticCustomError("path", "must be a path or URL, or a list of at least one")
-        return path
 
 
 class EncoderSection(Section):
@@ -88,9 +90,11 @@ class EmbedSection(Section):
 class EvaluationSet(Section):
     """Pairs that a learner will be measured on."""
 
-    path: str | list[str] = Field(description="as pool.path")
+    path: Paths = Field(description="as pool.path")
     image: str | None = Field(None, description="image column; found by convention if not given")
-    caption: str | None = Field(None, description="caption column, or one of labels; found by convention if not given")
+    caption: str | None = Field(
+        None, description="caption column, or one of class names as text; found by convention if not given"
+    )
 
 
 class DedupSection(Section):
@@ -99,7 +103,7 @@ class DedupSection(Section):
     threshold: float = Field(
         0.95,
         ge=0.5,
-        le=1,
+        le=0.9999,  # above, rounding decides
         allow_inf_nan=False,
         description="cosine of two images, by the reference, from which on they are near-duplicates",
     )
@@ -220,7 +224,7 @@ class TrainSection(Section):
 class EvaluateSection(Section):
     """A held-out set on which the learner is measured while it trains."""
 
-    path: str | list[str] = Field(description="as pool.path; at most 100,000 pairs, which are held in memory")
+    path: Paths = Field(description="as pool.path; at most 100,000 pairs, which are held in memory")
     image: str | None = Field(None, description="image column; found by convention if not given")
     caption: str | None = Field(None, description="caption column; found by convention if not given")
     label: str | None = Field(None, description="column of class names, for zero-shot classification")
@@ -275,7 +279,10 @@ class Recipe(Section):
 
     def of_round(self) -> dict[str, Any]:
         """The fields that decide what a round contains, as stored in its plan and its manifest."""
-        return self.model_dump(mode="json", exclude={"root", "resources", "train", "evaluate", "schedule"})
+        fields = self.model_dump(mode="json", exclude={"root", "resources", "train", "evaluate", "schedule"})
+        if self.dedup is None:
+            del fields["dedup"]  # recipes of rounds that were begun before there was any
+        return fields
 
     def fingerprint(self) -> str:
         """Hash of `of_round`: two recipes with the same fingerprint choose the same rounds."""
@@ -344,6 +351,8 @@ def _line(path: Path, details: ErrorDetails) -> str:
     field = known.get(names[-1])
     meaning = f" ({field.description})" if field and field.description else ""
     if kind == "missing":
+        if names[-2:-1] and names[-2].isdecimal():
+            return f"{where}: must be given{meaning}; add it below [[{'.'.join(names[:-2])}]]"
         way_out = f"add [{name}]" if _section(names) is not _section(names[:-1]) else f"add it or use --set {name}=…"
         return f"{where}: must be given{meaning}; {way_out}"
     if kind == "model_type":

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from curate.encoder import create_model
 from curate.errors import UserError
 from curate.manifest import last_round
+from curate.messages import gathered
 from curate.plan import evaluation_sets
 from curate.pool import Pool, take_inventory
 from curate.recipe import Recipe
@@ -23,33 +24,26 @@ def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
     """
     mistakes: list[str] = []
     pool: Pool | None = None
-    try:
+    evaluation: list[Pool] = []
+    with gathered(mistakes):
         store = Store(recipe.root)
         store.probe()
         newest = last_round(store)
-    except UserError as error:
-        mistakes += error.lines
-    try:
+    with gathered(mistakes):
         pool = take_inventory(
             recipe.pool, progress=lambda footers, total: tqdm(footers, total=total, desc="inventory", disable=None)
         )
-    except UserError as error:
-        mistakes += error.lines
-    try:
-        evaluation_sets(recipe)
-    except UserError as error:
-        mistakes += error.lines
+    with gathered(mistakes):
+        evaluation = evaluation_sets(recipe)
     if recipe.reference is None:
         mistakes.append("reference: must be given for a round; add [reference] with model and pretrained")
     encoders = {"reference": recipe.reference}
     if needs_learner(recipe.selection):
         encoders["learner"] = recipe.learner
     for role, section in encoders.items():
-        try:
+        with gathered(mistakes):
             if section is not None:
                 create_model(section, role=role, base=base, seed=recipe.seed)
-        except UserError as error:
-            mistakes += error.lines
     selection = recipe.selection
     size = selection.super_batch_size
     least = selection.super_batches or 1
@@ -66,9 +60,13 @@ def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
     if pool.ignored:
         yield f"pool: {len(pool.ignored)} files ignored, such as {pool.ignored[0]}"
     yield from (f"pool: skipped {line}" for line in pool.skipped)
+    if recipe.dedup is not None:
+        held_out = f"; {sum(seen.rows for seen in evaluation):,} evaluation rows are kept out" if evaluation else ""
+        yield f"dedup: {recipe.dedup.groups} of cosine {recipe.dedup.threshold} and above{held_out}"
     yield f"next round: {newest + 1}"
     yield (
         f"selection: {wanted} super-batches of {size:,} at most, {selection.method} {selection.criterion}, "
         f"{wanted * selection.sub_batch_size:,} rows in batches of {selection.sub_batch_size:,}"
     )
-    yield f"cost: {len(encoders) * pool.rows:,} forward passes at most; embeddings that exist are not made again"
+    passes = len(encoders) * pool.rows + sum(seen.rows for seen in evaluation)
+    yield f"cost: {passes:,} forward passes at most; embeddings that exist are not made again"

@@ -76,6 +76,10 @@ def dedup(
 ) -> None:
     """Find the pool's near-duplicates as a round would, and say what leaves; the next round finds it done."""
     loaded = _load(recipe, overrides)
+    if sheet is not None and not sheet.absolute().parent.is_dir():
+        raise UserError(
+            f"--sheet {sheet}: expected it in a folder, found no {sheet.absolute().parent}; make it, or correct it"
+        )
     from pipelines.dedup import dedup_recipe  # noqa: PLC0415
 
     store, pool, found = dedup_recipe(loaded, base=recipe.parent)
@@ -305,7 +309,15 @@ def _dedup_tables(found: "Dedup", pool: "Pool") -> list[Table | str]:
         f"{found.beyond:,} rows border on so many cells that a near-duplicate may have been missed"
         if found.beyond
         else "no near-duplicate can have been missed",
+        f"on top of {sum(generation < len(found.chain) - 1 for generation in found.generations):,} earlier shards"
+        if len(found.chain) > 1
+        else "decided from the beginning",
     ]
+    if unusable := sum(found.evaluation_statuses.values()) - found.evaluation_statuses.get("ok", 0):
+        facts.append(
+            f"{unusable:,} of {sum(found.evaluation_statuses.values()):,} evaluation rows have no embedding and keep "
+            "nothing out of the pool"
+        )
     if found.unsound:
         facts.append(f"{found.unsound:,} rows whose vectors are not finite or zero were compared with nothing")
     rows = [{"rows": count, "dropped": reason} for reason, count in found.dropped.items()]

@@ -130,6 +130,7 @@ def _checked(
 def _unreachable(path: Path, recipe: Recipe, *, uploaded: bool) -> Iterator[str]:
     """A line for each thing that the recipe names and the job would not find, or would write where nobody looks."""
     data = [("pool.path", recipe.pool.path), ("evaluate.path", recipe.evaluate.path if recipe.evaluate else [])]
+    data += [("dedup.evaluation.path", held_out.path) for held_out in (recipe.dedup.evaluation if recipe.dedup else ())]
     named = [(field, path) for field, paths in data for path in ([paths] if isinstance(paths, str) else paths)]
     files = []
     for role, section in (("reference", recipe.reference), ("learner", recipe.learner)):

@@ -3,7 +3,7 @@
     pairs -> groups -> dropped rows -> account
 
 A pool that grew starts from the largest earlier one whose shards it still holds: its new rows are compared with all.
-One task groups; it holds about 100 bytes per near-duplicate, whatever the size of the pool.
+One task groups: what it holds grows with the near-duplicates, and with nothing else.
 """
 
 from collections import Counter
@@ -20,9 +20,8 @@ from curate.dedup import (
     DROPPED_SCHEMA,
     Dedup,
     LargeGroup,
+    chain_files,
     dedup_folder,
-    nodes_name,
-    pairs_name,
     pin_parent,
     read_cells,
     read_counts,
@@ -45,6 +44,7 @@ from curate.grouping import (
     in_rank_order,
     nodes_once,
 )
+from curate.messages import gathered
 from curate.neighbours import Threshold
 from curate.plan import evaluation_sets
 from curate.pool import Pool, load_pool, take_inventory
@@ -74,7 +74,9 @@ def dedup_pool(
         evaluation: inventories of the sets whose images must not be trained on.
 
     Raises:
-        UserError: an embedding file was written by a version that did not hash pictures.
+        UserError: an embedding file was written by a version that did not hash pictures; or files of an earlier
+            deduplication, which this one starts from, are gone.
+        FileNotFoundError: embedding files are not complete.
     """
     folder = dedup_folder(section, reference, pool, evaluation)
     if (done := read_dedup(store, folder)) is not None:
@@ -91,12 +93,15 @@ def dedup_pool(
     found: _Found = fetch([ray.remote(_group).remote(store, folder, chain, compared, section.groups)])[0]
     largest = _measure(store, reference, compared, found.largest)
 
+    counts = read_counts(store, folder)
     dedup = Dedup(
         folder=folder,
         chain=chain,
         evaluation=tuple(seen.fingerprint for seen in evaluation),
         generations=compared.generations[: len(pool.shards)],
-        **read_counts(store, folder),
+        statuses=counts["statuses"],
+        evaluation_statuses=counts["evaluation_statuses"],
+        unsound=counts["unsound"],
         dropped=found.dropped,
         pairs=found.pairs,
         groups=found.groups,
@@ -119,7 +124,7 @@ def dedup_recipe(recipe: Recipe, *, base: Path) -> tuple[Store, Pool, Dedup]:
     Raises:
         UserError: in recipe, pool or model; all that are found together.
     """
-    from curate.encoder import store_encoder  # noqa: PLC0415 importing open_clip takes seconds
+    from curate.encoder import create_model, store_encoder  # noqa: PLC0415 importing open_clip takes seconds
 
     mistakes: list[str] = []
     if recipe.dedup is None:
@@ -128,22 +133,23 @@ def dedup_recipe(recipe: Recipe, *, base: Path) -> tuple[Store, Pool, Dedup]:
         )
     if recipe.reference is None:
         mistakes.append("reference: must be given to tell images apart; add [reference] with model and pretrained")
-    if recipe.dedup is None or recipe.reference is None:
-        raise UserError(*mistakes)
-    store = Store(recipe.root)
-    store.probe()
-    try:
+    pool = reference = None
+    evaluation: list[Pool] = []
+    with gathered(mistakes):
+        store = Store(recipe.root)
+        store.probe()
+    with gathered(mistakes):
         pool = take_inventory(recipe.pool, progress=footers_bar)
-    except UserError as error:
-        mistakes += error.lines
-    try:
+    with gathered(mistakes):
         evaluation = evaluation_sets(recipe)
-    except UserError as error:
-        mistakes += error.lines
-    if mistakes:
+    with gathered(mistakes):
+        if recipe.reference is not None and not mistakes:
+            reference = store_encoder(store, recipe.reference, role="reference", base=base, seed=recipe.seed)
+        elif recipe.reference is not None:
+            create_model(recipe.reference, role="reference", base=base, seed=recipe.seed)
+    if mistakes or pool is None or reference is None or recipe.dedup is None:
         raise UserError(*mistakes)
     connect(recipe.resources.address)
-    reference = store_encoder(store, recipe.reference, role="reference", base=base, seed=recipe.seed)
     for seen in (pool, *evaluation):
         embed_pool(store, seen, [reference], recipe.embed, recipe.resources)
     return store, pool, dedup_pool(store, pool, reference, recipe.dedup, evaluation)
@@ -223,8 +229,8 @@ def _read_pairs(store: Store, chain: Sequence[str], compared: Compared) -> tuple
     """Pairs by id, and their nodes, ascending, each once; size of the newest largest cell; rows beyond the borders."""
     pool_shards = sum(generation != EVALUATION for generation in compared.generations)
     starts = {shard.key: int(compared.starts[i]) for i, shard in enumerate(compared.shards[:pool_shards])}
-    found_pairs, found_nodes, beyond, largest = [], [], 0, 0
-    for folder in chain:
+    found_pairs, found_nodes, beyond, largest = [], [], [], 0
+    for folder, pairs_files, nodes_files in chain_files(store, chain):
         shards = _pool_of(store, folder).shards
         old = np.cumsum([0, *(shard.rows for shard in shards)])
         # Where each of its shards begins now, and where the evaluation sets do, which follow.
@@ -234,19 +240,19 @@ def _read_pairs(store: Store, chain: Sequence[str], compared: Compared) -> tuple
             at = np.searchsorted(old, ids, side="right") - 1
             return ids - old[at] + new[at]
 
-        largest = 0
-        for name in store.list(folder):
-            if name.startswith(pairs_name(folder, None)):
-                pairs, facts = read_records(store, name, PAIR)
-                pairs["better"], pairs["worse"] = moved(pairs["better"]), moved(pairs["worse"])
-                found_pairs.append(pairs)
-                beyond += facts["beyond"]
-                largest = max(largest, facts["largest_cell"])
-            elif name.startswith(nodes_name(folder, None)):
-                nodes, _ = read_records(store, name, NODE)
-                nodes["id"] = moved(nodes["id"])
-                found_nodes.append(nodes)
-    return np.concatenate(found_pairs), nodes_once(np.concatenate(found_nodes)), largest, beyond
+        facts = []
+        for name in pairs_files:
+            pairs, said = read_records(store, name, PAIR)
+            pairs["better"], pairs["worse"] = moved(pairs["better"]), moved(pairs["worse"])
+            found_pairs.append(pairs)
+            facts.append(said)
+        for name in nodes_files:
+            nodes, _ = read_records(store, name, NODE)
+            nodes["id"] = moved(nodes["id"])
+            found_nodes.append(nodes)
+        beyond.append(sum(said["beyond"] for said in facts))
+        largest = max(said["largest_cell"] for said in facts)
+    return np.concatenate(found_pairs), nodes_once(np.concatenate(found_nodes)), largest, max(beyond)
 
 
 def _write(store: Store, folder: str, decisions: Decisions, ids: Ints, compared: Compared) -> None:

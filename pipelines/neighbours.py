@@ -2,7 +2,8 @@
 
     embeddings -> sample -> cells -> each row to its cell and to those that it borders on -> pairs
 
-What a task holds: a group of shards, or k-means' sample, or a group of cells, whatever the size of the pool.
+What a task holds: a group of shards, or k-means' sample, or a group of cells, and nothing that grows with the pool
+before its rows are so many that tasks must take more of them.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from curate.dedup import nodes_name, pairs_name, read_cells, write_cells, write_records
+from curate.dedup import nodes_name, pairs_name, read_cells, read_counts, write_cells, write_records
 from curate.embeddings import contents, embedding_name, vectors
 from curate.errors import UserError
 from curate.grouping import EVALUATION, NODE, PAIR, Nodes, Pairs, collapse, each_once, in_rank_order, nodes_once, thin
@@ -32,8 +33,9 @@ from curate.walk import END, walk_keys
 from pipelines.cluster import device, exchange, fetch, gpus, groups
 
 ROWS_PER_TASK = 65_536
-"""Rows of the cells that one task searches; more where the tasks would be more than `MOST_TASKS`."""
+"""Rows of the cells that one task searches."""
 MOST_TASKS = 1024
+"""From 67 million rows on each task searches more: every group of shards sends a part to every task."""
 MOST_PAIRS = 2**22
 """Pairs that a searching task holds before it thins them: 88 MiB."""
 SCORED = 8192
@@ -124,7 +126,7 @@ def find_pairs(store: Store, folder: str, reference: EncoderSpec, threshold: Thr
     if read_cells(store, folder) is None:
         _make_cells(store, folder, reference, compared, cell_count(rows))
     count = len(_cells(store, folder).centroids)
-    tasks = max(1, min(count, MOST_TASKS, rows // ROWS_PER_TASK))
+    tasks = read_counts(store, folder)["tasks"]
     there = set(store.list(folder))
     todo = [task for task in range(tasks) if pairs_name(folder, task) not in there]
     captions = threshold.caption is not None
@@ -204,33 +206,42 @@ def _make_cells(store: Store, folder: str, reference: EncoderSpec, compared: Com
     seed = derive_seed(0, "cells")
     high = int(END * sample_share(int(compared.starts[-1]), cells))
 
-    def split(places: list[int]) -> list[tuple[Halves, Vectors, Counter[str], int]]:
-        sampled, statuses, unsound = [], Counter[str](), 0
+    def split(places: list[int]) -> list[tuple[Halves, Vectors, Counter[str], Counter[str], int]]:
+        sampled, statuses, held_out, unsound = [], Counter[str](), Counter[str](), 0
         for place in places:
             rows, found, bad = _load(store, reference, compared, place, captions=False)
-            if compared.generations[place] != EVALUATION:
+            if compared.generations[place] == EVALUATION:
+                held_out += found
+            else:
                 statuses += found
                 unsound += bad
             keys = walk_keys(rows.content, seed=seed, epoch=0)
             chosen = keys < np.uint64(high) if high < END else np.ones(len(keys), bool)
             sampled.append((rows.content[chosen], rows.zimg[chosen]))
-        content, zimg = (np.concatenate(part) for part in zip(*sampled, strict=True))
-        return [(content, zimg, statuses, unsound)]
+        return [(*_distinct(sampled), statuses, held_out, unsound)]
 
-    def join(_: None, parts: Sequence[tuple[Halves, Vectors, Counter[str], int]]) -> None:
-        content, zimg = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
-        order = np.lexsort(content.T)
-        write_cells(
-            store,
-            folder,
-            train_cells(unit_rows(zimg[order]), cells).to_array(),
-            {
-                "statuses": sum((part[2] for part in parts), Counter[str]()),
-                "unsound": sum(part[3] for part in parts),
-            },
-        )
+    def join(_: None, parts: Sequence[tuple[Halves, Vectors, Counter[str], Counter[str], int]]) -> None:
+        trained = train_cells(unit_rows(_distinct([part[:2] for part in parts])[1]), cells)
+        statuses, held_out = (sum((part[i] for part in parts), Counter[str]()) for i in (2, 3))
+        tasks = max(1, min(len(trained.centroids), MOST_TASKS, int(compared.starts[-1]) // ROWS_PER_TASK))
+        counts = {
+            "statuses": statuses,
+            "evaluation_statuses": held_out,
+            "unsound": sum(part[4] for part in parts),
+            "tasks": tasks,
+        }
+        write_cells(store, folder, trained.to_array(), counts)
 
     fetch(exchange(compared.sources(), split, [None], join, title="cells", join_gpus=min(1, gpus())))
+
+
+def _distinct(parts: Sequence[tuple[Halves, Vectors]]) -> tuple[Halves, Vectors]:
+    """Contents and images of several parts in the order of the contents, equal ones once: copies are drawn together."""
+    content, zimg = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = np.lexsort(content.T)
+    first = np.ones(len(order), bool)
+    first[1:] = (content[order[1:]] != content[order[:-1]]).any(axis=1)
+    return content[order[first]], zimg[order[first]]
 
 
 def _load(

@@ -146,6 +146,27 @@ def test_show_where_there_is_nothing_to_show(curate: Curate, tmp_path: Path, wha
     assert not root.exists()  # looking creates nothing
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["dedup.threshold=1.0"], "dedup.threshold = 1.0: must be less than or equal to 0.9999"),
+        (["dedup.groups=all"], "dedup.groups = 'all': must be 'components' or 'greedy'"),
+        (["dedup.evaluation=[{path = []}]"], "must be a path or URL, or a list of at least one"),
+        (["dedup.evaluation=[{image = 'jpg'}]"], "dedup.evaluation.0.path: must be given (as pool.path); add it below"),
+    ],
+)
+def test_a_wrong_dedup_section_is_one_line(curate: Curate, recipe: Path, overrides: list[str], expected: str) -> None:
+    (line,) = mistakes(curate("dedup", recipe, *(part for text in overrides for part in ("--set", text))))
+    assert expected in line
+
+
+def test_dedup_without_a_section_or_with_a_sheet_nowhere(curate: Curate, recipe: Path) -> None:
+    (line,) = mistakes(curate("dedup", recipe))
+    assert "dedup: must be given; add [dedup]" in line
+    (line,) = mistakes(curate("dedup", recipe, "--set", "dedup.threshold=0.9", "--sheet", "no/where/sheet.html"))
+    assert line.startswith("--sheet no/where/sheet.html: expected it in a folder")
+
+
 # --- check -------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +182,15 @@ def test_check_says_what_a_round_would_do(curate: Curate, recipe: Path) -> None:
     assert lines[4].startswith("cost: 200 forward passes at most")
     assert ended.stderr == ""
     assert [path.name for path in (recipe.parent / "root").iterdir()] == []  # nothing is left in the root
+
+
+def test_check_says_what_dedup_would_do(curate: Curate, recipe: Path) -> None:
+    sets = f'dedup.evaluation=[{{path = "{recipe.parent / "pool"}"}}]'
+    lines = curate("check", recipe, "--set", "dedup.threshold=0.9", "--set", sets).stdout.splitlines()
+    assert lines[2] == "dedup: components of cosine 0.9 and above; 100 evaluation rows are kept out"
+    assert lines[5].startswith("cost: 300 forward passes at most")
+    (line,) = mistakes(curate("check", recipe, "--set", "dedup.evaluation=[{path = 'nowhere'}]"))
+    assert "nowhere: expected a file" in line
 
 
 def test_check_reports_the_mistakes_of_pool_models_and_root_together(curate: Curate, recipe: Path) -> None:

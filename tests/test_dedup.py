@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import io
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from curate import neighbours
 from curate.dedup import Dedup, dedup_folder, read_dropped
@@ -23,6 +26,7 @@ from curate.pool import Columns, Pool, Shard
 from curate.recipe import DedupSection, EvaluationSet, Recipe
 from curate.spec import EncoderSpec
 from curate.storage import Store
+from jobs.cli import _dedup_tables
 from jobs.dedup_sheet import write_sheet
 from jobs.drawn_pool import draw_pool
 from pipelines import neighbours as pipeline
@@ -150,8 +154,9 @@ def test_what_leaves_is_what_all_cosines_say(
         assert (why["representative_shard"], why["representative_row"]) not in dropped
 
 
-def test_no_order_of_shards_matters(ray_local: None, small: None, tmp_path: Path) -> None:
-    rows, section = planted(3000), DedupSection(threshold=0.97)
+@pytest.mark.parametrize("rule", ["components", "greedy"])
+def test_no_order_of_shards_matters(ray_local: None, small: None, tmp_path: Path, rule: Any) -> None:
+    rows, section = planted(3000), DedupSection(threshold=0.97, groups=rule)
     shards = cut(rows, 4)
     backwards = cut(rows[::-1], 3)
     left = [
@@ -213,6 +218,46 @@ def test_a_third_pool_starts_from_the_largest_that_it_holds(ray_local: None, sma
     assert dedup_pool(store, pools[-1], SPEC, section) == done[-1]
 
 
+@pytest.mark.parametrize("gone", ["dedup.json", "counts.json", "pairs-000000.parquet", "nodes-000001.parquet"])
+def test_what_an_earlier_deduplication_found_is_missed(ray_local: None, small: None, store: Store, gone: str) -> None:
+    section = DedupSection(threshold=0.97)
+    rows = planted(3000)
+    first = dedup_pool(store, embedded_pool(store, SPEC, cut(rows[:2000], 2)), SPEC, section)
+    grown = embedded_pool(store, SPEC, cut(rows[:2000], 2) | cut(rows[2000:], 1, 5))
+    later = dedup_pool(store, grown, SPEC, section)
+    assert later.chain[0] == first.folder
+    for name in ("dedup.json", "pairs-000001.parquet"):
+        store.delete(f"{later.folder}/{name}")
+    store.delete(f"{first.folder}/{gone}")
+    with pytest.raises(UserError, match=rf"{gone}: expected the earlier deduplication .*; restore it, or delete "):
+        dedup_pool(store, grown, SPEC, section)
+
+
+@pytest.mark.parametrize("rule", ["components", "greedy"])
+@pytest.mark.parametrize("caption", [None, 0.9])
+def test_decisions_stand_through_three_pools(
+    ray_local: None, small: None, store: Store, rule: Any, caption: float | None
+) -> None:
+    section = DedupSection(threshold=0.97, groups=rule, caption_threshold=caption)
+    rows = planted(2400)
+    shards: dict[str, list[Row]] = {}
+    before: set[tuple[str, int]] = set()
+    for name, some in (("5", rows[:900]), ("3", rows[900:1800]), ("7", rows[1800:])):
+        earlier = set(shards)
+        shards[name] = some
+        dropped = set(run(store, shards, section))
+        assert {place for place in dropped if place[0] in earlier} == before
+        before = dropped
+        # What stays has no near-duplicate among what stayed before it.
+        z = unit(np.array([row["zimg"] for rows in shards.values() for row in rows], np.float16).astype(np.float32))
+        t = unit(np.array([row["ztxt"] for rows in shards.values() for row in rows], np.float16).astype(np.float32))
+        places = [(name, i) for name, rows in shards.items() for i in range(len(rows))]
+        stays = np.array([place not in dropped for place in places])
+        near = (z @ z.T >= 0.97) & (t @ t.T >= (-2 if caption is None else caption))
+        new = np.array([place[0] == name for place in places])
+        assert not (near & np.outer(stays & new, stays & ~new)).any()
+
+
 def test_what_is_left_undone_is_done_to_the_same_bytes(ray_local: None, small: None, store: Store) -> None:
     section = DedupSection(threshold=0.97)
     pool = embedded_pool(store, SPEC, cut(planted(3000), 4))
@@ -249,6 +294,7 @@ def test_rows_without_a_sound_vector_are_counted_and_group_with_nothing(
     pool = embedded_pool(store, SPEC, shards)
     dedup = dedup_pool(store, pool, SPEC, DedupSection(threshold=0.97))
     assert dedup.unsound == 6
+    assert dedup.evaluation_statuses == {}
     assert dedup.statuses == {"ok": pool.rows - 4, "image_truncated": 2, "embedding_nonfinite": 2}
     dropped = dropped_of(store, pool, dedup)
     assert not [place for place in dropped if place[0] == "only" or (place[0] == "000" and place[1] < 5)]
@@ -283,6 +329,7 @@ def test_near_copies_of_evaluation_images_leave(ray_local: None, small: None, st
     for caption in (None, 0.9):  # the captions of an evaluation set do not matter
         section = DedupSection(threshold=0.97, caption_threshold=caption)
         dedup = dedup_pool(store, pool, SPEC, section, [evaluation])
+        assert dedup.evaluation_statuses == {"ok": 120, "caption_missing": 1}
         dropped = dropped_of(store, pool, dedup)
         contaminated = {place for place, why in dropped.items() if why["reason"] == "contaminated"}
         seen = np.array([row["zimg"] for row in test_set[:-1]], np.float16).astype(np.float32)
@@ -342,6 +389,16 @@ def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(ray_local: None, tm
     drawn = write_sheet(store, pool, dedup, tmp_path / "sheet.html", groups=4)
     sheet = (tmp_path / "sheet.html").read_text()
     assert drawn == sheet.count("<section>") == 4
+    shown_to = io.StringIO()
+    for item in _dedup_tables(dedup, pool):
+        Console(file=shown_to, width=200).print(item)
+    said = shown_to.getvalue()
+    assert f"{dedup.pairs:,} pairs, {dedup.groups:,} groups" in said
+    assert "no near-duplicate can have been missed" in said
+    assert "decided from the beginning" in said
+    assert re.search(rf"{dedup.dropped['near_duplicate']:,} │ near_duplicate", said)
+    stay = dedup.statuses["ok"] - sum(dedup.dropped.values())
+    assert re.search(rf"{stay:,} │ no, they stay", said)
     pictures = {image for shard in [*pool.shards] for image in pq.read_table(shard.path)["jpg"].to_pylist()}
     pictures |= set(pq.read_table(tmp_path / "test-set" / "00000.parquet")["jpg"].to_pylist())
     shown = [base64.b64decode(found) for found in re.findall('src="data:image;base64,([^"]+)"', sheet)]
@@ -361,14 +418,21 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError) as told:
         dedup_recipe(Recipe.model_validate(fields), base=tmp_path)
-    assert [line.partition(":")[0] for line in told.value.lines] == ["dedup", "reference"]
-    fields |= {"dedup": {"evaluation": [{"path": str(tmp_path / "none")}]}, "reference": {"model": "tiny.json"}}
+    dedup, reference, pool = told.value.lines
+    assert dedup.startswith("dedup: must be given; ")
+    assert reference.startswith("reference: must be given")
+    assert "nowhere: expected a file" in pool
+    (tmp_path / "labels").mkdir()
+    pq.write_table(pa.table({"jpg": [b"x"], "label": ["a"]}), tmp_path / "labels" / "a.parquet")
+    sets = [{"path": str(tmp_path / "none")}, {"path": str(tmp_path / "labels")}]
+    fields |= {"dedup": {"evaluation": sets}, "reference": {"model": "tiny.json"}}
     with pytest.raises(UserError) as told:
         dedup_recipe(Recipe.model_validate(fields), base=tmp_path)
-    pool, evaluation = told.value.lines
+    pool, none, labels, model = told.value.lines
     assert "nowhere: expected a file" in pool
-    assert evaluation.startswith("dedup.evaluation: ")
-    assert "none: expected a file" in evaluation
+    assert "none: expected a file" in none
+    assert "(or name it with dedup.evaluation.caption)" in labels
+    assert "tiny.json" in model
 
 
 def test_another_question_is_another_folder() -> None:

@@ -311,10 +311,16 @@ def test_the_fingerprint_ignores_what_cannot_change_a_round(load: Load, override
         "selection.gain=2.5",
         "selection.super_batches=2",
         "output.file_rows=64",
+        "dedup.threshold=0.95",
+        "dedup.evaluation=[{path = 'a'}]",
     ],
 )
 def test_the_fingerprint_changes_with_everything_else(load: Load, override: str) -> None:
     assert load(override).fingerprint() != load().fingerprint()
+
+
+def test_a_recipe_without_dedup_is_what_it_was_before_there_was_any(load: Load) -> None:
+    assert "dedup" not in load().of_round()
 
 
 def test_writing_a_default_out_changes_nothing(load: Load) -> None:

@@ -386,6 +386,7 @@ def test_all_mistakes_are_found_before_anything_is_sent(tmp_path: Path) -> None:
         reference = {model = "local-dir:models/a", pretrained = "weights.safetensors"}
         learner.model = "other.json"
         evaluate.path = "held-out"
+        dedup.evaluation = [{path = "/mnt/a"}, {path = "b"}]
         selection.sub_batch_size = 16
         """
     )
@@ -404,6 +405,7 @@ def test_all_mistakes_are_found_before_anything_is_sent(tmp_path: Path) -> None:
         f"root = 'x': {cluster} s3://... or {everywhere}",
         f"pool.path = 'shards/*.parquet': {cluster} s3://... or {everywhere}, {upload}",
         f"evaluate.path = 'held-out': {cluster} s3://... or {everywhere}, {upload}",
+        f"dedup.evaluation.path = 'b': {cluster} s3://... or {everywhere}, {upload}",
         f"reference.model = 'models/a': {cluster} {everywhere}, {upload}",
         f"reference.pretrained = 'weights.safetensors': {cluster} {everywhere}, {upload}",
         f"{recipe}: names other.json, found no such file beside the recipe; correct the name",
