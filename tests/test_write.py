@@ -143,7 +143,7 @@ def test_each_row_says_why_it_is_here_and_whence(store: Store, tmp_path: Path):
 
 
 def test_without_a_uid_column_the_content_names_the_pair(store: Store, tmp_path: Path):
-    from curate.embed import content_hash
+    from curate.embeddings import content_hash
 
     pool = rich_pool(tmp_path / "pool")
     _, parquet = written(store, pool, places(pool, 1, 8))
