@@ -177,8 +177,6 @@ def decide(pairs: Pairs, tiers: npt.NDArray[np.integer], rule: Rule) -> Decision
         strongest = _strongest(worse, better, edges)
         tied[worse[strongest]] = inside[strongest]
         representative[worse[strongest]] = better[strongest]
-        while (representative[representative] != representative).any():
-            representative = representative[representative]
     else:
         for tier in np.unique(tiers[left]):
             now = np.flatnonzero(tiers[worse] <= tier)  # the worse row is the later one
@@ -191,8 +189,8 @@ def decide(pairs: Pairs, tiers: npt.NDArray[np.integer], rule: Rule) -> Decision
             at = np.searchsorted(_as_one(better[now], worse[now], n), _as_one(*ends, n))
             tied[goes] = inside[now[at]]
             representative[goes] = towards[goes]
-            while (representative[representative] != representative).any():
-                representative = representative[representative]
+    while (representative[representative] != representative).any():
+        representative = representative[representative]
 
     dropped = np.flatnonzero(representative != np.arange(n))
     why = pairs[tied[dropped]]

@@ -210,8 +210,8 @@ def near_pairs(
 ) -> Iterator[tuple[Ints, Ints, Floats]]:
     """Pairs (i, j), i < j, i < inner, that are near-duplicates: compared in tiles, verified one by one.
 
-    A plain tiled product is what finds them: FAISS's flat search takes 7 times as long on a CPU, see
-    `python -m benchmarks.dedup` (it computes both halves of a symmetric product, row by row through a heap).
+    A plain tiled product is what finds them: FAISS's flat search, which computes both halves of the symmetric product,
+    takes nearly twice as long on a CPU, see `python -m benchmarks.dedup.speed`.
 
     Args:
         zimg: [n, D] unit rows on the device that compares them.

@@ -200,8 +200,7 @@ def _group(store: Store, folder: str, chain: Sequence[str], compared: Compared, 
     tiers = compared.tiers(nodes["id"])
     order = in_rank_order(nodes, tiers)
     ids, tiers = nodes["id"][order], tiers[order]
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
+    rank = np.argsort(order)
     ends = np.stack([rank[np.searchsorted(nodes["id"], pairs[end])] for end in ("better", "worse")])
     pairs["better"], pairs["worse"] = ends.min(axis=0), ends.max(axis=0)
     pairs = each_once(pairs)

@@ -132,8 +132,7 @@ def find_pairs(store: Store, folder: str, reference: EncoderSpec, threshold: Thr
     captions = threshold.caption is not None
 
     def split(places: list[int]) -> Iterator[_Part]:
-        found = [_load(store, reference, compared, place, captions=captions)[0] for place in places]
-        rows = concatenate(found)
+        rows = concatenate([_load(store, reference, compared, place, captions=captions) for place in places])
         order = in_rank_order(rows.nodes, compared.tiers(rows.nodes["id"]))
         kept, copies = collapse(rows.content[order], None if captions else rows.picture[order])
         pairs, nodes = _by_id(copies, rows.nodes[order], compared)
@@ -209,15 +208,16 @@ def _make_cells(store: Store, folder: str, reference: EncoderSpec, compared: Com
     def split(places: list[int]) -> list[tuple[Halves, Vectors, Counter[str], Counter[str], int]]:
         sampled, statuses, held_out, unsound = [], Counter[str](), Counter[str](), 0
         for place in places:
-            rows, found, bad = _load(store, reference, compared, place, captions=False)
+            table, zimg, _, found, bad = _read_sound(store, reference, compared.shards[place])
             if compared.generations[place] == EVALUATION:
                 held_out += found
             else:
                 statuses += found
                 unsound += bad
-            keys = walk_keys(rows.content, seed=seed, epoch=0)
+            content = contents(table["content"])
+            keys = walk_keys(content, seed=seed, epoch=0)
             chosen = keys < np.uint64(high) if high < END else np.ones(len(keys), bool)
-            sampled.append((rows.content[chosen], rows.zimg[chosen]))
+            sampled.append((content[chosen], zimg[chosen]))
         return [(*_distinct(sampled), statuses, held_out, unsound)]
 
     def join(_: None, parts: Sequence[tuple[Halves, Vectors, Counter[str], Counter[str], int]]) -> None:
@@ -244,11 +244,13 @@ def _distinct(parts: Sequence[tuple[Halves, Vectors]]) -> tuple[Halves, Vectors]
     return content[order[first]], zimg[order[first]]
 
 
-def _load(
-    store: Store, reference: EncoderSpec, compared: Compared, place: int, *, captions: bool
-) -> tuple[Rows, Counter[str], int]:
-    """The usable rows of a shard; all its rows counted by status; and those whose vectors are unsound all the same."""
-    shard = compared.shards[place]
+def _read_sound(
+    store: Store, reference: EncoderSpec, shard: Shard
+) -> tuple[pa.Table, Vectors, Vectors, Counter[str], int]:
+    """The usable rows of a shard: their columns with one more, `row`; images, captions.
+
+    And all its rows counted by status; and the number of those whose vectors are unsound though their status is ok.
+    """
     name = embedding_name(reference.sha, shard)
     with store.open_input(name) as file, pq.ParquetFile(file) as parquet:
         if "picture" not in parquet.schema_arrow.names:
@@ -262,8 +264,15 @@ def _load(
     ok = np.array([text == "ok" for text in status], bool)
     sound = ok & np.logical_and.reduce([np.isfinite(z).all(axis=1) & z.any(axis=1) for z in (zimg, ztxt)])
     row = np.flatnonzero(sound)
-    zimg, ztxt = zimg[row], ztxt[row]
-    table = table.take(pa.array(row))
+    table = table.drop_columns(["zimg", "ztxt"]).take(pa.array(row)).append_column("row", pa.array(row))
+    return table, zimg[row], ztxt[row], Counter(status), int(ok.sum() - sound.sum())
+
+
+def _load(store: Store, reference: EncoderSpec, compared: Compared, place: int, *, captions: bool) -> Rows:
+    """The usable rows of a shard, with what ranks them."""
+    shard = compared.shards[place]
+    table, zimg, ztxt, _, _ = _read_sound(store, reference, shard)
+    row = table["row"].to_numpy()
     nodes = np.empty(len(row), NODE)
     nodes["id"] = compared.starts[place] + row
     nodes["score"] = _scores(zimg, ztxt)
@@ -272,14 +281,13 @@ def _load(
     nodes["place"] = walk_keys(
         np.column_stack([np.full(len(row), _hash(shard.key), np.uint64), row.astype(np.uint64)]), seed=0, epoch=0
     )
-    rows = Rows(
+    return Rows(
         nodes=nodes,
         content=contents(table["content"]),
         picture=contents(table["picture"]),
         zimg=zimg,
         ztxt=ztxt if captions else ztxt[:, :0],
     )
-    return rows, Counter(status), int(ok.sum() - sound.sum())
 
 
 def _scores(zimg: Vectors, ztxt: Vectors) -> npt.NDArray[np.float32]:
@@ -317,8 +325,7 @@ def search_cells(
         the worst.
     """
     order = in_rank_order(rows.nodes, compared.tiers(rows.nodes["id"]))
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(len(order))
+    rank = np.argsort(order)
     fresh = compared.fresh(rows.nodes["id"])
     evaluation = compared.tiers(rows.nodes["id"]) == EVALUATION
     captions = rows.ztxt.shape[1] > 0

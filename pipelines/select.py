@@ -5,16 +5,16 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from curate.dedup import kept_rows
-from curate.embeddings import contents, embedding_name, read_embeddings, vectors
+from curate.embeddings import embedding_name, read_embeddings, vectors
 from curate.pool import Pool, Shard
 from curate.recipe import SelectionSection
 from curate.select import Candidates, Scale, Vectors, select_sub_batch
 from curate.selected import SubBatchStats, read_selected, selected_name, write_selected
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from curate.walk import WalkRange, super_batch_of, walk_rows
+from curate.walk import WalkRange, super_batch_of
 from pipelines.cluster import device, exchange, fetch, gpus, groups
+from pipelines.walk import candidate_rows
 
 
 def select_round(
@@ -107,9 +107,7 @@ def load_candidates(
     """The candidates of a shard that some super-batch of the round holds, with their vectors."""
     columns = ["status", "content", "zimg", "ztxt"]
     table = read_embeddings(store, embedding_name(reference.sha, shard), columns)
-    usable = np.flatnonzero(np.asarray(table["status"].to_pylist(), object) == "ok")
-    usable = kept_rows(store, dedup, shard, usable)
-    rows = walk_rows(contents(table["content"])[usable], shard.index, usable, seed=seed, epoch=epoch)
+    rows = candidate_rows(store, shard, table, dedup, seed=seed, epoch=epoch)
     rows = rows[super_batch_of(rows["key"], boundaries) >= 0]
     wanted = pa.array(rows["row"])
 

@@ -93,7 +93,8 @@ def lay_walk(
     statuses = sum((found for _, _, found in summaries), Counter[str]())
     candidates = sum(counts)
     embedded = Tally.of("embed", statuses.items())
-    dropped = Counter({DUPLICATE_EXACT: duplicates}) + Counter(dedup.dropped if dedup else {})
+    dropped = Counter(dedup.dropped if dedup else {})
+    dropped[DUPLICATE_EXACT] += duplicates
     walk = Walk(
         epoch=epoch,
         embedded=embedded,
@@ -112,12 +113,16 @@ def _candidates(
     statuses = Counter[str]()
     for shard in shards:
         table = read_embeddings(store, embedding_name(reference.sha, shard), ["status", "content"])
-        status = np.asarray(table["status"].to_pylist())
-        statuses.update(status.tolist())
-        usable = np.flatnonzero(status == "ok") if len(status) else np.empty(0, np.int64)
-        usable = kept_rows(store, dedup, shard, usable)
-        parts.append(walk_rows(contents(table["content"])[usable], shard.index, usable, seed=seed, epoch=epoch))
+        statuses.update(table["status"].to_pylist())
+        parts.append(candidate_rows(store, shard, table, dedup, seed=seed, epoch=epoch))
     return np.concatenate(parts), statuses
+
+
+def candidate_rows(store: Store, shard: Shard, table: pa.Table, dedup: str | None, *, seed: int, epoch: int) -> Rows:
+    """The rows of a shard that can be used and that no deduplication dropped, by its embedding file's columns."""
+    usable = np.flatnonzero(np.asarray(table["status"].to_pylist(), object) == "ok")
+    usable = kept_rows(store, dedup, shard, usable)
+    return walk_rows(contents(table["content"])[usable], shard.index, usable, seed=seed, epoch=epoch)
 
 
 def _by_key(rows: Rows, count: int) -> list[Rows]:
