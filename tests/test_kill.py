@@ -3,6 +3,7 @@
 These runs are processes of their own, from the command line, because a signal 9 spares nothing within one.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -61,27 +63,36 @@ def undisturbed(world: Path, moto_url: str, tmp_path_factory: pytest.TempPathFac
 
     On S3, so that whoever makes the same bytes in a local root shows that the store does not matter, either.
     """
+    with a_bucket(moto_url, "undisturbed") as (client, env):
+        run(command(world, "s3://undisturbed/root", "undisturbed.toml"), **env)
+        folder = tmp_path_factory.mktemp("undisturbed")
+        for page in client.get_paginator("list_objects_v2").paginate(Bucket="undisturbed", Prefix="root/rounds/"):
+            for found in page["Contents"]:
+                path = folder / found["Key"].removeprefix("root/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                client.download_file("undisturbed", found["Key"], str(path))
+    return folder
+
+
+@contextlib.contextmanager
+def a_bucket(moto_url: str, name: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    """A client of a new bucket, and the environment of a process that shall find it."""
     env = {"AWS_ENDPOINT_URL": moto_url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     env |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
     client = boto3.client(
         "s3", endpoint_url=moto_url, aws_access_key_id="x", aws_secret_access_key="x", region_name="us-east-1"
     )
-    client.create_bucket(Bucket="undisturbed")
-    run(command(world, "s3://undisturbed/root", "undisturbed.toml"), **env)
-    folder = tmp_path_factory.mktemp("undisturbed")
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket="undisturbed", Prefix="root/rounds/"):
-        for found in page["Contents"]:
-            path = folder / found["Key"].removeprefix("root/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            client.download_file("undisturbed", found["Key"], str(path))
+    client.create_bucket(Bucket=name)
+    yield client, env
     client.close()
-    return folder
 
 
-def command(world: Path, root: str, name: str, *, workers: int = 1, address: str = "local") -> list[str]:
+def command(
+    world: Path, root: str, name: str, *, workers: int = 1, address: str = "local", verb: str = "rounds", more: str = ""
+) -> list[str]:
     recipe = world / name
-    recipe.write_text(RECIPE.format(root=root, pool=world / "pool", workers=workers, address=address))
-    return [sys.executable, "-m", "jobs.cli", "rounds", str(recipe)]
+    recipe.write_text(RECIPE.format(root=root, pool=world / "pool", workers=workers, address=address) + more)
+    return [sys.executable, "-m", "jobs.cli", verb, str(recipe)]
 
 
 def kill_when(arguments: list[str], reached: Callable[[], bool], finished: Callable[[], bool]) -> None:
@@ -182,44 +193,18 @@ def test_schedulers_and_a_node_killed(world: Path, undisturbed: Path, tmp_path: 
     disturbed.assert_equal(undisturbed)
 
 
-DEDUP = """
-root = "{root}"
-[pool]
-path = "{pool}"
-[reference]
-model = "reference.json"
-[learner]
-model = "learner.json"
-[selection]
-sub_batch_size = 16
-n_chunks = 4
-[dedup]
-threshold = 0.9998
-[resources]
-workers = 1
-"""
-
-
 def test_a_deduplication_killed(world: Path, moto_url: str, tmp_path: Path) -> None:
     """In each of its steps; at last the same bytes as in a root on S3 where nothing was killed."""
 
     def arguments(root: str, name: str) -> list[str]:
-        recipe = world / name
-        recipe.write_text(DEDUP.format(root=root, pool=world / "pool"))
-        return [sys.executable, "-m", "jobs.cli", "dedup", str(recipe)]
+        return command(world, root, name, verb="dedup", more="[dedup]\nthreshold = 0.9998\n")
 
-    env = {"AWS_ENDPOINT_URL": moto_url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    env |= {"AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
-    client = boto3.client(
-        "s3", endpoint_url=moto_url, aws_access_key_id="x", aws_secret_access_key="x", region_name="us-east-1"
-    )
-    client.create_bucket(Bucket="dedup")
-    run(arguments("s3://dedup/root", "dedup-s3.toml"), **env)
-    expected = {
-        found["Key"].removeprefix("root/"): client.get_object(Bucket="dedup", Key=found["Key"])["Body"].read()
-        for found in client.list_objects_v2(Bucket="dedup", Prefix="root/dedup/")["Contents"]
-    }
-    client.close()
+    with a_bucket(moto_url, "dedup") as (client, env):
+        run(arguments("s3://dedup/root", "dedup-s3.toml"), **env)
+        expected = {
+            found["Key"].removeprefix("root/"): client.get_object(Bucket="dedup", Key=found["Key"])["Body"].read()
+            for found in client.list_objects_v2(Bucket="dedup", Prefix="root/dedup/")["Contents"]
+        }
     assert len(expected) == 7
 
     root = tmp_path / "root"
