@@ -11,7 +11,7 @@ ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH UV_LINK_MODE=copy
 COPY requirements.lock ./
 RUN uv venv "$VIRTUAL_ENV" && uv pip sync --no-cache requirements.lock
 
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY curate curate
 COPY pipelines pipelines
 COPY jobs jobs

@@ -45,7 +45,7 @@ def main() -> None:
         base = Path(scratch)
         recipe = make(base, arguments.rounds)
         store = Store(recipe.root)
-        run_round = in_own_ray(recipe, base)
+        run_round = in_own_ray(recipe, base, print)
         begun = time.monotonic()
 
         def run(number: int) -> None:

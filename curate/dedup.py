@@ -168,6 +168,12 @@ def read_records(store: Store, name: str, dtype: np.dtype[np.void]) -> tuple[npt
     return records, json.loads(table.schema.metadata[b"facts"])
 
 
+def count_records(store: Store, name: str) -> int:
+    """How many records a file holds, by its footer."""
+    with store.open_input(name) as file:
+        return int(pq.read_metadata(file).num_rows)
+
+
 def write_cells(store: Store, folder: str, array: npt.NDArray[np.float32], counts: Mapping[str, Any]) -> None:
     """Pin the cells, and the rows as they were counted; those that somebody else pinned stay."""
     store.put_bytes(f"{folder}/counts.json", json.dumps(counts, sort_keys=True).encode())

@@ -10,30 +10,37 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import numpy.typing as npt
 import open_clip
 import PIL.Image
 import safetensors.torch
 import torch
+from huggingface_hub import constants
 from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, load_checkpoint
-from open_clip.push_to_hf_hub import save_config_for_hf
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from curate.errors import UserError
+from curate.hub import hub_if_it_answers, without_hub
 from curate.messages import one_line
-from curate.recipe import EncoderSection
+from curate.recipe import DeviceType, EncoderSection, Precision
 from curate.seeds import derive_seed
-from curate.spec import EncoderSpec
+from curate.spec import WEIGHTS_NAME, EncoderSpec
 from curate.storage import Store
 
 CONFIG_NAME = "open_clip_config.json"
-WEIGHTS_NAME = "open_clip_model.safetensors"
+TEXT_CONFIG_NAME = "config.json"
+"""As transformers names the configuration of a text tower of its own."""
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
+"""All that tokenizers of transformers consist of."""
 OpenClip = tuple[Any, dict[str, Any], Any]
 """A model, its model configuration and its tokenizer: what open_clip makes of one name."""
 NEVER_UNPICKLED = (".safetensors", ".npz", ".npy")
@@ -54,7 +61,9 @@ class Encoder:
         assert isinstance(to_tensor, ToTensor), to_tensor
         assert isinstance(self._shift, Normalize), self._shift
         self._crop = Compose(crop)
-        self.view = repr(self._crop)
+        # Not the transform's own repr, which tells no fill colour.
+        cfg = _preprocess_cfg(self.model)
+        self.view = repr((cfg.size, cfg.interpolation, cfg.resize_mode, cfg.fill_color))
         """Encoders with equal views see equal pixels before normalisation."""
 
     def crop(self, image: PIL.Image.Image) -> npt.NDArray[np.uint8]:
@@ -112,9 +121,8 @@ def load_model(store: Store, spec: EncoderSpec, device: torch.device) -> OpenCli
                 f"{spec.folder}/{CONFIG_NAME}: expected the configuration that its folder names, found another; "
                 "it was changed after it was stored: restore it from a copy of the root"
             )
-        name = f"{LOCAL_DIR_PREFIX}{folder}"
-        model = open_clip.create_model(name, device=device)
-        return model, open_clip.get_model_config(name), open_clip.get_tokenizer(name)
+        with without_hub():  # all that a model needs lies in its folder
+            return _open_folder(folder, device=device)
 
 
 def fetch_model(store: Store, spec: EncoderSpec, folder: Path) -> Path:
@@ -126,7 +134,9 @@ def fetch_model(store: Store, spec: EncoderSpec, folder: Path) -> Path:
     return folder
 
 
-def store_encoder(store: Store, section: EncoderSection, *, role: str, base: Path, seed: int) -> EncoderSpec:
+def store_encoder(
+    store: Store, section: EncoderSection, *, role: str, base: Path, seed: int, device_type: DeviceType = "cpu"
+) -> EncoderSpec:
     """Make the model that a recipe names and store it in the root, unless it is there already.
 
     Args:
@@ -135,12 +145,16 @@ def store_encoder(store: Store, section: EncoderSection, *, role: str, base: Pat
         role: `reference` or `learner`, for messages.
         base: the recipe's folder, where JSON configs lie; other paths start at the working directory.
         seed: of random weights, where the recipe names no pretrained ones.
+        device_type: what the model will run on.
 
     Raises:
-        UserError: unknown model or tag, weights that do not fit or are not finite, an untrusted pickle.
+        UserError: unknown model or tag, weights that are missing, do not fit or are not finite, an untrusted pickle, a
+            hub that does not answer.
     """
     model, config, tokenizer = create_model(section, role=role, base=base, seed=seed)
-    return store_model(store, model, config, tokenizer, source=section.source, precision=section.precision)
+    return store_model(
+        store, model, config, tokenizer, source=section.source, precision=section.precision_on(device_type)
+    )
 
 
 def store_model(
@@ -150,7 +164,7 @@ def store_model(
     tokenizer: Any,
     *,
     source: str,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
 ) -> EncoderSpec:
     """Write an open_clip model as `models/<sha>/`; its name is its content, so doing it twice changes nothing.
 
@@ -163,11 +177,13 @@ def store_model(
     with store.local_scratch() as scratch:
         folder = scratch / "model"
         folder.mkdir()
-        save_config_for_hf(model, folder / CONFIG_NAME, model_config=config)
+        (folder / CONFIG_NAME).write_text(json.dumps(_stored_config(model, config), indent=2))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME)
         if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
             tokenizer.save_pretrained(folder)
+        if (text := _hub_text_tower(model)) is not None:
+            text.config.save_pretrained(folder)
         weights = _sha256(folder / WEIGHTS_NAME)
         spec = EncoderSpec(
             model=_identity(folder / CONFIG_NAME, weights),
@@ -191,53 +207,186 @@ def create_model(section: EncoderSection, *, role: str, base: Path, seed: int) -
     Raises:
         UserError: as `store_encoder`.
     """
-    name = section.model
-    pretrained = section.pretrained
+    name, folder = section.model, None
     with tempfile.TemporaryDirectory() as scratch:
-        if name.endswith(".json"):
-            name = LOCAL_DIR_PREFIX + _as_folder(base / name, Path(scratch), role)
+        if from_json := name.endswith(".json"):
+            folder = _as_folder(base / name, Path(scratch), role)
         elif name.startswith(LOCAL_DIR_PREFIX):
-            _check_folder(Path(name.removeprefix(LOCAL_DIR_PREFIX)), role, trusted=section.trusted)
+            folder = Path(name.removeprefix(LOCAL_DIR_PREFIX))
+            _check_folder(folder, role, trusted=section.trusted)
         elif not name.startswith(HF_HUB_PREFIX) and name not in open_clip.list_models():
             raise UserError(
                 f"{role}.model = {name!r}: not an open_clip model; `python -c 'import open_clip; "
                 "print(open_clip.list_models())'` lists them, or give local-dir:FOLDER or a JSON config"
             )
-        checkpoint = _checkpoint(section, name, role)
+        checkpoint = _checkpoint(section, folder, role)
+        tag = None if checkpoint else section.pretrained
+        weights_only = not section.trusted
+        needs = _hub_repositories(name, tag, folder, complete=not from_json)
         torch.manual_seed(derive_seed(seed, "weights"))
-        try:
-            config = open_clip.get_model_config(name)
-            model = open_clip.create_model(name, None if checkpoint else pretrained, weights_only=not section.trusted)
-            if checkpoint:
-                load_checkpoint(model, str(checkpoint), weights_only=not section.trusted)
-            tokenizer = open_clip.get_tokenizer(name)
-        except Exception as error:  # a wrong configuration or checkpoint raises whatever open_clip and torch like
-            reason = one_line(error, 300)
-            raise UserError(
-                f"{role}.model = {section.model!r}, pretrained = {pretrained!r}: cannot be loaded ({reason}); "
-                "weights must fit the model and be complete"
-            ) from error
+        with hub_if_it_answers() if needs else without_hub() as silent:
+            try:
+                if folder is None:
+                    model = open_clip.create_model(
+                        name,
+                        tag,
+                        # Or open_clip fetches a text tower's own weights where random ones are asked for, and takes
+                        # random ones where those that are asked for are missing.
+                        pretrained_text=False,
+                        require_pretrained=tag is not None or (name.startswith(HF_HUB_PREFIX) and not checkpoint),
+                        weights_only=weights_only,
+                    )
+                    config = open_clip.get_model_config(name)
+                    tokenizer = _tokenizer_of(config, Path(scratch))
+                else:
+                    if from_json:
+                        _complete_folder(folder)
+                    loads = not from_json and not checkpoint
+                    model, config, tokenizer = _open_folder(folder, loads=loads, weights_only=weights_only)
+                if checkpoint:
+                    load_checkpoint(model, str(checkpoint), weights_only=weights_only)
+            except Exception as error:  # a wrong configuration or checkpoint raises whatever open_clip and torch like
+                raise _cannot_load(error, section, role, needs, silent) from error
     return model, config, tokenizer
+
+
+def _open_folder(
+    folder: Path, *, device: torch.device | str = "cpu", loads: bool = True, weights_only: bool = True
+) -> OpenClip:
+    """The model in an open_clip `local-dir` folder; with `loads` its weights must be there."""
+    name = f"{LOCAL_DIR_PREFIX}{folder}"
+    config = open_clip.get_model_config(name)
+    changed = {}
+    if "hf_model_name" in config["text_cfg"] and (folder / TEXT_CONFIG_NAME).is_file():
+        # open_clip would ask the hub for the text tower's configuration.
+        changed["text_cfg"] = config["text_cfg"] | {"hf_model_name": str(folder), "hf_model_pretrained": False}
+    model = open_clip.create_model(
+        name,
+        device=device,
+        load_weights=loads,
+        pretrained_text=False,
+        require_pretrained=loads,
+        weights_only=weights_only,
+        **changed,
+    )
+    return model, config, open_clip.get_tokenizer(name)
+
+
+def _tokenizer_of(config: dict[str, Any], scratch: Path) -> Any:
+    """The tokenizer that a configuration names."""
+    (scratch / CONFIG_NAME).write_text(json.dumps({"model_cfg": config}))
+    _complete_folder(scratch)
+    return open_clip.get_tokenizer(f"{LOCAL_DIR_PREFIX}{scratch}")
+
+
+def _complete_folder(folder: Path) -> None:
+    """Put beside a configuration what it names of the hub: tokenizer, and the text tower's configuration."""
+    text = open_clip.get_model_config(f"{LOCAL_DIR_PREFIX}{folder}")["text_cfg"]
+    for name, files in (
+        (text.get("hf_tokenizer_name"), (*TOKENIZER_FILES, TEXT_CONFIG_NAME)),
+        (text.get("hf_model_name"), (TEXT_CONFIG_NAME,)),
+    ):
+        if not name:
+            continue
+        # By transformers itself a repository that was downloaded is not found without the hub if it has no config.json.
+        found = name if Path(name).is_dir() else huggingface_hub.snapshot_download(name, allow_patterns=list(files))
+        for path in Path(found).iterdir():
+            if any(path.match(pattern) for pattern in files):
+                shutil.copyfile(path, folder / path.name)
+
+
+def _hub_text_tower(model: Any) -> Any | None:
+    """The text tower if it is one of transformers', else None."""
+    text = getattr(model, "text", None)
+    return text if isinstance(text, open_clip.hf_model.HFTextEncoder) else None
+
+
+def _hub_repositories(name: str, tag: str | None, folder: Path | None, *, complete: bool) -> list[str]:
+    """What of the hub a model is made from.
+
+    Args:
+        name: of the model.
+        tag: of pretrained weights.
+        folder: that it lies in, if it does.
+        complete: whether the folder holds more than a configuration.
+    """
+    if name.startswith(HF_HUB_PREFIX):
+        return [name.removeprefix(HF_HUB_PREFIX)]
+    config = open_clip.get_model_config(name if folder is None else f"{LOCAL_DIR_PREFIX}{folder}")
+    text = config.get("text_cfg", {})
+    found = []
+    if tag is not None and folder is None:
+        found.append(str(open_clip.get_pretrained_cfg(name, tag).get("hf_hub") or "").rpartition("/")[0])
+    if folder is None or not complete:
+        found.append(text.get("hf_tokenizer_name"))
+    if folder is None or not (folder / TEXT_CONFIG_NAME).is_file():
+        found.append(text.get("hf_model_name"))
+    return list(dict.fromkeys(repository for repository in found if repository and not Path(repository).exists()))
+
+
+def _cannot_load(
+    error: Exception, section: EncoderSection, role: str, needs: Sequence[str], silent: str | None
+) -> UserError:
+    """What went wrong when a model was made, and the way out."""
+    where = f"{role}.model = {section.model!r}, pretrained = {section.pretrained!r}"
+    reason = one_line(error, 300)
+    if isinstance(error, ImportError):
+        return UserError(f"{where}: a package is missing ({reason}); pip install {error.name or 'what it names'}")
+    if silent:
+        return UserError(
+            f"{where}: needs {' and '.join(needs)} of the Hugging Face hub, which does not answer ({silent}), and "
+            f"{constants.HF_HUB_CACHE} does not hold all of it; where the hub answers, pip install huggingface_hub, hf "
+            f"download {needs[0]}, and copy that folder here; or give local-dir:FOLDER"
+        )
+    return UserError(
+        f"{where}: cannot be loaded ({reason}); weights must fit the model and be complete, and a folder must hold them"
+    )
 
 
 def eval_transform(model: Any) -> Compose:
     """open_clip's own transform for inference: the pixels that scores and plain training see."""
-    cfg = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
-    return open_clip.transform.image_transform_v2(cfg, is_train=False)
+    return image_transform_v2(_preprocess_cfg(model), is_train=False)
 
 
-def _checkpoint(section: EncoderSection, name: str, role: str) -> Path | None:
+def _preprocess_cfg(model: Any) -> PreprocessCfg:
+    """What open_clip's transform for a model is made from."""
+    return PreprocessCfg(**model.visual.preprocess_cfg)
+
+
+def _stored_config(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """What an open_clip `local-dir` folder says of a model; of its transform all that open_clip would not do by itself.
+
+    As `save_config_for_hf` has it, and what that leaves out: without its fill colour a picture that is padded embeds
+    differently. The size is the model's own when it is loaded.
+
+    Raises:
+        UserError: the transform has another size than the model.
+    """
+    cfg = _preprocess_cfg(model)
+    own = model.visual.image_size
+    if tuple(open_clip.utils.to_2tuple(cfg.size)) != tuple(open_clip.utils.to_2tuple(own)):
+        raise UserError(
+            f"the model's transform makes pictures of {cfg.size}, its image tower takes {own}; make them equal"
+        )
+    always = {name: getattr(cfg, name) for name in ("mean", "std", "interpolation", "resize_mode")}
+    usual = asdict(PreprocessCfg())
+    others = {name: value for name, value in asdict(cfg).items() if name != "size" and value != usual[name]}
+    return {"model_cfg": config, "preprocess_cfg": always | others}
+
+
+def _checkpoint(section: EncoderSection, folder: Path | None, role: str) -> Path | None:
     """The checkpoint file that `pretrained` names, or None where it is a tag or nothing."""
-    tag = section.pretrained
+    tag, name = section.pretrained, section.model
     if tag is None:
         return None
-    if not name.startswith((LOCAL_DIR_PREFIX, HF_HUB_PREFIX)) and tag in open_clip.list_pretrained_tags_by_model(name):
+    tags = [] if folder or name.startswith(HF_HUB_PREFIX) else open_clip.list_pretrained_tags_by_model(name)
+    if tag in tags:
         return None
     path = Path(tag)
     if not path.is_file():
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(
-            f"{role}.pretrained = {tag!r}: neither a file ({path}) nor a tag of {section.model} (tags: {tags})"
+            f"{role}.pretrained = {tag!r}: neither a file ({path}) nor a tag of {name} "
+            f"(tags: {', '.join(tags) or 'none'})"
         )
     _refuse_pickle(path, role, trusted=section.trusted)
     return path
@@ -261,7 +410,7 @@ def _check_folder(folder: Path, role: str, *, trusted: bool) -> None:
             _refuse_pickle(path, role, trusted=trusted)
 
 
-def _as_folder(path: Path, scratch: Path, role: str) -> str:
+def _as_folder(path: Path, scratch: Path, role: str) -> Path:
     """An open_clip model config as the local-dir folder that open_clip loads without a registry."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -277,7 +426,7 @@ def _as_folder(path: Path, scratch: Path, role: str) -> str:
             f"{role}.model: {path} lacks {', '.join(sorted(missing))}; copy one of open_clip's model_configs"
         )
     (scratch / CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    return str(scratch)
+    return scratch
 
 
 def _identity(config: Path, weights_sha256: str) -> str:

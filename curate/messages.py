@@ -11,6 +11,15 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return " ".join(str(error).split())[:limit]
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, in the singular where it is one.
+
+    >>> counted(1, "shard"), counted(12_000, "shard")
+    ('1 shard', '12,000 shards')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 @contextlib.contextmanager
 def gathered(mistakes: list[str]) -> Iterator[None]:
     """Let a step that makes a user's mistake known end, add its lines to `mistakes`, and go on with the next step."""

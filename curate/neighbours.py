@@ -134,7 +134,7 @@ def sample_share(rows: int, cells: int) -> float:
     return min(1.0, min(MOST_SAMPLED, SAMPLE_PER_CELL * cells) / max(1, rows)) if cells > 1 else 0.0
 
 
-def train_cells(sample: Floats, cells: int) -> Cells:
+def train_cells(sample: Floats, cells: int, device: torch.device | None = None) -> Cells:
     """Spherical k-means with FAISS on unit rows [n, D], centred; cells that are much larger than others are split.
 
     Equal samples give equal cells, up to the rounding of whatever computes them. The sample is overwritten.
@@ -149,22 +149,22 @@ def train_cells(sample: Floats, cells: int) -> Cells:
         return Cells(mean=mean, centroids=np.zeros((1, sample.shape[1]), np.float32))
     sample /= norms
     limit = max(LEAST_PER_CELL * GIANT, GIANT * len(sample) // cells)
-    return Cells(mean=mean, centroids=np.concatenate(list(_split(sample, cells, limit))))
+    return Cells(mean=mean, centroids=np.concatenate(list(_split(sample, cells, limit, device))))
 
 
-def _split(rows: Floats, cells: int, limit: int, depth: int = 3) -> Iterator[Floats]:
+def _split(rows: Floats, cells: int, limit: int, device: torch.device | None, depth: int = 3) -> Iterator[Floats]:
     """Centroids of `cells` cells, those with more than `limit` rows split again in the same way."""
-    centroids, home = _kmeans(rows, cells)
+    centroids, home = _kmeans(rows, cells, device)
     sizes = np.bincount(home, minlength=cells)
     yield centroids[sizes <= limit]
     for giant in np.flatnonzero(sizes > limit):
         if depth == 0:  # copies of one another, which no cell tells apart
             yield centroids[giant : giant + 1]
         else:
-            yield from _split(rows[home == giant], max(2, GIANT * sizes[giant] // limit), limit, depth - 1)
+            yield from _split(rows[home == giant], max(2, GIANT * sizes[giant] // limit), limit, device, depth - 1)
 
 
-def _kmeans(rows: Floats, cells: int) -> tuple[Floats, Ints]:
+def _kmeans(rows: Floats, cells: int, device: torch.device | None) -> tuple[Floats, Ints]:
     # FAISS brings an OpenBLAS of 2021 that takes a CPU which it does not know for one of 2004, four times slower; it
     # reads the name of a core that it does know while it is loaded.
     core = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
@@ -181,7 +181,7 @@ def _kmeans(rows: Floats, cells: int) -> tuple[Floats, Ints]:
         seed=derive_seed(0, "cells") % 2**31,
         min_points_per_centroid=1,
         max_points_per_centroid=len(rows),
-        gpu=faiss.get_num_gpus() > 0,
+        gpu=device is not None and device.type == "cuda" and faiss.get_num_gpus() > 0,  # faiss-cpu has none
     )
     kmeans.train(rows)
     home = kmeans.index.search(rows, 1)[1][:, 0]

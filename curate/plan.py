@@ -3,16 +3,16 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from curate.errors import UserError
 from curate.learner import newest_learner
-from curate.manifest import round_folder
+from curate.manifest import last_round, read_manifest, round_folder
 from curate.messages import gathered
 from curate.pool import Pool, take_inventory
-from curate.recipe import PoolSection, Recipe
+from curate.recipe import DeviceType, PoolSection, Recipe
 from curate.select import needs_learner
 from curate.spec import EncoderSpec
 from curate.storage import Store
@@ -71,6 +71,7 @@ def pin_plan(
     *,
     base: Path,
     number: int,
+    device_type: DeviceType = "cpu",
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> Plan:
     """The plan that a round was begun with, else one made now from recipe, pool and newest learner.
@@ -80,6 +81,7 @@ def pin_plan(
         recipe: the whole recipe.
         base: the recipe's folder.
         number: of the round.
+        device_type: what models run on, which decides what `precision = "auto"` means.
         progress: as `take_inventory` takes it.
 
     Raises:
@@ -88,7 +90,7 @@ def pin_plan(
     """
     name = plan_name(number)
     if not store.exists(name):
-        store.put_if_absent(name, _make(store, recipe, base, progress).to_bytes())
+        store.put_if_absent(name, _make(store, recipe, base, device_type, progress).to_bytes())
     plan = Plan.from_bytes(store.read_bytes(name))
     if plan.recipe_fingerprint != recipe.fingerprint():
         changed = "; ".join(_differences(plan.recipe, recipe.of_round()))
@@ -100,10 +102,13 @@ def pin_plan(
 
 
 def _make(
-    store: Store, recipe: Recipe, base: Path, progress: Callable[[Iterable[Any], int], Iterable[Any]] | None
+    store: Store,
+    recipe: Recipe,
+    base: Path,
+    device_type: DeviceType,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None,
 ) -> Plan:
     # Only who begins a round makes models; importing open_clip takes several seconds.
-    from curate.encoder import store_encoder  # noqa: PLC0415
     from curate.publish import first_learner  # noqa: PLC0415
 
     mistakes: list[str] = []
@@ -114,14 +119,12 @@ def _make(
     with gathered(mistakes):
         evaluation = evaluation_sets(recipe)
     with gathered(mistakes):
-        if recipe.reference is None:
-            raise UserError("reference: must be given for a round; add [reference] with model and pretrained")
-        reference = store_encoder(store, recipe.reference, role="reference", base=base, seed=recipe.seed)
+        reference = store_reference(store, recipe, base=base, device_type=device_type)
     if mistakes or pool is None or reference is None:
         raise UserError(*mistakes, *_learner_mistakes(recipe, base))
     # Last, because it publishes: learner 0 must not outlive a recipe that is about to be mended.
     if needs_learner(recipe.selection):
-        learner = first_learner(store, recipe.learner, base=base, seed=recipe.seed)
+        learner = first_learner(store, recipe.learner, base=base, seed=recipe.seed, device_type=device_type)
     newest = learner or newest_learner(store)
     for seen in (pool, *evaluation):
         store.put_bytes(f"pools/{seen.fingerprint}.json", seen.to_bytes())
@@ -130,10 +133,44 @@ def _make(
         recipe_fingerprint=recipe.fingerprint(),
         pool=pool.fingerprint,
         reference=reference,
-        learner=learner.encoder if learner else None,
+        learner=_as_scored(learner.encoder, recipe) if learner else None,
         learner_number=newest.number if newest else None,
         evaluation=tuple(seen.fingerprint for seen in evaluation),
     )
+
+
+def store_reference(store: Store, recipe: Recipe, *, base: Path, device_type: DeviceType) -> EncoderSpec:
+    """Store the recipe's reference in the root.
+
+    With `precision = "auto"` it stays at that of the newest round, or a cluster that once has no GPU would have the
+    whole pool embedded again in another one.
+
+    Args:
+        store: the root.
+        recipe: the whole recipe.
+        base: its folder.
+        device_type: what it runs on.
+
+    Raises:
+        UserError: the recipe names none; or as `store_encoder`.
+    """
+    from curate.encoder import store_encoder  # noqa: PLC0415
+
+    section = recipe.reference
+    if section is None:
+        raise UserError("reference: must be given for a round; add [reference] with model and pretrained")
+    spec = store_encoder(store, section, role="reference", base=base, seed=recipe.seed, device_type=device_type)
+    newest = read_manifest(store, last_round(store))
+    if newest is None or section.precision != "auto":
+        return spec
+    before = EncoderSpec(**newest[0].lineage["reference"])
+    return replace(spec, precision=before.precision) if before.model == spec.model else spec
+
+
+def _as_scored(learner: EncoderSpec, recipe: Recipe) -> EncoderSpec:
+    """The learner in the precision that the recipe names, else in that which it was published with."""
+    precision = recipe.learner.precision
+    return learner if precision == "auto" else replace(learner, precision=precision)
 
 
 def evaluation_sets(recipe: Recipe) -> list[Pool]:

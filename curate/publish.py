@@ -8,10 +8,10 @@ import open_clip
 import torch
 
 from curate.encoder import load_model, store_encoder, store_model
-from curate.errors import UserError
-from curate.learner import LearnerCheckpoint, learner_name, newest_learner, record_learner
+from curate.errors import CommitConflictError, UserError
+from curate.learner import LearnerCheckpoint, learner_name, newest_learner, read_learner, record_learner
 from curate.messages import one_line
-from curate.recipe import EncoderSection, Precision
+from curate.recipe import DeviceType, EncoderSection, Precision
 from curate.storage import Store
 
 
@@ -23,7 +23,7 @@ def publish_learner(
     step: int,
     next_batch: int,
     number: int | None = None,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     batch_losses: Mapping[int, float] | None = None,
 ) -> LearnerCheckpoint:
     """Publish an open_clip model as the learner that the next round scores with.
@@ -35,7 +35,8 @@ def publish_learner(
         step: optimiser steps taken.
         next_batch: `CuratedReader.state_dict()["next_batch"]`.
         number: of the learner; the next free one if None.
-        precision: of the forward pass when the next rounds score with it.
+        precision: of the forward pass when the next rounds score with it; if None bf16 for a model that is on CUDA, as
+            rounds are then likely to be, else fp32. A recipe that names a precision for its learner overrules both.
         batch_losses: by `Batch.number`, the loss per example when that batch was trained on, since the learner before;
             lets the next manifest say how learnable the batches still were by then.
 
@@ -48,6 +49,8 @@ def publish_learner(
     losses = {int(batch): float(loss) for batch, loss in (batch_losses or {}).items()}
     if broken := [batch for batch, loss in losses.items() if not math.isfinite(loss)]:
         raise UserError(f"batch_losses: batch {broken[0]} has the loss {losses[broken[0]]}; publish a sound model")
+    if precision is None:
+        precision = "bf16" if next(model.parameters()).is_cuda else "fp32"
     try:
         config = open_clip.get_model_config(model_name)
         if config is None:
@@ -64,7 +67,9 @@ def publish_learner(
     return record_learner(store, encoder, step=step, next_batch=next_batch, number=number, batch_losses=losses)
 
 
-def first_learner(store: Store, section: EncoderSection, *, base: Path, seed: int) -> LearnerCheckpoint:
+def first_learner(
+    store: Store, section: EncoderSection, *, base: Path, seed: int, device_type: DeviceType = "cpu"
+) -> LearnerCheckpoint:
     """The newest learner; where there is none, the recipe's own model is published as number 0.
 
     Raises:
@@ -73,10 +78,14 @@ def first_learner(store: Store, section: EncoderSection, *, base: Path, seed: in
     newest = newest_learner(store)
     if newest is not None and newest.step:
         return newest
-    encoder = store_encoder(store, section, role="learner", base=base, seed=seed)
+    encoder = store_encoder(store, section, role="learner", base=base, seed=seed, device_type=device_type)
     if newest is None:
-        return record_learner(store, encoder, step=0, next_batch=0, number=0)
-    if newest.encoder.sha != encoder.sha:
+        try:
+            return record_learner(store, encoder, step=0, next_batch=0, number=0)
+        except CommitConflictError:  # by curation or trainer, the other one: on other devices auto is another precision
+            newest = read_learner(store, 0)
+    same = newest.encoder.model == encoder.model
+    if not same or section.precision not in ("auto", newest.encoder.precision):
         raise UserError(
             f"learner.model = {section.model!r}: {learner_name(newest.number)} holds another untrained model "
             f"({newest.encoder.source}); restore the recipe's learner, seed and precision, or choose another root"

@@ -23,6 +23,7 @@ from curate.criteria import Criterion, Loss, Method
 from curate.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
+DeviceType = Literal["cuda", "cpu"]
 
 
 class Section(BaseModel):
@@ -72,7 +73,17 @@ class EncoderSection(Section):
         None, description="open_clip pretrained tag or checkpoint file; random weights from the seed if not given"
     )
     trusted: bool = Field(False, description="allow a checkpoint that is not safetensors (it is unpickled)")
-    precision: Precision = Field("fp32", description="arithmetic of the forward pass; bf16 pays on GPUs")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="arithmetic of the forward pass; auto is bf16 on CUDA and fp32 on CPUs, or what a model already in "
+        "use was begun with",
+    )
+
+    def precision_on(self, device_type: DeviceType) -> Precision:
+        """The precision that is meant on such a device: tensor cores are made for bf16, many CPUs emulate it."""
+        if self.precision == "auto":
+            return "bf16" if device_type == "cuda" else "fp32"
+        return self.precision
 
     @property
     def source(self) -> str:
@@ -170,9 +181,24 @@ class OutputSection(Section):
 
 
 class ResourcesSection(Section):
-    """What to use of the machine; changes the speed of a round and never its result."""
+    """What to use of the machine or cluster: decides the speed of a round, and what `precision = "auto"` means."""
 
-    workers: int | None = Field(None, ge=1, description="embedding actors; one per GPU, else as many as the CPUs allow")
+    device: Literal["auto", "cuda", "cpu"] = Field(
+        "auto",
+        description="what computes: the GPUs that are there, if any, else CPUs; GPUs, which are waited for; CPUs",
+    )
+    wait_s: float = Field(
+        600,
+        ge=0,
+        allow_inf_nan=False,
+        description='longest wait for GPUs to join a cluster, seconds, with device = "cuda"',
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        description="embedding actors; one per GPU, else as many as CPUs and memory allow; with device = "
+        '"cuda" so many GPUs are waited for',
+    )
     threads: int = Field(1, ge=1, description="decoding threads, and CPU threads of the model, per worker")
     address: str = Field("local", description="Ray cluster: local, auto or ray://host:port")
 

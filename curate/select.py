@@ -169,8 +169,14 @@ def select_sub_batch(
 
 
 def embeddings_of(vectors: tuple[Vectors, Vectors], scale: Scale, device: torch.device) -> Embeddings:
-    """Stored vectors as selection takes them, widened to float32."""
-    zimg, ztxt = (torch.from_numpy(v).to(device).float() for v in vectors)
+    """Stored vectors as selection takes them.
+
+    On CUDA they stay in float16, which its tensor cores multiply as it is and sum in float32; a CPU is faster once they
+    are widened.
+    """
+    zimg, ztxt = (torch.from_numpy(v).to(device) for v in vectors)
+    if device.type == "cpu":
+        zimg, ztxt = zimg.float(), ztxt.float()
     return Embeddings(zimg, ztxt, scale.logit_scale, scale.logit_bias)
 
 

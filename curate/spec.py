@@ -3,6 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from curate.recipe import Precision
+
+WEIGHTS_NAME = "open_clip_model.safetensors"
+"""Name of the weights within a model's folder, one of those that open_clip looks for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
@@ -18,7 +23,7 @@ class EncoderSpec:
     """The factor (open_clip's parameter is its logarithm)."""
     logit_bias: float
     """0 for a model trained with the softmax loss."""
-    precision: str = "fp32"
+    precision: Precision = "fp32"
 
     @property
     def sha(self) -> str:

@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -98,11 +97,14 @@ def restore(tensors: dict[str, torch.Tensor], model: torch.nn.Module, optimizer:
     """Put a checkpoint's tensors into a model of the same architecture and its optimiser."""
     weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
     model.load_state_dict(weights)
-    parameters = dict(model.named_parameters())
+    # Torch knows where each state belongs: a fused AdamW has its step count on the parameter's device, others do not.
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
+    state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
-            name, _, state = key.removeprefix("optimizer.").rpartition(".")
-            parameter = parameters[name]
-            # The step count stays on the CPU, as AdamW keeps it unless it is fused.
-            moved: Any = value if value.ndim == 0 else value.to(parameter.device)
-            optimizer.state[parameter][state] = moved
+            name, _, part = key.removeprefix("optimizer.").rpartition(".")
+            state.setdefault(numbers[name], {})[part] = value
+    groups = optimizer.state_dict()["param_groups"]  # the recipe's
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

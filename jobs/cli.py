@@ -57,7 +57,7 @@ def round_(
     loaded = _load(recipe, overrides)
     from pipelines.round import run_round  # noqa: PLC0415
 
-    manifest = run_round(loaded, base=recipe.parent, number=number)
+    manifest = run_round(loaded, base=recipe.parent, number=number, say=_note)
     from curate.explain import describe_round  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
 
@@ -82,7 +82,7 @@ def dedup(
         )
     from pipelines.dedup import dedup_recipe  # noqa: PLC0415
 
-    store, pool, found = dedup_recipe(loaded, base=recipe.parent)
+    store, pool, found = dedup_recipe(loaded, base=recipe.parent, say=_note)
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:
@@ -142,7 +142,7 @@ def rounds(
     run = (
         scheduler.as_jobs(recipe, overrides or [], address, image)
         if address
-        else scheduler.in_own_ray(loaded, recipe.parent)
+        else scheduler.in_own_ray(loaded, recipe.parent, _note)
     )
     scheduler.schedule_rounds(Store(loaded.root), loaded.schedule, run, _say)
 
@@ -248,6 +248,11 @@ def _say(line: str) -> None:
     # Not print: a bar may be on the terminal.
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
+
+
+def _note(line: str) -> None:
+    """Say something beside what the command answers."""
+    tqdm.write(line, file=sys.stderr)
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Recipe":

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from curate.errors import UserError
+from curate.recipe import DeviceType
 
 T = TypeVar("T")
 
@@ -25,6 +26,11 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+
+    @property
+    def device_type(self) -> DeviceType:
+        """As `torch.device.type` names it."""
+        return "cuda" if self.device.type == "cuda" else "cpu"
 
     @property
     def first(self) -> bool:

@@ -119,7 +119,7 @@ def schedule_rounds(store: Store, schedule: ScheduleSection, run: Runner, say: C
     return rounds
 
 
-def in_own_ray(recipe: Recipe, base: Path) -> Runner:
+def in_own_ray(recipe: Recipe, base: Path, say: Callable[[str], None]) -> Runner:
     """Rounds in this process, whose Ray stays up from one to the next."""
     # Not at the top: a scheduler of jobs needs neither torch nor a Ray of its own.
     import ray  # noqa: PLC0415
@@ -128,7 +128,7 @@ def in_own_ray(recipe: Recipe, base: Path) -> Runner:
 
     def run(number: int) -> None:
         try:
-            run_round(recipe, base=base, number=number)
+            run_round(recipe, base=base, number=number, say=say)
         except CurateError:
             raise
         except Exception:

@@ -34,7 +34,7 @@ from curate.learner import (
 from curate.pool import take_inventory
 from curate.publish import first_learner
 from curate.reader import Batch, CuratedReader
-from curate.recipe import Recipe
+from curate.recipe import DeviceType, Recipe
 from curate.seeds import derive_seed
 from curate.storage import Store
 from curate.uniform import UniformBatch, uniform_batches
@@ -99,12 +99,12 @@ class _Training:
         checkpoint = next(iter(ranks.agree(lambda: checkpoints(self.store)[-1:])), None)
         tensors: dict[str, Tensor] = {}
         if checkpoint is None:
-            self.progress = ranks.agree(lambda: _begin(self.store, recipe, base))
+            self.progress = ranks.agree(lambda: _begin(self.store, recipe, base, ranks.device_type))
         else:
             self.progress, tensors = load_checkpoint(self.store, checkpoint)
             _check_kind(self.progress, recipe, checkpoint)
         learner, start = recipe.learner, self.progress.start
-        if ranks.first and (learner.source, learner.precision) != (start.source, start.precision):
+        if ranks.first and (learner.source != start.source or learner.precision not in ("auto", start.precision)):
             say(
                 f"learner = {learner.source}, {learner.precision}: not looked at, training goes on with "
                 f"{start.source}, {start.precision}"
@@ -362,14 +362,16 @@ def _check_kind(progress: Progress, recipe: Recipe, checkpoint: str) -> None:
         )
 
 
-def _begin(store: Store, recipe: Recipe, base: Path) -> Progress:
+def _begin(store: Store, recipe: Recipe, base: Path, device_type: DeviceType) -> Progress:
     """Where training stands without a checkpoint: at the newest learner, or at the recipe's own model."""
     if recipe.train.data == "rounds":
-        start = first_learner(store, recipe.learner, base=base, seed=recipe.seed)
+        start = first_learner(store, recipe.learner, base=base, seed=recipe.seed, device_type=device_type)
         encoder, step, next_batch, number = start.encoder, start.step, start.next_batch, start.number
     else:
         newest = newest_learner(store)
-        encoder = store_encoder(store, recipe.learner, role="learner", base=base, seed=recipe.seed)
+        encoder = store_encoder(
+            store, recipe.learner, role="learner", base=base, seed=recipe.seed, device_type=device_type
+        )
         step, next_batch, number = 0, 0, newest.number if newest else -1
     return Progress(
         data=recipe.train.data,

@@ -1,16 +1,22 @@
-"""Connecting to Ray, and the one pattern that selection and writing share: split by shard, join by destination."""
+"""Joining Ray, what to compute on, and the pattern that steps share: split by shard, join by destination."""
 
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import loky
 import ray
+from ray.autoscaler.sdk import request_resources
 from tqdm import tqdm
 
 from curate.errors import CurateError, UserError
+from curate.messages import counted
 from curate.pool import Shard
+from curate.recipe import DeviceType, ResourcesSection
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +28,9 @@ R = TypeVar("R")
 
 GROUP_ROWS = 65_536
 """Rows of the shards that one splitting task reads: bounds its memory, whatever the size of the pool."""
+POLL_S = 0.5
+# Without limits Ray restarts an actor for ever on a row that kills it.
+RETRIES = {"max_restarts": 4, "max_task_retries": 2}
 
 
 def connect(address: str) -> None:
@@ -35,8 +44,9 @@ def connect(address: str) -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address == "local" and "RAY_ADDRESS" not in os.environ:
-        # Two more than there are: actors that hold every CPU starve the tasks that feed them (ray#44687).
-        cpus = max(2, os.cpu_count() or 1) + 2
+        # Those that affinity and cgroups leave us, and two more: actors that hold every CPU starve the tasks that feed
+        # them (ray#44687).
+        cpus = max(2, loky.cpu_count()) + 2
         # Its core prints an "error" for every actor pool of Ray Data that may restart.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         # "local" and not None, or Ray joins whatever cluster it finds on this machine.
@@ -57,8 +67,77 @@ def footers_bar(footers: Iterable[Any], total: int) -> Iterable[Any]:
     return tqdm(footers, total=total, desc="inventory", unit="shard", disable=None)
 
 
-def gpus() -> int:
-    """GPUs of the cluster."""
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """What the actors and tasks of one run compute on."""
+
+    gpus: int
+    """Of the cluster; 0 if CPUs do all."""
+
+    @property
+    def type(self) -> DeviceType:
+        """As `torch.device.type` names it."""
+        return "cuda" if self.gpus else "cpu"
+
+
+CPUS = Devices(gpus=0)
+
+
+def take_devices(resources: ResourcesSection, say: Callable[[str], None]) -> Devices:
+    """Decide what to compute on; GPUs that the recipe asks for are waited for.
+
+    Args:
+        resources: of the recipe.
+        say: told what was taken, and why.
+
+    Raises:
+        UserError: fewer GPUs than asked for have joined the cluster within `resources.wait_s`.
+    """
+    if resources.device == "cpu":
+        return CPUS
+    if resources.device == "cuda":
+        return _wait_for_gpus(resources, say)
+    found, nodes = _gpus(), len(ray.nodes())
+    where = "this machine" if nodes == 1 else f"the cluster's {nodes} nodes"
+    if found:
+        say(f"computing on {counted(found, 'GPU')} of {where}; resources.device = 'cpu' would leave them alone")
+    else:
+        say(f"computing on CPUs: Ray finds no GPU on {where}; resources.device = 'cuda' would insist on one")
+    return Devices(gpus=found)
+
+
+def _wait_for_gpus(resources: ResourcesSection, say: Callable[[str], None]) -> Devices:
+    wanted = resources.workers or 1
+    begun, told = time.monotonic(), False
+    try:
+        while (found := _gpus()) < wanted:
+            if resources.address == "local" and "RAY_ADDRESS" not in os.environ:
+                raise UserError(
+                    f"resources.device = 'cuda': expected {counted(wanted, 'GPU')} on this machine, found {found}; "
+                    f"{_CPU}"
+                )
+            if time.monotonic() - begun > resources.wait_s:
+                raise UserError(
+                    f"resources.device = 'cuda': expected {counted(wanted, 'GPU')} in the cluster, found {found} on "
+                    f"{counted(len(ray.nodes()), 'node')} after {resources.wait_s:g} s; add GPU nodes, raise "
+                    f"resources.wait_s, or {_CPU}"
+                )
+            if not told:
+                say(f"waiting for {counted(wanted, 'GPU')}: {found} there; for {resources.wait_s:g} s at most")
+                # A cluster that scales adds nodes for what somebody waits for, and for nothing else.
+                request_resources(bundles=[{"GPU": 1}] * wanted)
+                told = True
+            time.sleep(POLL_S)
+    finally:
+        if told:
+            request_resources(bundles=[])
+    return Devices(gpus=found)
+
+
+_CPU = "set resources.device to 'cpu' or 'auto'"
+
+
+def _gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
@@ -67,16 +146,35 @@ def free_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)) - 2)
 
 
-def largest_node_cpus() -> int:
-    """CPUs of the node that has most."""
-    return max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes())
+def largest_node(resource: str) -> float:
+    """How much of a resource, such as CPU or memory, the node has that has most."""
+    return max(float(node["Resources"].get(resource, 0)) for node in ray.nodes())
+
+
+def places_for(memory: int) -> int:
+    """How many tasks of so many bytes fit into the memory of the cluster's nodes at a time."""
+    return sum(int(node["Resources"].get("memory", 0) // memory) for node in ray.nodes())
 
 
 def device() -> "torch.device":
-    """Where a worker computes: the GPU that Ray gave it, else its CPUs."""
+    """Where a task or actor computes: the GPU that Ray gave it, else its CPUs. The driver has none.
+
+    What torch sees says nothing: Ray 2.60 leaves all GPUs visible to a task that was given none.
+
+    Raises:
+        UserError: Ray gave a GPU that torch cannot use.
+    """
     import torch  # noqa: PLC0415 most tasks never compute, and importing it takes a worker seconds
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not (given := ray.get_runtime_context().get_accelerator_ids()["GPU"]):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"node {ray.util.get_node_ip_address()}: Ray gave GPU {given[0]} to a worker whose torch "
+            f"{torch.__version__} finds no CUDA; look at the node's driver and at its build of torch, or set "
+            "resources.device = 'cpu'"
+        )
+    return torch.device("cuda", 0)  # of those that are visible, which for who was given one is that one
 
 
 def groups(shards: Sequence[Shard]) -> list[list[Shard]]:
@@ -114,7 +212,9 @@ def exchange(
     join: Callable[[D, Sequence[S]], R],
     *,
     title: str,
-    join_gpus: int = 0,
+    devices: Devices | None = None,
+    split_memory: int = 0,
+    join_memory: int = 0,
 ) -> list[ray.ObjectRef]:
     """Move what lies by source to where it is wanted by destination, through Ray's object store.
 
@@ -124,14 +224,21 @@ def exchange(
         destinations: what each joining task makes.
         join: from a destination and its parts, in the order of the sources; may run more than once.
         title: of the progress bar.
-        join_gpus: GPUs of each joining task.
+        devices: whose GPUs, if there are any, join; a GPU's actor lives through all its destinations, so that imports
+            and CUDA's context are made once.
+        split_memory: bytes that a splitting task holds, where that may be gigabytes: Ray then runs fewer at a time.
+        join_memory: likewise of a joining task.
 
     Returns:
         References to what `join` returned, in the order of the destinations; what a task raised, `fetch` raises.
+
+    Raises:
+        UserError: no node has the memory that a task needs.
     """
     if not destinations:
         return []
     count = len(destinations)
+    require_memory(max(split_memory, join_memory), title)
 
     def split_all(source: P) -> Any:
         parts = split(source)
@@ -140,10 +247,19 @@ def exchange(
     def join_all(destination: D, *parts: S) -> R:
         return join(destination, parts)
 
-    splitting = ray.remote(split_all).options(num_returns=count)
-    joining = ray.remote(join_all).options(num_gpus=join_gpus)
+    splitting = ray.remote(split_all).options(num_returns=count, memory=split_memory or None)
     parts = [refs if isinstance(refs := splitting.remote(source), list) else [refs] for source in sources]
-    joined = [joining.remote(destination, *(refs[i] for refs in parts)) for i, destination in enumerate(destinations)]
+    if devices is not None and devices.gpus:
+        actor = ray.remote(_Joiner).options(num_gpus=1, memory=join_memory or None, **RETRIES)
+        actors = [actor.remote(join_all) for _ in range(min(devices.gpus, count, places_for(join_memory or 1)))]
+        # In turn: joins of one step are alike.
+        joining = [actors[i % len(actors)].join for i in range(count)]
+    else:
+        joining = [ray.remote(join_all).options(memory=join_memory or None)] * count
+    joined = [
+        join.remote(destination, *(refs[i] for refs in parts))
+        for i, (join, destination) in enumerate(zip(joining, destinations, strict=True))
+    ]
     waiting = [refs[0] for refs in parts] + joined
     del parts  # or every part would stay in the object store until the last one is joined
     with tqdm(total=len(waiting), desc=title, unit="task", disable=None) as bar:
@@ -151,6 +267,33 @@ def exchange(
             done, waiting = ray.wait(waiting, fetch_local=False)
             bar.update(len(done))
     return joined
+
+
+class _Joiner:
+    """The actor that joins on one GPU.
+
+    A task would do, but for its worker: Ray lends one process to many tasks, and with them device 0, then 1, while it
+    still holds context and memory of the other.
+    """
+
+    def __init__(self, join: Callable[..., Any]) -> None:
+        self._join = join
+
+    def join(self, destination: Any, *parts: Any) -> Any:
+        return self._join(destination, *parts)
+
+
+def require_memory(needed: int, title: str) -> None:
+    """Refuse what would wait for ever.
+
+    Raises:
+        UserError: no node of the cluster has so many bytes for its tasks.
+    """
+    if needed > (most := largest_node("memory")):
+        raise UserError(
+            f"{title}: a task needs {needed / 2**30:.1f} GiB, the largest node has {most / 2**30:.1f} GiB for tasks; "
+            "take larger nodes, or start Ray there with more --memory"
+        )
 
 
 def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:

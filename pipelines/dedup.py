@@ -7,7 +7,7 @@ One task groups: what it holds grows with the near-duplicates, and with nothing 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from curate.dedup import (
     Dedup,
     LargeGroup,
     chain_files,
+    count_records,
     dedup_folder,
     pin_parent,
     read_cells,
@@ -46,15 +47,17 @@ from curate.grouping import (
 )
 from curate.messages import gathered
 from curate.neighbours import Threshold
-from curate.plan import evaluation_sets
+from curate.plan import evaluation_sets, store_reference
 from curate.pool import Pool, load_pool, take_inventory
 from curate.recipe import DedupSection, Recipe
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from pipelines.cluster import connect, exchange, fetch, footers_bar
+from pipelines.cluster import CPUS, Devices, connect, exchange, fetch, footers_bar, require_memory, take_devices
 from pipelines.embed import embed_pool
 from pipelines.neighbours import Compared, find_pairs, load_images
 
+PAIR_BYTES = 600
+"""Of memory that grouping takes for each pair: measured with 1 and with 4 million."""
 LARGEST = 20
 """Groups that the account describes,"""
 MEASURED = 256
@@ -62,7 +65,13 @@ MEASURED = 256
 
 
 def dedup_pool(
-    store: Store, pool: Pool, reference: EncoderSpec, section: DedupSection, evaluation: Sequence[Pool] = ()
+    store: Store,
+    pool: Pool,
+    reference: EncoderSpec,
+    section: DedupSection,
+    evaluation: Sequence[Pool] = (),
+    *,
+    devices: Devices = CPUS,
 ) -> Dedup:
     """Find the pool's near-duplicates and decide which rows leave; or read what was decided before.
 
@@ -72,6 +81,7 @@ def dedup_pool(
         reference: its embedding files, of the pool and of the evaluation sets, are complete.
         section: what counts as a near-duplicate, and what becomes of it.
         evaluation: inventories of the sets whose images must not be trained on.
+        devices: what searches.
 
     Raises:
         UserError: an embedding file was written by a version that did not hash pictures; or files of an earlier
@@ -87,10 +97,12 @@ def dedup_pool(
     chain = (*(parent.chain if parent else ()), folder)
     compared = _compare(store, pool, evaluation, parent, stand=section.earlier == "stand")
 
-    find_pairs(
-        store, folder, reference, Threshold(image=section.threshold, caption=section.caption_threshold), compared
-    )
-    found: _Found = fetch([ray.remote(_group).remote(store, folder, chain, compared, section.groups)])[0]
+    threshold = Threshold(image=section.threshold, caption=section.caption_threshold)
+    find_pairs(store, folder, reference, threshold, compared, devices)
+    memory = _grouping_bytes(store, chain)
+    require_memory(memory, "groups of near-duplicates")
+    grouping = ray.remote(_group).options(memory=memory)
+    found: _Found = fetch([grouping.remote(store, folder, chain, compared, section.groups)])[0]
     largest = _measure(store, reference, compared, found.largest)
 
     counts = read_counts(store, folder)
@@ -114,17 +126,20 @@ def dedup_pool(
     return dedup
 
 
-def dedup_recipe(recipe: Recipe, *, base: Path) -> tuple[Store, Pool, Dedup]:
+def dedup_recipe(
+    recipe: Recipe, *, base: Path, say: Callable[[str], None] = lambda line: None
+) -> tuple[Store, Pool, Dedup]:
     """Embed the pool of a recipe with its reference, and find its near-duplicates; a round then finds both done.
 
     Args:
         recipe: the whole recipe.
         base: its folder.
+        say: told what it computes on.
 
     Raises:
         UserError: in recipe, pool or model; all that are found together.
     """
-    from curate.encoder import create_model, store_encoder  # noqa: PLC0415 importing open_clip takes seconds
+    from curate.encoder import create_model  # noqa: PLC0415 importing open_clip takes seconds
 
     mistakes: list[str] = []
     if recipe.dedup is None:
@@ -133,7 +148,7 @@ def dedup_recipe(recipe: Recipe, *, base: Path) -> tuple[Store, Pool, Dedup]:
         )
     if recipe.reference is None:
         mistakes.append("reference: must be given to tell images apart; add [reference] with model and pretrained")
-    pool = reference = None
+    pool = None
     evaluation: list[Pool] = []
     with gathered(mistakes):
         store = Store(recipe.root)
@@ -142,17 +157,17 @@ def dedup_recipe(recipe: Recipe, *, base: Path) -> tuple[Store, Pool, Dedup]:
         pool = take_inventory(recipe.pool, progress=footers_bar)
     with gathered(mistakes):
         evaluation = evaluation_sets(recipe)
-    with gathered(mistakes):
-        if recipe.reference is not None and not mistakes:
-            reference = store_encoder(store, recipe.reference, role="reference", base=base, seed=recipe.seed)
-        elif recipe.reference is not None:
+    if mistakes and recipe.reference is not None:
+        with gathered(mistakes):
             create_model(recipe.reference, role="reference", base=base, seed=recipe.seed)
-    if mistakes or pool is None or reference is None or recipe.dedup is None:
+    if mistakes or pool is None or recipe.dedup is None:
         raise UserError(*mistakes)
     connect(recipe.resources.address)
+    devices = take_devices(recipe.resources, say)
+    reference = store_reference(store, recipe, base=base, device_type=devices.type)
     for seen in (pool, *evaluation):
-        embed_pool(store, seen, [reference], recipe.embed, recipe.resources)
-    return store, pool, dedup_pool(store, pool, reference, recipe.dedup, evaluation)
+        embed_pool(store, seen, [reference], recipe.embed, recipe.resources, devices)
+    return store, pool, dedup_pool(store, pool, reference, recipe.dedup, evaluation, devices=devices)
 
 
 def _compare(store: Store, pool: Pool, evaluation: Sequence[Pool], parent: Dedup | None, *, stand: bool) -> Compared:
@@ -222,6 +237,11 @@ def _group(store: Store, folder: str, chain: Sequence[str], compared: Compared, 
         largest_cell=largest_cell,
         beyond=beyond,
     )
+
+
+def _grouping_bytes(store: Store, chain: Sequence[str]) -> int:
+    """What the grouping task holds at its peak."""
+    return PAIR_BYTES * sum(count_records(store, name) for _, pairs, _ in chain_files(store, chain) for name in pairs)
 
 
 def _read_pairs(store: Store, chain: Sequence[str], compared: Compared) -> tuple[Pairs, Nodes, int, int]:

@@ -25,9 +25,9 @@ from curate.embeddings import NOT_SCORED, contents, embedding_name, read_embeddi
 from curate.errors import UserError
 from curate.pool import Columns, Pool, Shard
 from curate.recipe import EmbedSection, ResourcesSection
-from curate.spec import EncoderSpec
+from curate.spec import WEIGHTS_NAME, EncoderSpec
 from curate.storage import Store
-from pipelines.cluster import device, free_cpus, gpus, largest_node_cpus, own_errors
+from pipelines.cluster import RETRIES, Devices, device, free_cpus, largest_node, own_errors, places_for, require_memory
 from pipelines.keys import KeyRange, Sample
 
 # A shard is one task. A slow CPU may spend hours on one, so Ray's guard of 30 minutes would stop healthy work.
@@ -35,8 +35,8 @@ NO_PROGRESS_S = 6 * 3600
 MOST_BLOCKS = 1000
 # Below one per thread, so that the tasks which feed the actors find a CPU (ray#44687).
 CPU_SHARE = 0.9
-# Without limits Ray restarts an actor for ever on a row that kills it.
-RETRIES = {"max_restarts": 4, "max_task_retries": 2}
+ACTOR_BYTES = 3 * 2**29
+"""What an actor holds beside its weights: `import open_clip` alone leaves a process at 1.3 GB."""
 
 
 def missing_shards(store: Store, pool: Pool, spec: EncoderSpec, scope: str = "") -> set[int]:
@@ -52,6 +52,7 @@ def embed_pool(
     encoders: Sequence[EncoderSpec],
     settings: EmbedSection,
     resources: ResourcesSection,
+    devices: Devices,
     *,
     key_range: KeyRange | None = None,
     sample: Sample | None = None,
@@ -65,12 +66,13 @@ def embed_pool(
         encoders: whose files are wanted.
         settings: sizes.
         resources: number of actors and their threads.
+        devices: what the actors compute on.
         key_range: score only these rows, into files of their own.
         sample: and these, with a `key_range`.
         reference: whose files a deduplication went by, if the `key_range` leaves out what it dropped.
 
     Raises:
-        UserError: a worker asks for more CPUs than any node has.
+        UserError: a worker asks for more CPUs or memory than any node has.
         InputChangedError: a shard is not the file that was inventoried.
     """
     scope = key_range.scope if key_range else ""
@@ -82,13 +84,8 @@ def embed_pool(
         {"shard": asdict(shard), "encoders": [spec.sha for spec in encoders if shard.index in missing[spec.sha]]}
         for shard in todo
     ]
-    largest = largest_node_cpus()
-    if not gpus() and CPU_SHARE * resources.threads > largest:
-        raise UserError(
-            f"resources.threads = {resources.threads}: a worker would need {CPU_SHARE * resources.threads:.1f} CPUs, "
-            f"the largest node has {largest}; lower it"
-        )
-    workers = min(resources.workers or gpus() or max(1, free_cpus() // resources.threads), len(todo))
+    memory = ACTOR_BYTES + sum(store.size(f"{spec.folder}/{WEIGHTS_NAME}") or 0 for spec in encoders)
+    workers = min(_workers(resources, devices, memory), len(todo))
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
@@ -102,8 +99,9 @@ def embed_pool(
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=workers),
-            num_cpus=None if gpus() else CPU_SHARE * resources.threads,
-            num_gpus=1 if gpus() else None,
+            num_cpus=None if devices.gpus else CPU_SHARE * resources.threads,
+            num_gpus=1 if devices.gpus else None,
+            memory=memory,
             **RETRIES,
         )
     names = " and ".join(spec.source for spec in encoders)
@@ -114,6 +112,24 @@ def embed_pool(
             dropped += receipt["dropped"]
             bar.set_postfix(dropped=dropped, refresh=False)
             bar.update(receipt["rows"])
+
+
+def _workers(resources: ResourcesSection, devices: Devices, memory: int) -> int:
+    """How many actors of so many bytes: as many as the recipe says, if all of them can live at once.
+
+    Raises:
+        UserError: not even one can.
+    """
+    require_memory(memory, "embed")
+    if devices.gpus:
+        return min(resources.workers or devices.gpus, devices.gpus, places_for(memory))
+    needed, largest = CPU_SHARE * resources.threads, largest_node("CPU")
+    if needed > largest:
+        raise UserError(
+            f"resources.threads = {resources.threads}: a worker would need {needed:.1f} CPUs, the largest node has "
+            f"{largest:g}; lower it"
+        )
+    return min(resources.workers or max(1, free_cpus() // resources.threads), places_for(memory))
 
 
 class EmbedShards:
@@ -147,7 +163,13 @@ class EmbedShards:
         """Embed the shards of a batch; yields one receipt per shard."""
         for item in batch.to_pylist():
             shard = Shard(**item["shard"] | {"columns": Columns(**item["shard"]["columns"])})
-            encoders = {embedding_name(sha, shard, self.scope): self.encoders[sha] for sha in item["encoders"]}
+            names = {sha: embedding_name(sha, shard, self.scope) for sha in item["encoders"]}
+            # A block holds many shards of a large pool, and Ray gives all of them again to the actor that takes over
+            # from one that died.
+            encoders = {name: self.encoders[sha] for sha, name in names.items() if not self.store.exists(name)}
+            if not encoders:
+                yield {"rows": [shard.rows], "dropped": [0]}
+                continue
             counts = embed_shard(
                 shard,
                 encoders,

@@ -30,7 +30,7 @@ from curate.seeds import derive_seed
 from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.walk import END, walk_keys
-from pipelines.cluster import device, exchange, fetch, gpus, groups
+from pipelines.cluster import Devices, device, exchange, fetch, groups
 
 ROWS_PER_TASK = 65_536
 """Rows of the cells that one task searches."""
@@ -109,7 +109,9 @@ class _Part:
     """Of these."""
 
 
-def find_pairs(store: Store, folder: str, reference: EncoderSpec, threshold: Threshold, compared: Compared) -> None:
+def find_pairs(
+    store: Store, folder: str, reference: EncoderSpec, threshold: Threshold, compared: Compared, devices: Devices
+) -> None:
     """Write every pairs file of a deduplication that is missing, and before them its cells.
 
     Args:
@@ -118,13 +120,14 @@ def find_pairs(store: Store, folder: str, reference: EncoderSpec, threshold: Thr
         reference: its embedding files are complete.
         threshold: of near-duplicates.
         compared: the rows.
+        devices: what searches.
 
     Raises:
         UserError: an embedding file was written by a version that did not hash pictures.
     """
     rows = int(compared.starts[-1])
     if read_cells(store, folder) is None:
-        _make_cells(store, folder, reference, compared, cell_count(rows))
+        _make_cells(store, folder, reference, compared, cell_count(rows), devices)
     count = len(_cells(store, folder).centroids)
     tasks = read_counts(store, folder)["tasks"]
     there = set(store.list(folder))
@@ -167,7 +170,10 @@ def find_pairs(store: Store, folder: str, reference: EncoderSpec, threshold: Thr
             todo,
             join,
             title="near-duplicates",
-            join_gpus=min(1, gpus()),
+            devices=devices,
+            # Vectors as they come, all of them, and those of a cell in float32; home rows and about half as many that
+            # border on them. And the pairs, before and after they are thinned.
+            join_memory=(3 * rows // (2 * tasks)) * reference.embed_dim * 2 * 4 + 3 * MOST_PAIRS * PAIR.itemsize,
         )
     )
 
@@ -200,10 +206,13 @@ def _cells(store: Store, folder: str) -> Cells:
     return Cells.from_array(array)
 
 
-def _make_cells(store: Store, folder: str, reference: EncoderSpec, compared: Compared, cells: int) -> None:
+def _make_cells(
+    store: Store, folder: str, reference: EncoderSpec, compared: Compared, cells: int, devices: Devices
+) -> None:
     """Train the cells on a sample that depends on nothing but the contents of the rows; count the rows on the way."""
     seed = derive_seed(0, "cells")
-    high = int(END * sample_share(int(compared.starts[-1]), cells))
+    share = sample_share(int(compared.starts[-1]), cells)
+    high = int(END * share)
 
     def split(places: list[int]) -> list[tuple[Halves, Vectors, Counter[str], Counter[str], int]]:
         sampled, statuses, held_out, unsound = [], Counter[str](), Counter[str](), 0
@@ -221,7 +230,7 @@ def _make_cells(store: Store, folder: str, reference: EncoderSpec, compared: Com
         return [(*_distinct(sampled), statuses, held_out, unsound)]
 
     def join(_: None, parts: Sequence[tuple[Halves, Vectors, Counter[str], Counter[str], int]]) -> None:
-        trained = train_cells(unit_rows(_distinct([part[:2] for part in parts])[1]), cells)
+        trained = train_cells(unit_rows(_distinct([part[:2] for part in parts])[1]), cells, device())
         statuses, held_out = (sum((part[i] for part in parts), Counter[str]()) for i in (2, 3))
         tasks = max(1, min(len(trained.centroids), MOST_TASKS, int(compared.starts[-1]) // ROWS_PER_TASK))
         counts = {
@@ -232,7 +241,9 @@ def _make_cells(store: Store, folder: str, reference: EncoderSpec, compared: Com
         }
         write_cells(store, folder, trained.to_array(), counts)
 
-    fetch(exchange(compared.sources(), split, [None], join, title="cells", join_gpus=min(1, gpus())))
+    # The sample in float16 twice, and in float32, which k-means copies.
+    sample_bytes = int(share * compared.starts[-1]) * reference.embed_dim * (2 * 2 + 2 * 4)
+    fetch(exchange(compared.sources(), split, [None], join, title="cells", devices=devices, join_memory=sample_bytes))
 
 
 def _distinct(parts: Sequence[tuple[Halves, Vectors]]) -> tuple[Halves, Vectors]:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from curate.storage import Store
 from curate.stream import END_NAME, stream_end
 from curate.tally import Tally
 from curate.walk import Walk, WalkRange, next_range
-from pipelines.cluster import connect, footers_bar
+from pipelines.cluster import Devices, connect, footers_bar, take_devices
 from pipelines.dedup import dedup_pool
 from pipelines.embed import embed_pool
 from pipelines.keys import KeyRange, fixed_sample
@@ -24,16 +25,19 @@ from pipelines.select import select_round
 from pipelines.walk import lay_walk
 from pipelines.write import write_round
 
-RECORDED_LIBRARIES = ("curate", "torch", "open_clip_torch", "pyarrow", "ray", "pillow", "numpy")
+RECORDED_LIBRARIES = ("curate-clip", "torch", "open_clip_torch", "pyarrow", "ray", "pillow", "numpy")
 
 
-def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manifest:
+def run_round(
+    recipe: Recipe, *, base: Path, number: int | None = None, say: Callable[[str], None] = lambda line: None
+) -> Manifest:
     """Run a round, or finish one that was interrupted, or return one that is committed.
 
     Args:
         recipe: the whole recipe.
         base: the recipe's folder.
         number: of the round; the next one if None. A committed round is returned as it is.
+        say: told what it computes on.
 
     Raises:
         UserError: in recipe, pool or models; all that are found together.
@@ -52,21 +56,22 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
         raise UserError(f"{store.url}: the stream of rounds was ended after round {newest}; delete {END_NAME} to go on")
     store.probe()
     connect(recipe.resources.address)
+    devices = take_devices(recipe.resources, say)
 
     folder = round_folder(number)
-    plan = pin_plan(store, recipe, base=base, number=number, progress=footers_bar)
+    plan = pin_plan(store, recipe, base=base, number=number, device_type=devices.type, progress=footers_bar)
     steps = steps_folder(number, plan.digest)
     pool = load_pool(store, plan.pool)
     parent = read_manifest(store, number - 1)
     selection = recipe.selection
 
-    embed_all(store, pool, plan, recipe)
-    dedup = dedup_all(store, pool, plan, recipe)
+    embed_all(store, pool, plan, recipe, devices)
+    dedup = dedup_all(store, pool, plan, recipe, devices)
     dropped = dedup.folder if dedup else None
     through = _through(plan, recipe, dropped)
     walk, walk_range = place_round(store, pool, plan, recipe, dedup, through, parent[0] if parent else None)
     boundaries = walk.boundaries[walk_range.start : walk_range.stop + 1]
-    scope = embed_learner(store, pool, plan, recipe, dropped, walk.epoch, boundaries)
+    scope = embed_learner(store, pool, plan, recipe, devices, dropped, walk.epoch, boundaries)
     stats = select_round(
         store,
         pool,
@@ -79,6 +84,7 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
         seed=recipe.seed,
         round_number=number,
         steps=steps,
+        devices=devices,
         dedup=dropped,
     )
     files = write_round(
@@ -133,7 +139,7 @@ def run_round(recipe: Recipe, *, base: Path, number: int | None = None) -> Manif
     return manifest
 
 
-def embed_all(store: Store, pool: Pool, plan: Plan, recipe: Recipe) -> None:
+def embed_all(store: Store, pool: Pool, plan: Plan, recipe: Recipe, devices: Devices) -> None:
     """The reference's embeddings of the whole pool, and the learner's in the same pass where that pays.
 
     A round over at least half of the pool decodes each picture once for both models and keeps the few learner's
@@ -143,17 +149,17 @@ def embed_all(store: Store, pool: Pool, plan: Plan, recipe: Recipe) -> None:
     encoders = [plan.reference]
     if plan.learner is not None and _in_one_pass(pool, recipe):
         encoders.append(plan.learner)
-    embed_pool(store, pool, encoders, recipe.embed, recipe.resources)
+    embed_pool(store, pool, encoders, recipe.embed, recipe.resources, devices)
 
 
-def dedup_all(store: Store, pool: Pool, plan: Plan, recipe: Recipe) -> Dedup | None:
+def dedup_all(store: Store, pool: Pool, plan: Plan, recipe: Recipe, devices: Devices) -> Dedup | None:
     """Which rows of the pool are near-duplicates that leave, if the recipe asks."""
     if recipe.dedup is None:
         return None
     evaluation = [load_pool(store, fingerprint) for fingerprint in plan.evaluation]
     for held_out in evaluation:
-        embed_pool(store, held_out, [plan.reference], recipe.embed, recipe.resources)
-    return dedup_pool(store, pool, plan.reference, recipe.dedup, evaluation)
+        embed_pool(store, held_out, [plan.reference], recipe.embed, recipe.resources, devices)
+    return dedup_pool(store, pool, plan.reference, recipe.dedup, evaluation, devices=devices)
 
 
 def embed_learner(
@@ -161,6 +167,7 @@ def embed_learner(
     pool: Pool,
     plan: Plan,
     recipe: Recipe,
+    devices: Devices,
     dropped: str | None,
     epoch: int,
     boundaries: tuple[int, ...],
@@ -175,6 +182,7 @@ def embed_learner(
         [plan.learner],
         recipe.embed,
         recipe.resources,
+        devices,
         key_range=keys,
         sample=fixed_sample(pool, recipe.seed),
         reference=plan.reference,

@@ -13,7 +13,7 @@ from curate.selected import SubBatchStats, read_selected, selected_name, write_s
 from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.walk import WalkRange, super_batch_of
-from pipelines.cluster import device, exchange, fetch, gpus, groups
+from pipelines.cluster import Devices, device, exchange, fetch, groups
 from pipelines.walk import candidate_rows
 
 
@@ -30,6 +30,7 @@ def select_round(
     seed: int,
     round_number: int,
     steps: str,
+    devices: Devices,
     dedup: str | None = None,
 ) -> list[SubBatchStats]:
     """Draw every sub-batch of a round that has not been drawn yet.
@@ -46,6 +47,7 @@ def select_round(
         seed: of the recipe.
         round_number: of the round.
         steps: folder of the round's steps.
+        devices: what draws.
         dedup: folder of the deduplication whose dropped rows are no candidates.
 
     Returns:
@@ -88,7 +90,12 @@ def select_round(
         )
         write_selected(store, names[sub_batch], table, stats)
 
-    fetch(exchange(groups(pool.shards), split, todo, join, title="select", join_gpus=min(1, gpus())))
+    # A joining task holds the vectors of a super-batch three times in float16 (its parts, all of them, the distinct
+    # ones) and, on a CPU, once in float32.
+    width = 2 * (reference.embed_dim + (learner.embed_dim if learner else 0))
+    vector_bytes = selection.super_batch_size * width * (3 * 2 + 4)
+    sources = groups(pool.shards)
+    fetch(exchange(sources, split, todo, join, title="select", devices=devices, join_memory=vector_bytes))
     return [read_selected(store, name)[1] for name in names]
 
 

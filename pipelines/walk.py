@@ -24,6 +24,8 @@ from curate.walk import DUPLICATE_EXACT, END, ROW, Rows, Walk, in_walk_order, re
 from pipelines.cluster import exchange, fetch, groups
 
 ROWS_PER_BUCKET = 2_000_000
+BUCKET_BYTES = ROWS_PER_BUCKET * ROW.itemsize * 8
+"""What a task holds of one: its parts, all of them, in order, and the orders of five columns."""
 SHOWN_CLASHES = 5
 
 DUPLICATES_SCHEMA = pa.schema(
@@ -86,7 +88,7 @@ def lay_walk(
         return _Bucket(keys=rows["key"][order[~duplicate]], duplicates=int(duplicate.sum()), statuses=statuses)
 
     # The keys stay where they are: counts come here first, then the keys at the boundaries that they imply.
-    joined = exchange(groups(pool.shards), split, buckets, join, title="candidates")
+    joined = exchange(groups(pool.shards), split, buckets, join, title="candidates", join_memory=BUCKET_BYTES)
     summaries = fetch([_summary.remote(bucket) for bucket in joined])
     counts = [count for count, _, _ in summaries]
     duplicates = sum(found for _, found, _ in summaries)
@@ -201,7 +203,7 @@ def _check_uids(store: Store, pool: Pool, reference: EncoderSpec) -> None:
         pairs = [(rows[representative[i]], rows[i]) for i in clashes[:SHOWN_CLASHES]]
         return len(clashes), [(int(a["shard"]), int(a["row"]), int(b["shard"]), int(b["row"])) for a, b in pairs]
 
-    found = fetch(exchange(groups(pool.shards), split, buckets, join, title="uids"))
+    found = fetch(exchange(groups(pool.shards), split, buckets, join, title="uids", join_memory=BUCKET_BYTES))
     total = sum(count for count, _ in found)
     if not total:
         return

@@ -78,7 +78,9 @@ def write_round(
         file = write_curated(pieces, store, folder, columns=pool.columns, sub_batch_size=sub_batch_size)
         record_written(store, names[number], file)
 
-    fetch(exchange(groups(pool.shards), split, todo, join, title="write"))
+    # A file is put together in memory: its rows as they come, and in order.
+    file_bytes = 2 * per_file * sub_batch_size * sum(shard.size for shard in pool.shards) // max(1, pool.rows)
+    fetch(exchange(groups(pool.shards), split, todo, join, title="write", join_memory=file_bytes))
     return [read_written(store, name) for name in names]
 
 

@@ -28,6 +28,7 @@ ORDER = [
     "pool",
     "reshard",
     "spec",
+    "hub",
     "encoder",
     "learner",
     "publish",
@@ -56,6 +57,8 @@ ORDER = [
 
 ONLY_IN = {
     "ray": ["pipelines/", "jobs/"],
+    "huggingface_hub": ["curate/hub.py", "curate/encoder.py"],
+    "transformers": [],
     "open_clip": ["curate/encoder.py", "curate/publish.py", "jobs/optimize.py"],
     "fsspec": ["curate/storage.py"],
     "s3fs": ["curate/storage.py"],

@@ -12,11 +12,12 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from curate.encoder import (
     CONFIG_NAME,
-    WEIGHTS_NAME,
     create_model,
     eval_transform,
     load_encoder,
@@ -25,7 +26,7 @@ from curate.encoder import (
 )
 from curate.errors import UserError
 from curate.recipe import EncoderSection
-from curate.spec import EncoderSpec
+from curate.spec import WEIGHTS_NAME, EncoderSpec
 from curate.storage import Store
 from tests.helpers import CPU, tiny_config, tiny_encoder, write_tiny
 
@@ -265,11 +266,51 @@ def test_a_model_travels_over_s3(tmp_path: Path, s3_root: str):
 # --- what it embeds ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preprocess", [{}, {"resize_mode": "squash", "interpolation": "bilinear", "std": [0.3] * 3}])
-def test_pixels_and_embeddings_are_those_of_open_clips_own_transform(tmp_path: Path, store: Store, preprocess):
-    folder = tmp_path / "saved"
-    folder.mkdir()
+def saved_folder(folder: Path, weights: dict[str, torch.Tensor], preprocess: dict[str, Any]) -> Path:
+    """A folder as open_clip's `local-dir:` takes it."""
+    folder.mkdir(exist_ok=True)
     (folder / CONFIG_NAME).write_text(json.dumps({"model_cfg": tiny_config(), "preprocess_cfg": preprocess}))
+    safetensors.torch.save_file(weights, folder / WEIGHTS_NAME)
+    return folder
+
+
+MODES = st.sampled_from(["shortest", "longest", "squash"])
+CHANNELS = st.lists(st.floats(0.01, 1, width=32), min_size=3, max_size=3)
+PREPROCESS = st.fixed_dictionaries(
+    {},
+    optional={
+        "mean": CHANNELS,
+        "std": CHANNELS,
+        "interpolation": st.sampled_from(["bicubic", "bilinear"]),
+        "resize_mode": MODES,
+        "fill_color": st.integers(0, 255),
+    },
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(preprocess=PREPROCESS)
+@example(preprocess={"resize_mode": "longest", "fill_color": 127})
+def test_a_stored_model_sees_what_its_source_sees(tmp_path: Path, store: Store, weights, preprocess):
+    name = f"local-dir:{saved_folder(tmp_path / 'saved', weights, preprocess)}"
+    encoder = load_encoder(store, stored(store, EncoderSection(model=name), tmp_path), CPU)
+    _, theirs = open_clip.create_model_from_pretrained(name)
+    for picture in [Image.new("RGB", (90, 50), "red"), *pictures(2)]:
+        pixels = torch.tensor(encoder.crop(picture))[None]
+        assert encoder.normalize(pixels)[0].equal(theirs(picture))
+
+
+def test_views_differ_wherever_pixels_do(tmp_path: Path, store: Store, weights):
+    views = set()
+    for number, fill in enumerate((0, 127, 255)):
+        folder = saved_folder(tmp_path / str(number), weights, {"resize_mode": "longest", "fill_color": fill})
+        views.add(load_encoder(store, stored(store, EncoderSection(model=f"local-dir:{folder}"), tmp_path), CPU).view)
+    assert len(views) == 3
+
+
+@pytest.mark.parametrize("preprocess", [{}, {"resize_mode": "squash", "interpolation": "bilinear", "std": [0.3] * 3}])
+def test_pixels_and_embeddings_are_those_of_open_clips_own_transform(tmp_path: Path, store: Store, weights, preprocess):
+    folder = saved_folder(tmp_path / "saved", weights, preprocess)
     spec = stored(store, EncoderSection(model=f"local-dir:{folder}"), tmp_path)
     encoder = load_encoder(store, spec, CPU)
     model, transform = open_clip.create_model_from_pretrained(f"local-dir:{store.url}/{spec.folder}")
@@ -363,6 +404,22 @@ def test_a_configuration_that_is_broken(tmp_path: Path, store: Store, text: str,
 def test_bytes_that_are_no_text(tmp_path: Path, store: Store):
     (tmp_path / "broken.json").write_bytes(b"\xff\xfe{}")
     assert "not valid JSON" in line(store, tmp_path, model="broken.json")
+
+
+@pytest.mark.parametrize("beside", [None, "epoch_5.pt", "model-00001-of-00002.bin.index.json"])
+def test_a_folder_without_weights(tmp_path: Path, store: Store, weights, beside: str | None):
+    folder = saved_folder(tmp_path / "saved", weights, {})
+    (folder / WEIGHTS_NAME).unlink()
+    if beside:
+        (folder / beside).write_bytes(b"x" * 1000)
+    section = EncoderSection(model=f"local-dir:{folder}")
+    with pytest.raises(UserError, match="a folder must hold them") as caught:
+        stored(store, section, tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+    # A checkpoint gives them.
+    safetensors.torch.save_file(weights, tmp_path / "weights.safetensors")
+    whole = section.model_copy(update={"pretrained": str(tmp_path / "weights.safetensors")})
+    assert stored(store, whole, tmp_path).weights_sha256
 
 
 def test_a_folder_without_a_configuration(tmp_path: Path, store: Store):
