@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +333,30 @@ def test_a_row_spoilt_for_one_encoder_is_whole_for_another(store: Store, pool: P
     a, b = (read_embeddings(store, name, ["status"])["status"].to_pylist() for name in ("a/x", "b/x"))
     assert [EMBEDDING_NONFINITE if status == "ok" else status for status in a] == b
     assert counts == Counter(b)
+
+
+# --- the actor -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(tmp_path: Path, store: Store):
+    from pipelines.embed import EmbedShards
+
+    pool = drawn_pool(tmp_path / "pool", rows=60, shards=3)
+    spec = tiny_encoder(store, tmp_path)
+    block = pa.Table.from_pylist([{"shard": asdict(shard), "encoders": [spec.sha]} for shard in pool.shards])
+    names = [embedding_name(spec.sha, shard) for shard in pool.shards]
+
+    def written() -> list[int]:
+        return [store.local_path(name).stat().st_ino for name in names]
+
+    def actor() -> EmbedShards:
+        return EmbedShards(store, [spec], EmbedSection(), 1, None, None, None)
+
+    whole = list(actor()(block))
+    assert [receipt["rows"] for receipt in whole] == [[20]] * 3
+    before = written()
+    store.delete(names[2])  # where the predecessor died
+    assert [receipt["rows"] for receipt in actor()(block)] == [[20]] * 3
+    assert written()[:2] == before[:2]
+    assert store.exists(names[2])

@@ -275,7 +275,7 @@ def saved_folder(folder: Path, weights: dict[str, torch.Tensor], preprocess: dic
 
 
 MODES = st.sampled_from(["shortest", "longest", "squash"])
-CHANNELS = st.lists(st.floats(0.01, 1, width=32), min_size=3, max_size=3)
+CHANNELS = st.lists(st.floats(1 / 128, 1, width=32), min_size=3, max_size=3)
 PREPROCESS = st.fixed_dictionaries(
     {},
     optional={

@@ -24,7 +24,7 @@ from curate.recipe import Recipe, TrainSection
 from curate.storage import Store
 from curate.stream import end_stream
 from curate.uniform import uniform_batches
-from jobs.checkpoint import checkpoints
+from jobs.checkpoint import checkpoints, restore
 from jobs.optimize import learning_rate
 from jobs.train import Trained, train
 from tests.helpers import CPU, commit_round, drawn_pool, write_tiny
@@ -398,6 +398,33 @@ def test_what_is_logged(undisturbed: tuple[Recipe, Trained]):
     board = EventAccumulator(str(Path(made.root) / "trainer")).Reload()
     scalars = [(event.step, pytest.approx(event.value, rel=1e-6)) for event in board.Scalars("loss")]
     assert scalars == list(enumerate(done.losses, 1))
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_a_fused_optimisers_state_goes_where_its_weights_are():
+    """On a device of its own kind, which need not be there: a step count left on the CPU would stop a fused AdamW."""
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+
+    elsewhere = torch.nn.Linear(2, 3, device="meta")
+    other = torch.optim.AdamW(elsewhere.parameters(), lr=0.25)
+    for group in other.param_groups:
+        group["fused"] = True
+    restore(tensors, elsewhere, other)
+    assert {part.device.type for state in other.state.values() for part in state.values()} == {"meta"}
+    assert [group["lr"] for group in other.param_groups] == [0.25]  # the recipe's, not the checkpoint's
+
+    again = torch.nn.Linear(2, 3)
+    other = torch.optim.AdamW(again.parameters(), fused=True)
+    restore(tensors, again, other)
+    for name, parameter in again.named_parameters():
+        for key, value in other.state[parameter].items():
+            assert value.equal(tensors[f"optimizer.{name}.{key}"]), (name, key)
 
 
 def test_the_rate_of_each_step():

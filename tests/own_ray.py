@@ -1,0 +1,100 @@
+"""What tests run in a process of its own, because it needs a Ray of its own; each function is one such run."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from curate.errors import UserError
+from curate.recipe import ResourcesSection
+from pipelines.cluster import CPUS, Devices, connect, device, exchange, fetch, take_devices
+
+
+def pretended_gpus() -> None:
+    """Ray believes in two GPUs that every process sees, as on a node that has them."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0,1"
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+
+    def found(_: Any) -> list[Any]:
+        torch.cuda.is_available = lambda: True
+        return [(os.getpid(), ray.get_runtime_context().get_accelerator_ids()["GPU"], str(device()))]
+
+    # The driver and tasks that were given no GPU.
+    torch.cuda.is_available = lambda: True
+    assert device() == torch.device("cpu")
+    (parts,) = fetch(exchange(range(4), found, [None], lambda _, parts: list(parts), title="splits"))
+    assert {where for _, _, where in parts} == {"cpu"}
+
+    # Joins on GPUs: a process has one of them from the first to the last.
+    joined = fetch(
+        exchange([0], lambda _: [0] * 6, range(6), lambda i, _: found(i)[0], title="joins", devices=Devices(gpus=2))
+    )
+    assert {where for _, _, where in joined} == {"cuda:0"}
+    assert sorted({(pid, *ids) for pid, ids, _ in joined}, key=lambda seen: seen[1]) == [
+        (pid, number) for number in ("0", "1") for pid in {pid for pid, ids, _ in joined if ids == [number]}
+    ]
+    assert len({pid for pid, _, _ in joined}) == 2
+    # And none where the recipe says CPUs.
+    joined = fetch(exchange([0], lambda _: [0, 0], range(2), lambda i, _: found(i)[0], title="joins", devices=CPUS))
+    assert {where for _, _, where in joined} == {"cpu"}
+
+    # A GPU that Ray counts and torch cannot use.
+    def compute(_: Any, parts: Sequence[Any]) -> str:
+        torch.cuda.is_available = lambda: False
+        return str(device())
+
+    with pytest.raises(UserError, match=r"^node .*: Ray gave GPU [01] to a worker whose torch .* finds no CUDA"):
+        fetch(exchange([0], lambda _: [0], [0], compute, title="joins", devices=Devices(gpus=2)))
+
+
+def gpus_that_come_later() -> None:
+    """A cluster of CPU nodes that a GPU node joins."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    cluster.add_node(num_cpus=2)
+    connect(cluster.address)
+    said: list[str] = []
+
+    def resources(**how: Any) -> ResourcesSection:
+        return ResourcesSection(address=cluster.address, **how)
+
+    assert take_devices(resources(device="cpu"), said.append) == CPUS
+    assert said == []
+    assert take_devices(resources(), said.append) == CPUS
+    assert said == [
+        "computing on CPUs: Ray finds no GPU on the cluster's 2 nodes; resources.device = 'cuda' would insist on one"
+    ]
+    with pytest.raises(UserError) as caught:
+        take_devices(resources(device="cuda", wait_s=1), said.append)
+    assert "expected 1 GPU in the cluster, found 0 on 2 nodes after 1 s; add GPU nodes" in str(caught.value)
+    said.clear()
+
+    with ThreadPoolExecutor(1) as executor:
+        waiting = executor.submit(take_devices, resources(device="cuda", workers=2, wait_s=60), said.append)
+        time.sleep(2)
+        assert not waiting.done()
+        cluster.add_node(num_cpus=1, num_gpus=2)
+        assert waiting.result(timeout=30) == Devices(gpus=2)
+    assert said == ["waiting for 2 GPUs: 0 there; for 60 s at most"]
+    said.clear()
+    assert take_devices(resources(), said.append) == Devices(gpus=2)
+    assert said == ["computing on 2 GPUs of the cluster's 3 nodes; resources.device = 'cpu' would leave them alone"]
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def a_laptop_that_is_told_to_use_gpus() -> None:
+    """Nothing can join a Ray that was started here, so nothing is waited for."""
+    connect("local")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"expected 1 GPU on this machine, found 0; set resources.device to"):
+        take_devices(ResourcesSection(device="cuda"), print)
+    assert time.monotonic() - began < 5
+
+
+RUNS: tuple[Callable[[], None], ...] = (pretended_gpus, gpus_that_come_later, a_laptop_that_is_told_to_use_gpus)
