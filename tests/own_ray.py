@@ -31,15 +31,26 @@ def pretended_gpus() -> None:
     (parts,) = fetch(exchange(range(4), found, [None], lambda _, parts: list(parts), title="splits"))
     assert {where for _, _, where in parts} == {"cpu"}
 
+    two = Devices(gpus=2)
     # Joins on GPUs: a process has one of them from the first to the last.
-    joined = fetch(
-        exchange([0], lambda _: [0] * 6, range(6), lambda i, _: found(i)[0], title="joins", devices=Devices(gpus=2))
-    )
+    joined = fetch(exchange([0], lambda _: [0] * 6, range(6), lambda i, _: found(i)[0], title="joins", devices=two))
     assert {where for _, _, where in joined} == {"cuda:0"}
     assert sorted({(pid, *ids) for pid, ids, _ in joined}, key=lambda seen: seen[1]) == [
         (pid, number) for number in ("0", "1") for pid in {pid for pid, ids, _ in joined if ids == [number]}
     ]
     assert len({pid for pid, _, _ in joined}) == 2
+
+    # Nor has a process of one step the other GPU in a later one. Who finishes first decides what Ray lends to whom.
+    def late(i: int, _: Any) -> list[Any]:
+        time.sleep(0.2 * i)
+        return list(found(i)[0])
+
+    seen: dict[int, set[str]] = {}
+    for order in ([0, 1], [1, 0], [1, 0]):
+        for pid, ids, _ in fetch(exchange([0], lambda _: [0, 0], order, late, title="joins", devices=two)):
+            seen.setdefault(pid, set()).update(ids)
+    assert {len(ids) for ids in seen.values()} == {1}, seen
+
     # And none where the recipe says CPUs.
     joined = fetch(exchange([0], lambda _: [0, 0], range(2), lambda i, _: found(i)[0], title="joins", devices=CPUS))
     assert {where for _, _, where in joined} == {"cpu"}
