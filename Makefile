@@ -4,16 +4,22 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint types lock bench bench-acceleration clean
+.PHONY: demo test test-all test-gpu lint types lock bench bench-acceleration clean
 
 demo: $(READY)  ## the whole loop on a small drawn pool: three rounds beside a trainer
 	$(BIN)/python -m jobs.demo
 
-test: $(READY)  ## what CI runs: lint, types, tests
+test: $(READY)  ## what CI runs: lint, types, tests; within 10 minutes on 2 cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not exhaustive and not gpu"
+
+test-all: $(READY)  ## and every case of what those tests sample
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(READY)  ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu
 
 bench: $(READY)  ## time and memory of selection against a bare baseline and the paper's listing
 	$(BIN)/python -m benchmarks.selection

@@ -4,11 +4,12 @@
 
 What a model needs of the hub (tokenizer, text tower's configuration, weights) is made here, in the forms that the hub
 has it in, with small vocabularies and few layers: a twin differs from its model in depth alone, and in the width of a
-text tower of transformers. Image towers of timm are whole. Each twin is stored in a root, loaded from there as a worker
+text tower of transformers. Each twin is stored in a root, loaded from there as a worker
 would, and embeds pictures with captions.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import logging
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import sentencepiece
+import timm
 import torch
 import transformers
 from huggingface_hub import constants
@@ -74,6 +76,7 @@ def main() -> None:
         constants.HF_HUB_CACHE = make_hub(Path(scratch) / "hub")
         constants.HF_HUB_OFFLINE = True
         register_twins(Path(scratch) / "twins", names)
+        timm.create_model = shallow_timm
         for number, name in enumerate(names):
             with tempfile.TemporaryDirectory(dir=scratch) as root:
                 rows.append((name, *kinds(name), outcome(EncoderSection(model=name), Path(root))))
@@ -155,6 +158,17 @@ def shallow(config: Mapping[str, Any]) -> dict[str, Any]:
             layers = twin[part]["layers"]
             twin[part]["layers"] = [1] * len(layers) if isinstance(layers, list) else 1
     return twin
+
+
+create_timm: Any = timm.create_model
+
+
+def shallow_timm(name: str, **how: Any) -> Any:
+    """A model of timm with one block a stage where its kind can be told how many."""
+    for depth in ({"depth": 1}, {"depths": (1, 1, 1, 1)}):
+        with contextlib.suppress(TypeError):
+            return create_timm(name, **how, **depth)
+    return create_timm(name, **how)
 
 
 # --- what the hub would hold -----------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return " ".join(str(error).split())[:limit]
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, one: str, many: str | None = None) -> str:
     """A number of things, in the singular where it is one.
 
-    >>> counted(1, "shard"), counted(12_000, "shard")
-    ('1 shard', '12,000 shards')
+    >>> counted(1, "shard"), counted(12_000, "shard"), counted(2, "batch", "batches")
+    ('1 shard', '12,000 shards', '2 batches')
     """
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
 
 
 @contextlib.contextmanager

@@ -1,17 +1,19 @@
 """`curate check`: what a round would do, on what, at what cost; nothing is written into the root."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from curate.encoder import create_model
 from curate.errors import UserError
 from curate.manifest import last_round
-from curate.messages import gathered
+from curate.messages import counted, gathered
 from curate.plan import evaluation_sets
 from curate.pool import Pool, take_inventory
-from curate.recipe import Recipe
+from curate.recipe import EncoderSection, Recipe, ResourcesSection
 from curate.select import needs_learner
 from curate.storage import Store
 
@@ -56,17 +58,34 @@ def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
         raise UserError(*mistakes)
 
     wanted = selection.super_batches or pool.rows // size
-    yield f"pool: {pool.rows:,} rows in {len(pool.shards):,} shards, {pool.columns.image} with {pool.columns.caption}"
+    rows, shards = counted(pool.rows, "row"), counted(len(pool.shards), "shard")
+    yield f"pool: {rows} in {shards}, {pool.columns.image} with {pool.columns.caption}"
     if pool.ignored:
-        yield f"pool: {len(pool.ignored)} files ignored, such as {pool.ignored[0]}"
+        yield f"pool: {counted(len(pool.ignored), 'file')} ignored, such as {pool.ignored[0]}"
     yield from (f"pool: skipped {line}" for line in pool.skipped)
     if recipe.dedup is not None:
         held_out = f"; {sum(seen.rows for seen in evaluation):,} evaluation rows are kept out" if evaluation else ""
         yield f"dedup: {recipe.dedup.groups} of cosine {recipe.dedup.threshold} and above{held_out}"
     yield f"next round: {newest + 1}"
+    for role, section in encoders.items():
+        if section is not None:
+            yield f"{role}: {section.source}, {_precision(section, recipe.resources)}"
+    super_batches = counted(wanted, "super-batch", "super-batches")
     yield (
-        f"selection: {wanted} super-batches of {size:,} at most, {selection.method} {selection.criterion}, "
+        f"selection: {super_batches} of {size:,} at most, {selection.method} {selection.criterion}, "
         f"{wanted * selection.sub_batch_size:,} rows in batches of {selection.sub_batch_size:,}"
     )
     passes = len(encoders) * pool.rows + sum(seen.rows for seen in evaluation)
     yield f"cost: {passes:,} forward passes at most; embeddings that exist are not made again"
+
+
+def _precision(section: EncoderSection, resources: ResourcesSection) -> str:
+    """What a model will compute in, as far as can be known without joining the cluster."""
+    device = resources.device
+    if device == "auto" and resources.address == "local" and "RAY_ADDRESS" not in os.environ:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "auto":
+        return f"{section.precision_on(device)} on {device}"
+    if section.precision != "auto":
+        return section.precision
+    return "bf16 if the cluster has GPUs, else fp32; a model that is in use stays at what it was begun with"

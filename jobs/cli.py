@@ -3,10 +3,12 @@
 Exit status: 0 done, 1 failed, 2 the user's mistake, 3 somebody else committed this round.
 """
 
+import contextlib
 import json
 import logging
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from curate.errors import CurateError, UserError
+from curate.messages import counted
 
 if TYPE_CHECKING:
     from curate.dedup import Dedup
@@ -91,7 +94,7 @@ def dedup(
         from jobs.dedup_sheet import write_sheet  # noqa: PLC0415
 
         drawn = write_sheet(store, pool, found, sheet, groups=groups, seed=loaded.seed)
-        print(f"{sheet}: {drawn} groups", file=sys.stderr)
+        print(f"{sheet}: {counted(drawn, 'group')}", file=sys.stderr)
 
 
 @app.command()
@@ -117,7 +120,8 @@ def train(
     if save_to is not None:
         fetch_model(Store(loaded.root), trained.learner.encoder, save_to)
     if losses := trained.losses:
-        print(f"learner {trained.learner.number}: {trained.steps} steps, loss {losses[0]:.3f} → {losses[-1]:.3f}")
+        steps = counted(trained.steps, "step")
+        print(f"learner {trained.learner.number}: {steps}, loss {losses[0]:.3f} → {losses[-1]:.3f}")
     else:
         way_out = "all train.steps are taken" if trained.finished else "it was trained on every committed round"
         print(f"learner {trained.learner.number}: nothing to do, {way_out}")
@@ -235,13 +239,42 @@ def silence_open_clip() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors that we raise on purpose are lines, not tracebacks."""
+    """Run the command line; errors that we raise on purpose are lines, not tracebacks, and so is being stopped."""
     silence_open_clip()
+    with _stoppable() as stopped_by:
+        try:
+            app()
+        except CurateError as error:
+            print(error, file=sys.stderr)
+            sys.exit(error.exit_status)
+        except SystemExit as ended:
+            # As typer ends a command that let KeyboardInterrupt pass; one that caught it has said its own.
+            if stopped_by and isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
+                name = signal.Signals(stopped_by[0]).name
+                print(
+                    f"stopped by {name}: what is done stays, and the same command goes on from there", file=sys.stderr
+                )
+                sys.exit(128 + stopped_by[0])
+            raise
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Let SIGTERM end a command as Ctrl-C does; yields the signals that came."""
+    came: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    # What a shell told us to ignore, as for a job in the background, stays ignored.
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, stop) for number, how in usual.items() if signal.getsignal(number) is how}
     try:
-        app()
-    except CurateError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_status)
+        yield came
+    finally:
+        for number, how in before.items():
+            signal.signal(number, how)
 
 
 def _say(line: str) -> None:
@@ -272,8 +305,9 @@ def _print(shown: Sequence[Table | str]) -> None:
 def _round_tables(found: dict[str, Any]) -> list[Table | str]:
     learner, reference = found["lineage"]["learner"], found["lineage"]["reference"]
     facts = [
-        f"round {found['round']}: {found['sub_batches']} sub-batches of {found['sub_batch_size']}, "
-        f"{sum(file['size'] for file in found['files']) / 2**20:.1f} MiB in {len(found['files'])} files",
+        f"round {found['round']}: {counted(found['sub_batches'], 'sub-batch', 'sub-batches')} of "
+        f"{found['sub_batch_size']:,}, {sum(file['size'] for file in found['files']) / 2**20:.1f} MiB in "
+        f"{counted(len(found['files']), 'file')}",
         f"reference: {reference['source']} ({reference['model']})",
         f"learner: {learner['number']} ({learner['model']})" if learner else "learner: not looked at",
     ]
@@ -283,20 +317,22 @@ def _round_tables(found: dict[str, Any]) -> list[Table | str]:
         )
     quality = found["quality"]
     if (staleness := quality["staleness_batches"]) is not None:
-        facts.append(f"staleness: {staleness} committed batches that the learner had not been trained on")
+        batches = counted(staleness, "committed batch", "committed batches")
+        facts.append(f"staleness: {batches} that the learner had not been trained on")
     if correlation := quality["rank_correlation"]:
         facts.append(
             f"rank correlation of learnability with learner {correlation['learner']}: {correlation['value']} on "
-            f"{correlation['pairs']} pairs"
+            f"{counted(correlation['pairs'], 'pair')}"
         )
     facts += [
-        f"round {entry['round']} in training: learnability {entry['realised']} over {entry['batches']} batches, "
+        f"round {entry['round']} in training: learnability {entry['realised']} over "
+        f"{counted(entry['batches'], 'batch', 'batches')}, "
         f"{'unknown' if entry['chosen'] is None else entry['chosen']} when chosen"
         for entry in quality["trained"]
     ]
     facts.append(
-        f"chosen again: {quality['chosen_again']:.1%} of this round; {quality['unique_examples']:,} unique examples "
-        "so far"
+        f"chosen again: {quality['chosen_again']:.1%} of this round; "
+        f"{counted(quality['unique_examples'], 'unique example')} so far"
     )
     steps = []
     for step in found["steps"]:
@@ -307,16 +343,15 @@ def _round_tables(found: dict[str, Any]) -> list[Table | str]:
 
 def _dedup_tables(found: "Dedup", pool: "Pool") -> list[Table | str]:
     compared = found.statuses.get("ok", 0) - found.unsound
+    earlier = sum(generation < len(found.chain) - 1 for generation in found.generations)
     facts = [
         f"{found.folder}: {compared:,} of {pool.rows:,} rows compared; cells: {found.cells:,}, the "
-        f"largest of {found.largest_cell:,} rows",
-        f"{found.pairs:,} pairs, {found.groups:,} groups",
-        f"{found.beyond:,} rows border on so many cells that a near-duplicate may have been missed"
+        f"largest of {counted(found.largest_cell, 'row')}",
+        f"{counted(found.pairs, 'pair')}, {counted(found.groups, 'group')}",
+        f"{counted(found.beyond, 'row')} on so many cells' borders that a near-duplicate may have been missed"
         if found.beyond
         else "no near-duplicate can have been missed",
-        f"on top of {sum(generation < len(found.chain) - 1 for generation in found.generations):,} earlier shards"
-        if len(found.chain) > 1
-        else "decided from the beginning",
+        f"on top of {counted(earlier, 'earlier shard')}" if len(found.chain) > 1 else "decided from the beginning",
     ]
     if unusable := sum(found.evaluation_statuses.values()) - found.evaluation_statuses.get("ok", 0):
         facts.append(
@@ -324,7 +359,7 @@ def _dedup_tables(found: "Dedup", pool: "Pool") -> list[Table | str]:
             "nothing out of the pool"
         )
     if found.unsound:
-        facts.append(f"{found.unsound:,} rows whose vectors are not finite or zero were compared with nothing")
+        facts.append(f"compared with nothing: {counted(found.unsound, 'row')} whose vectors are not finite, or zero")
     rows = [{"rows": count, "dropped": reason} for reason, count in found.dropped.items()]
     rows.append({"rows": compared - sum(found.dropped.values()), "dropped": "no, they stay"})
     largest = [
@@ -341,7 +376,7 @@ def _dedup_tables(found: "Dedup", pool: "Pool") -> list[Table | str]:
 
 
 def _uid_tables(row: dict[str, Any]) -> list[Table]:
-    place = {name: row[name] for name in ("uid", "shard", "row", "status", "error")}
+    place = {name: row[name] for name in ("uid", "shard", "row", "status", "error") if row[name] is not None}
     tables = [_table("row", [place])]
     if row.get("rounds"):
         tables.append(_table("rounds", row["rounds"]))
@@ -360,9 +395,10 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 
 def _turned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as columns, headed by their first value."""
+    """Rows as columns, headed by their first value; what none of them has is left out."""
     first, *names = rows[0]
-    return [{first: name.replace("_", " ")} | {str(row[first]): row[name] for row in rows} for name in names]
+    known = [name for name in names if any(row[name] is not None for row in rows)]
+    return [{first: name.replace("_", " ")} | {str(row[first]): row[name] for row in rows} for name in known]
 
 
 def _cell(value: Any) -> str:

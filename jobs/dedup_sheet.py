@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curate.dedup import Dedup, compared_shards
+from curate.messages import counted
 from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_rows
 from curate.storage import Store
 
@@ -37,7 +38,7 @@ figure img {{ width: 140px; height: 140px; object-fit: contain; background: #eee
 figure.stays img {{ border-color: #393; }}
 figcaption {{ font-size: 12px; }}
 </style>
-<h1>Near-duplicates: {shown} of {groups} groups</h1>
+<h1>Near-duplicates: {shown} of {groups}</h1>
 <p>{facts}</p>
 <main>
 {sections}
@@ -81,7 +82,7 @@ def write_sheet(store: Store, pool: Pool, dedup: Dedup, path: Path, *, groups: i
     path.write_text(
         PAGE.format(
             shown=len(drawn),
-            groups=f"{len(near):,}",
+            groups=counted(len(near), "group"),
             facts=html.escape(", ".join(f"{reason} {rows:,}" for reason, rows in dedup.dropped.items())),
             sections="\n".join(_section(some, shards, pictures) for some in members),
         ),
@@ -124,5 +125,5 @@ def _section(members: Sequence[_Member], shards: Sequence[Shard], pictures: dict
             f"{html.escape(shards[shard].name)}, row {row}</figcaption></figure>"
         )
     more = len(members) - 1 - MOST_MEMBERS
-    title = f"{len(members)} rows" + (f", {more} more not shown" if more > 0 else "")
+    title = counted(len(members), "row") + (f", {more} more not shown" if more > 0 else "")
     return f"<section><h2>{title}</h2><div>{''.join(figures)}</div></section>"

@@ -47,7 +47,10 @@ def main() -> None:
     )
     say("a small reference model, trained on other pairs that are all clean")
     curate("train", f"{RECIPES}/demo-reference.toml", "--save-to", str(FOLDER / "reference-model"))
-    say("curation and trainer, two processes that meet in files alone: a round, a learner, the next round")
+    say("the first round by the reference alone, and a learner that is trained on it")
+    curate("round", f"{RECIPES}/demo.toml", "--set", "selection.criterion=easy_reference")
+    curate("train", f"{RECIPES}/demo.toml", "--set", "train.follow=stop")
+    say("curation and trainer, two processes that meet in files alone: next is what the learner can still learn")
     side_by_side({"curation": ("rounds", f"{RECIPES}/demo.toml"), "trainer": ("train", f"{RECIPES}/demo.toml")})
 
     say("what was chosen, what was dropped, and why")

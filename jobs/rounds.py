@@ -16,7 +16,7 @@ from pathlib import Path
 from curate.errors import CommitConflictError, CurateError, InputChangedError, UserError
 from curate.learner import newest_learner
 from curate.manifest import Manifest, last_round, manifest_name, read_manifest
-from curate.messages import one_line
+from curate.messages import counted, one_line
 from curate.plan import plan_name
 from curate.recipe import Recipe, ScheduleSection
 from curate.storage import Store
@@ -115,7 +115,7 @@ def schedule_rounds(store: Store, schedule: ScheduleSection, run: Runner, say: C
         _persist(store, decision.run, schedule, run, say)
         wait, told = FIRST_WAIT_S, ""
     rounds = end_stream(store) if stream_end(store) is None else last_round(store) + 1
-    say(f"no round follows the {rounds} that are there")
+    say(f"the stream ends after {counted(rounds, 'round')}")
     return rounds
 
 
@@ -180,7 +180,7 @@ def _persist(store: Store, number: int, schedule: ScheduleSection, run: Runner, 
                 return
             reason = one_line(error, 300)
             if attempt == schedule.attempts:
-                say(f"round {number}: given up after {attempt} tries: {reason}")
+                say(f"round {number}: given up after {counted(attempt, 'try', 'tries')}: {reason}")
                 raise
             say(f"round {number}: try {attempt} of {schedule.attempts} failed: {reason}; again in {pause:g} s")
             time.sleep(pause)
@@ -195,7 +195,5 @@ def _persist(store: Store, number: int, schedule: ScheduleSection, run: Runner, 
         )
     manifest = found[0]
     looked = any(value is not None for value in manifest.learnability)
-    say(
-        f"round {number}: {manifest.sub_batches} sub-batches of {manifest.sub_batch_size} chosen"
-        + (f" by learner {manifest.quality['learner']}" if looked else "")
-    )
+    chosen = f"{counted(manifest.sub_batches, 'sub-batch', 'sub-batches')} of {manifest.sub_batch_size:,}"
+    say(f"round {number}: {chosen} chosen" + (f" by learner {manifest.quality['learner']}" if looked else ""))

@@ -3,6 +3,10 @@
 import contextlib
 import logging
 import os
+import re
+import signal
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +33,8 @@ R = TypeVar("R")
 GROUP_ROWS = 65_536
 """Rows of the shards that one splitting task reads: bounds its memory, whatever the size of the pool."""
 POLL_S = 0.5
+STDERR = 2
+CORE_LOG = re.compile(rb"\[\d{4}-\d\d-\d\d [^\]]*\] \w+\.cc:\d+: ")
 # Without limits Ray restarts an actor for ever on a row that kills it.
 RETRIES = {"max_restarts": 4, "max_task_retries": 2}
 
@@ -41,17 +47,16 @@ def connect(address: str) -> None:
     """
     if ray.is_initialized():
         return
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address == "local" and "RAY_ADDRESS" not in os.environ:
-        # Those that affinity and cgroups leave us, and two more: actors that hold every CPU starve the tasks that feed
-        # them (ray#44687).
-        cpus = max(2, loky.cpu_count()) + 2
-        # Its core prints an "error" for every actor pool of Ray Data that may restart.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        # "local" and not None, or Ray joins whatever cluster it finds on this machine.
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    else:
+    _silence_ray()
+    quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+    with _own_signals(), _without_core_log():
+        if address == "local" and "RAY_ADDRESS" not in os.environ:
+            # Those that affinity and cgroups leave us, and two more: actors that hold every CPU starve the tasks that
+            # feed them (ray#44687).
+            cpus = max(2, loky.cpu_count()) + 2
+            # "local" and not None, or Ray joins whatever cluster it finds on this machine.
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+            return
         # Within a Ray job RAY_ADDRESS names the cluster that runs it.
         try:
             ray.init(address=None if "RAY_ADDRESS" in os.environ else address, **quiet)
@@ -60,6 +65,45 @@ def connect(address: str) -> None:
             raise UserError(
                 f"resources.address = {where!r}: no Ray cluster answers there ({error}); start one, or use local"
             ) from error
+
+
+def _silence_ray() -> None:
+    """Keep what Ray says to people who run Ray from people who run this: what matters comes as an exception."""
+    # Its core prints an "error" for every actor pool of Ray Data that may restart.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # And its drivers a traceback for every failure of its own helpers.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # No option keeps the messages of raylets, such as "will be retried", from stdout, where a command's answer belongs.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep the handler of SIGTERM: Ray's core replaces it by one that prints a C++ stack and aborts."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _without_core_log() -> Iterator[None]:
+    """Leave out lines of the log of Ray's core, which says on stderr, whatever it is told, what it was told to say."""
+    with tempfile.TemporaryFile() as kept:
+        real = os.dup(STDERR)
+        os.dup2(kept.fileno(), STDERR)
+        try:
+            yield
+        finally:
+            os.dup2(real, STDERR)
+            os.close(real)
+            kept.seek(0)
+            for line in kept:
+                if not CORE_LOG.match(line):
+                    os.write(STDERR, line)
 
 
 def footers_bar(footers: Iterable[Any], total: int) -> Iterable[Any]:

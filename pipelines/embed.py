@@ -84,7 +84,8 @@ def embed_pool(
         {"shard": asdict(shard), "encoders": [spec.sha for spec in encoders if shard.index in missing[spec.sha]]}
         for shard in todo
     ]
-    memory = ACTOR_BYTES + sum(store.size(f"{spec.folder}/{WEIGHTS_NAME}") or 0 for spec in encoders)
+    # Twice: while a model is loaded it is there, and its checkpoint as well.
+    memory = ACTOR_BYTES + 2 * sum(store.size(f"{spec.folder}/{WEIGHTS_NAME}") or 0 for spec in encoders)
     workers = min(_workers(resources, devices, memory), len(todo))
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows

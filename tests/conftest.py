@@ -13,6 +13,16 @@ from curate import storage
 from tests.faults import FaultProxy
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a card are skipped where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
 @pytest.fixture(scope="session")
 def moto_url() -> Iterator[str]:
     """The endpoint of a real S3 server in this process: moto over HTTP."""

@@ -1,6 +1,7 @@
 """What tests run in a process of its own, because it needs a Ray of its own; each function is one such run."""
 
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,12 +101,28 @@ def gpus_that_come_later() -> None:
 
 
 def a_laptop_that_is_told_to_use_gpus() -> None:
-    """Nothing can join a Ray that was started here, so nothing is waited for."""
+    """Nothing can join a Ray that was started here, so nothing is waited for; and nothing is said or overruled."""
+    came = []
+    signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
     connect("local")
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert came == [signal.SIGTERM]
     began = time.monotonic()
     with pytest.raises(UserError, match=r"expected 1 GPU on this machine, found 0; set resources.device to"):
         take_devices(ResourcesSection(device="cuda"), print)
     assert time.monotonic() - began < 5
 
 
-RUNS: tuple[Callable[[], None], ...] = (pretended_gpus, gpus_that_come_later, a_laptop_that_is_told_to_use_gpus)
+def a_worker_that_dies() -> None:
+    """Again and again: nothing of it is told but what is raised."""
+    connect("local")
+    with pytest.raises(ray.exceptions.RayError):
+        fetch(exchange([0], lambda _: [0], [0], lambda *_: os._exit(1), title="joins"))
+
+
+RUNS: tuple[Callable[[], None], ...] = (
+    pretended_gpus,
+    gpus_that_come_later,
+    a_laptop_that_is_told_to_use_gpus,
+    a_worker_that_dies,
+)

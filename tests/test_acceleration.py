@@ -38,6 +38,7 @@ ROUNDS, SUPER_BATCHES, b = 3, 6, 8
 
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.timeout(240)
+@pytest.mark.exhaustive
 def test_the_loop_in_one_process_trains_on_the_batches_that_the_product_chooses(tmp_path: Path):
     """Same rows in the same order and the same losses, while both learners learn from what they chose."""
     make_set(

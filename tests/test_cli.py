@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -174,21 +175,59 @@ def test_check_says_what_a_round_would_do(curate: Curate, recipe: Path) -> None:
     ended = curate("check", recipe)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
-    assert lines[0] == "pool: 100 rows in 1 shards, jpg with caption"
-    assert lines[1].startswith("pool: 1 files ignored, such as ")
+    assert lines[0] == "pool: 100 rows in 1 shard, jpg with caption"
+    assert lines[1].startswith("pool: 1 file ignored, such as ")
     assert lines[1].endswith("README.md")
     assert lines[2] == "next round: 0"
-    assert lines[3] == "selection: 3 super-batches of 32 at most, joint learnability, 24 rows in batches of 8"
-    assert lines[4].startswith("cost: 200 forward passes at most")
+    assert lines[3:5] == ["reference: tiny.json, fp32 on cpu", "learner: tiny.json, fp32 on cpu"]
+    assert lines[5] == "selection: 3 super-batches of 32 at most, joint learnability, 24 rows in batches of 8"
+    assert lines[6].startswith("cost: 200 forward passes at most")
     assert ended.stderr == ""
     assert [path.name for path in (recipe.parent / "root").iterdir()] == []  # nothing is left in the root
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["resources.device=cuda"], "bf16 on cuda"),
+        (["resources.device=cuda", "reference.precision=fp32"], "fp32 on cuda"),
+        (["resources.address=ray://head:10001"], "bf16 if the cluster has GPUs, else fp32; a model that is in use"),
+        (["resources.address=ray://head:10001", "reference.precision=bf16"], "bf16"),
+    ],
+)
+def test_check_says_the_precision(curate: Curate, recipe: Path, sets: list[str], said: str) -> None:
+    lines = curate("check", recipe, *(part for text in sets for part in ("--set", text))).stdout.splitlines()
+    assert lines[3].startswith(f"reference: tiny.json, {said}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_command_that_is_stopped_says_how_to_go_on(recipe: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", UNIGNORED, "train", str(recipe), "--set", "train.follow=wait"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while not (recipe.parent / "root/learners/l000000/learner.json").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    line = f"stopped by {number.name}: what is done stays, and the same command goes on from there"
+    assert said.replace("\r", "\n").splitlines()[-1] == line
+    assert process.returncode == 128 + number
+
+
+UNIGNORED = """
+import signal  # a shell has its jobs in the background ignore Ctrl-C, and so do their children
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from jobs.cli import main
+main()
+"""
 
 
 def test_check_says_what_dedup_would_do(curate: Curate, recipe: Path) -> None:
     sets = f'dedup.evaluation=[{{path = "{recipe.parent / "pool"}"}}]'
     lines = curate("check", recipe, "--set", "dedup.threshold=0.9", "--set", sets).stdout.splitlines()
     assert lines[2] == "dedup: components of cosine 0.9 and above; 100 evaluation rows are kept out"
-    assert lines[5].startswith("cost: 300 forward passes at most")
+    assert lines[-1].startswith("cost: 300 forward passes at most")
     (line,) = mistakes(curate("check", recipe, "--set", "dedup.evaluation=[{path = 'nowhere'}]"))
     assert "nowhere: expected a file" in line
 

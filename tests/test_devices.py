@@ -34,6 +34,8 @@ def test_in_a_ray_of_its_own(run: Callable[[], None]) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    if run in (own_ray.a_laptop_that_is_told_to_use_gpus, own_ray.a_worker_that_dies):
+        assert (done.stdout, done.stderr) == ("", "")  # off a terminal, where no bar is drawn
 
 
 def test_cpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.exhaustive
 def test_schedulers_and_a_node_killed(world: Path, undisturbed: Path, tmp_path: Path, cluster: Cluster) -> None:
     """In each step of a round, and with it the driver of the round, for that is the scheduler's own process."""
     disturbed = Disturbed(tmp_path / "disturbed")
@@ -193,6 +194,7 @@ def test_schedulers_and_a_node_killed(world: Path, undisturbed: Path, tmp_path: 
     disturbed.assert_equal(undisturbed)
 
 
+@pytest.mark.exhaustive
 def test_a_deduplication_killed(world: Path, moto_url: str, tmp_path: Path) -> None:
     """In each of its steps; at last the same bytes as in a root on S3 where nothing was killed."""
 

@@ -155,7 +155,7 @@ def test_rounds_until_there_are_enough(store: Store, committed):
     assert scheduled(store, lambda number: (ran.append(number), committed()), rounds=3)[0] == 3
     assert ran == [0, 1, 2]
     assert stream_end(store) == 3
-    assert scheduled(store, ran.append, rounds=3) == (3, ["no round follows the 3 that are there"])
+    assert scheduled(store, ran.append, rounds=3) == (3, ["the stream ends after 3 rounds"])
     assert ran == [0, 1, 2]
 
 
@@ -178,7 +178,7 @@ def test_a_wait_is_said_once(store: Store, committed):
         "round 1 waits for learner 1",
         "round 1",
         "round 1: 2 sub-batches of 2 chosen",
-        "no round follows the 2 that are there",
+        "the stream ends after 2 rounds",
     ]
 
 

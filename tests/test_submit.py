@@ -253,7 +253,7 @@ def test_rounds_as_jobs_each_made_once_whoever_is_killed(cluster: Cluster, world
     assert status == 0
     assert f"job {jobs[1]} is there already" in err
     assert out.count("round 0: 2 sub-batches of 16 chosen by learner 0") == 1
-    assert out.splitlines()[-1] == "no round follows the 1 that are there"
+    assert out.splitlines()[-1] == "the stream ends after 1 round"
     assert (world / "once/rounds/r000000/manifest.json").is_file()
 
     status, out, _ = ended(cluster.submit(recipe, "--", "round", "--round", "0"))

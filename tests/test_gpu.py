@@ -1,0 +1,78 @@
+"""The whole loop on a CUDA device: `make test-gpu`."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from curate.encoder import load_encoder
+from curate.learner import newest_learner
+from curate.manifest import read_manifest
+from curate.storage import Store
+from jobs.drawn_pool import draw_pool
+from tests.helpers import CPU, tiny_encoder, write_tiny
+
+pytestmark = pytest.mark.gpu
+
+RECIPE = """
+root = "root"
+[pool]
+path = "pool"
+[reference]
+model = "tiny.json"
+[learner]
+model = "tiny.json"
+[dedup]
+threshold = 0.9999
+[selection]
+sub_batch_size = 32
+n_chunks = 4
+filter_ratio = 0.75
+criterion = "learnability"
+[resources]
+device = "cuda"
+"""
+
+
+def curate(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_round_a_learner_that_is_stopped_and_goes_on_and_the_next_round(tmp_path: Path) -> None:
+    write_tiny(tmp_path)
+    draw_pool(tmp_path / "pool", rows=600, shards=2, seed=0, image_size=32, broken_share=0.02, duplicate_share=0.05)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    assert "reference: tiny.json, bf16 on cuda" in curate(tmp_path, "check", "recipe.toml")
+    curate(tmp_path, "round", "recipe.toml")
+    for steps in ("2", "4"):  # the second goes on from the first one's checkpoint, whose AdamW is fused
+        curate(tmp_path, "train", "recipe.toml", "--set", f"train.steps={steps}")
+    curate(tmp_path, "round", "recipe.toml")
+    store = Store(str(tmp_path / "root"))
+    learner = newest_learner(store)
+    assert learner is not None
+    assert (learner.step, learner.encoder.precision) == (4, "bf16")
+    for number in (0, 1):
+        found = read_manifest(store, number)
+        assert found is not None
+        assert found[0].lineage["reference"]["precision"] == "bf16"
+    assert found[0].quality["learner"] == learner.number
+
+
+@pytest.mark.parametrize(("precision", "cosine"), [("fp32", 0.99999), ("bf16", 0.999)])
+def test_embeddings_are_those_of_a_cpu(tmp_path: Path, precision: str, cosine: float) -> None:
+    store = Store(str(tmp_path / "root"))
+    spec = replace(tiny_encoder(store, tmp_path), precision=precision)
+    pixels = torch.randint(0, 255, (16, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for device in (CPU, torch.device("cuda")):
+        encoder = load_encoder(store, spec if device.type == "cuda" else replace(spec, precision="fp32"), device)
+        found.append(encoder.encode(pixels, encoder.tokenize([f"number {i}" for i in range(16)])))
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours * theirs).sum(1).min() > cosine
