@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate import storage
+from curate.column_types import is_caption, is_image, is_uid, plain_type, united, why_unwritable
 from curate.errors import InputChangedError, UserError
 from curate.messages import one_line
 from curate.recipe import PoolSection
@@ -173,7 +174,7 @@ def take_inventory(
         lines = _shard_mistakes(file, footer, columns, section.max_row_group_bytes, section_name)
         if not lines:
             try:
-                schema = _union([footer.schema] if schema is None else [schema, footer.schema])
+                schema = united([footer.schema] if schema is None else [schema, footer.schema])
                 usable.append((file, footer))
             except pa.ArrowException as error:
                 lines = [
@@ -349,9 +350,9 @@ def _shard_mistakes(
         return [f"{file.path}: expected each column once, found {repeated[0]!r} twice; rename or drop one"]
     lines = []
     for role, name, accepts, expected in (
-        ("image", columns.image, _is_image, "binary or struct<bytes: binary, …>"),
-        ("caption", columns.caption, _is_caption, "string"),
-        ("uid", columns.uid, _is_uid, "string or integer"),
+        ("image", columns.image, is_image, "binary or struct<bytes: binary, …>"),
+        ("caption", columns.caption, is_caption, "string"),
+        ("uid", columns.uid, is_uid, "string or integer"),
     ):
         if name is None:
             continue
@@ -365,6 +366,13 @@ def _shard_mistakes(
                 f"{file.path}: {role} column {name!r}: expected {expected}, found {schema.field(name).type}; "
                 f"convert it, or name another column with {section_name}.{role}"
             )
+    lines += [
+        f"{file.path}: column {field.name!r}: expected a type whose values can be copied into a round, found "
+        f"{field.type} ({why}); convert it to {plain_type(field.type)}, to string or to binary, or drop it"
+        for field in schema
+        if field.name not in (columns.image, columns.caption, columns.uid)
+        and (why := why_unwritable(field.type)) is not None
+    ]
     if ADDED_COLUMN in schema.names:
         lines.append(
             f"{file.path}: has a column {ADDED_COLUMN!r} already, the name of the one we add; rename or drop it"
@@ -378,31 +386,6 @@ def _shard_mistakes(
     return lines
 
 
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        return index >= 0 and _is_image(kind.field(index).type)
-    return _is_binary(kind) or pa.types.is_null(kind)
-
-
-def _is_caption(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return _is_text(kind) or _is_binary(kind) or pa.types.is_null(kind)
-
-
-def _is_uid(kind: pa.DataType) -> bool:
-    return _is_text(kind) or pa.types.is_integer(kind)
-
-
 def _relative_names(paths: Sequence[str]) -> list[str]:
     """Paths without the folder that all of them share."""
     folders = [path.split("/")[:-1] for path in paths]
@@ -410,18 +393,3 @@ def _relative_names(paths: Sequence[str]) -> list[str]:
     while all(len(folder) > shared and folder[shared] == folders[0][shared] for folder in folders):
         shared += 1
     return ["/".join(path.split("/")[shared:]) for path in paths]
-
-
-def _union(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """One schema for all of them; dictionaries become plain values first, or they would not unify."""
-    plain = []
-    for schema in schemas:
-        fields = [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in schema]
-        plain.append(pa.schema(fields, metadata=schema.metadata))
-    union = pa.unify_schemas(plain, promote_options="permissive")
-    for field in union:
-        kinds = {schema.field(field.name).type for schema in plain if field.name in schema.names}
-        # Arrow would promote to floating point, and fail, hours later, on the first integer that does not fit.
-        if pa.types.is_floating(field.type) and any(pa.types.is_integer(kind) for kind in kinds):
-            raise pa.ArrowInvalid(f"column {field.name!r} is {' and '.join(sorted(map(str, kinds)))}")
-    return union

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from curate.column_types import plain_batch
 from curate.embeddings import content_hash, uid_texts
 from curate.errors import InputChangedError
 from curate.manifest import CuratedFile
@@ -69,7 +70,7 @@ def chosen_rows(shard: Shard, pool: Pool, picks: pa.Table, round_number: int) ->
     for batch in read_batches(shard, None, batch_rows=READ_ROWS):
         first, last = np.searchsorted(wanted, [start, start + batch.num_rows])
         if last > first:
-            rows = batch.take(pa.array(wanted[first:last] - start))
+            rows = plain_batch(batch).take(pa.array(wanted[first:last] - start))
             there = picks.slice(first, last - first)
             pieces.append(_with_added(rows, there, shard=shard, pool=pool, round_number=round_number, schema=schema))
         start += batch.num_rows

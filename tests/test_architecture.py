@@ -25,6 +25,7 @@ ORDER = [
     "jest",
     # what the user says, and what it leads to
     "recipe",
+    "column_types",
     "pool",
     "reshard",
     "spec",

@@ -1,5 +1,6 @@
 """The inventory: every Parquet shard there is, or one clear line about it, never a traceback and never silence."""
 
+import decimal
 import os
 import shlex
 import subprocess
@@ -17,6 +18,7 @@ from curate.pool import Pool, Shard, caption_bytes, image_bytes, load_pool, read
 from curate.recipe import PoolSection
 from curate.reshard import reshard_file
 from curate.storage import Store
+from tests.helpers import commit_round
 
 HOUSE = Path(__file__).parents[1]
 ODD = (HOUSE.parent / "shared" / "data" / "odd-parquet").resolve()  # inventories name files by their real path
@@ -156,6 +158,155 @@ def test_other_columns_are_united_and_widened(folder: Path) -> None:
     assert pool.schema.field("width").type == pa.int64()
     assert pool.schema.field("style").type == pa.string()
     assert len(pairs_of(pool)) == 6
+
+
+DAYS = pa.array([0, 20_000, None, -700_000], pa.int32())
+WORDS = pa.array(["a", "ü", None, ""])
+PAIRED = pa.array([{"a": "x", "b": 1}, {"a": None, "b": 2}, None, {"a": "y", "b": None}])
+KINDS = {
+    **{
+        f"int{bits}": pa.array([-(2 ** (bits - 1)), None, 2 ** (bits - 1) - 1, 0], f"int{bits}") for bits in (8, 32, 64)
+    },
+    **{f"uint{bits}": pa.array([1, None, 2**bits - 1, 0], f"uint{bits}") for bits in (8, 32, 64)},
+    "bool": pa.array([True, None, False, True]),
+    "half": pa.array([np.float16(0.5), None, np.float16(65_504), np.float16(-0.0)], pa.float16()),
+    "float": pa.array([0.1, None, 3e38, -1.0], pa.float32()),
+    "double": pa.array([0.1, None, 1e300, -1.0]),
+    "null": pa.nulls(4),
+    "string": WORDS,
+    "large_string": WORDS.cast(pa.large_string()),
+    "string_view": WORDS.cast(pa.string_view()),
+    "dictionary": WORDS.dictionary_encode(),
+    "large dictionary": WORDS.cast(pa.large_string()).dictionary_encode(),
+    "dictionary of numbers": pa.array([1, None, 2**40, 1]).dictionary_encode(),
+    "binary": WORDS.cast(pa.binary()),
+    "large_binary": WORDS.cast(pa.large_binary()),
+    "binary_view": WORDS.cast(pa.binary_view()),
+    "3 bytes": pa.array([b"abc", None, b"\xff\xff\xff", b"123"], pa.binary(3)),
+    "16 bytes": pa.array([bytes(16), None, bytes(16), bytes(16)], pa.binary(16)),
+    "uuid": pa.array([bytes(16), None, bytes(16), bytes(16)], pa.binary(16)).cast(pa.uuid()),
+    "json": pa.array(["{}", None, "1", "2"]).cast(pa.json_()),
+    "tensor": pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(16, dtype=np.float32).reshape(4, 2, 2)),
+    "days": DAYS.cast(pa.date32()),
+    **{f"timestamp {unit}": DAYS.cast(pa.int64()).cast(pa.timestamp(unit)) for unit in ("s", "ms", "us", "ns")},
+    "far future": pa.array([253_402_300_799_000, None, 0, 1]).cast(pa.timestamp("ms")),
+    **{f"in {zone}": DAYS.cast(pa.int64()).cast(pa.timestamp("us", zone)) for zone in ("UTC", "Europe/Berlin")},
+    "time": pa.array([1, None, 86_399_999, 0], pa.int32()).cast(pa.time32("ms")),
+    "fine time": pa.array([1, None, 86_399_999_999, 0]).cast(pa.time64("us")),
+    **{f"duration {unit}": pa.array([1, None, 2**50, -1]).cast(pa.duration(unit)) for unit in ("ms", "us")},
+    "decimal": pa.array([decimal.Decimal("999.99"), None, decimal.Decimal("-0.01"), decimal.Decimal(0)]),
+    "decimal of 4": pa.array([decimal.Decimal("1.2345"), None], pa.decimal128(10, 4)).take(pa.array([0, 1, 0, 0])),
+    "decimal of 38": pa.array([decimal.Decimal(10**38 - 1), None], pa.decimal128(38, 0)).take(pa.array([0, 1, 0, 0])),
+    "small decimal": pa.array([decimal.Decimal("1.25"), None], pa.decimal32(5, 2)).take(pa.array([0, 1, 0, 0])),
+    "list": pa.array([[1, None], None, [], [2**40]]),
+    "large_list": pa.array([[1, None], None, [], [2**40]], pa.large_list(pa.int64())),
+    "list of small": pa.array([[1, None], None, [], [3]], pa.list_(pa.int8())),
+    "list of unsigned": pa.array([[2**64 - 1], None, [], [3]], pa.list_(pa.uint64())),
+    "list of double": pa.array([[0.5], None, [], [3.0]]),
+    "list of nulls": pa.array([[None], None, [], [None]], pa.list_(pa.null())),
+    "list of 2": pa.array([[1, 2], None, [3, 4], [5, 6]], pa.list_(pa.int64(), 2)),
+    "list of required": pa.array([[1], None, [], [2]], pa.list_(pa.field("x", pa.int64(), nullable=False))),
+    "list_view": pa.array([[1, None], None, [], [2**40]], pa.list_view(pa.int64())),
+    "list of views": pa.array([["a", None], None, [], ["b"]], pa.list_(pa.string_view())),
+    "list of dictionary": pa.array([["a", None], None, [], ["b"]], pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+    "struct": PAIRED,
+    "struct of views": PAIRED.cast(pa.struct([("a", pa.string_view()), ("b", pa.int64())])),
+    "struct of one": pa.array([{"b": 1}, {"b": None}, None, {"b": 3}]),
+    "struct of required": pa.array([{"b": 1}, {"b": 2}] * 2, pa.struct([pa.field("b", pa.int64(), nullable=False)])),
+    "struct of unsigned": pa.array([{"b": 2**64 - 1}, {"b": 2}] * 2, pa.struct([("b", pa.uint64())])),
+    "struct of double": pa.array([{"b": 0.5}, {"b": 2.0}] * 2),
+    "map": pa.array([[("a", 1)], None, [], [("b", None)]], pa.map_(pa.string(), pa.int64())),
+    "map of views": pa.array([[("a", 1)], None, [], [("b", 2)]], pa.map_(pa.string_view(), pa.int8())),
+}
+"""A column of four rows of each kind, extremes included."""
+
+
+def as_values(value: Any) -> Any:
+    """Values as they compare: a field of a struct that is null is as one that is not there."""
+    if isinstance(value, dict):
+        return {name: as_values(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [as_values(item) for item in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def as_python(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":  # Python's own have no room for these
+        column = column.cast(pa.int64())
+    return [as_values(value) for value in column.to_pylist()]
+
+
+QUICK = (
+    "int64",
+    "uint64",
+    "half",
+    "dictionary",
+    "binary_view",
+    "timestamp ms",
+    "decimal",
+    "list_view",
+    "struct of views",
+)
+
+
+@pytest.mark.parametrize(
+    "first", [pytest.param(name, marks=() if name in QUICK else pytest.mark.exhaustive) for name in KINDS]
+)
+def test_any_two_types_are_written_unchanged_or_refused_by_the_inventory(
+    folder: Path, tmp_path: Path, first: str
+) -> None:
+    pairs = {"jpg": [b"1", b"2", b"3", b"4"], "caption": ["a", "b", "c", "d"]}
+    write(folder / "0.parquet", pa.table(pairs | dict.fromkeys(KINDS, KINDS[first])))
+    for name, column in KINDS.items():
+        write(folder / f"{name}.parquet", pa.table(pairs | {name: column}))
+    pool = inventory(folder, on_bad_shard="skip")
+    for line in pool.skipped:
+        assert "one type in all shards" in line
+        assert "\n" not in line
+    together = [shard.name.removesuffix(".parquet") for shard in pool.shards[1:]]
+    assert len(together) + len(pool.skipped) == len(KINDS)
+    assert {first, "null"} <= set(together)
+
+    made = tmp_path / "pairs"
+    write(made / "0.parquet", pa.table(pairs | dict.fromkeys(together, KINDS[first])))
+    write(made / "1.parquet", pa.table(pairs | {name: KINDS[name] for name in together}))
+    pool, store = inventory(made), Store(str(tmp_path / "root"))
+    chosen = [(shard, row) for shard in (1, 0) for row in (3, 1, 0, 2)]
+    manifest = commit_round(store, pool, [chosen], number=0)
+    written = pq.read_table(tmp_path / "root/rounds/r000000" / manifest.files[0].name)
+    for name in together:
+        both = as_python(KINDS[first]) + as_python(KINDS[name])
+        assert as_python(written[name]) == [both[4 * shard + row] for shard, row in chosen], name
+
+
+def test_what_integers_dates_and_decimals_are_not_turned_into(folder: Path) -> None:
+    for name, one, other in [
+        ("signs", "int64", "uint64"),
+        ("floats", "int32", "double"),
+        ("units", "timestamp ms", "timestamp ns"),
+        ("zones", "in UTC", "in Europe/Berlin"),
+        ("spans", "duration ms", "duration us"),
+        ("bytes", "string", "binary"),
+        ("inner", "list", "list of unsigned"),
+        ("fields", "struct", "struct of double"),
+    ]:
+        pairs = {"jpg": [b"1", b"2", b"3", b"4"], "caption": ["a", "b", "c", "d"]}
+        write(folder / name / "0.parquet", pa.table(pairs | {"x": KINDS[one]}))
+        write(folder / name / "1.parquet", pa.table(pairs | {"x": KINDS[other]}))
+        line = line_about(folder / name)
+        assert line.startswith(f"{folder}/{name}/1.parquet: expected the column types of the shards before it, found ")
+        assert "x" in line
+        assert line.endswith("give the column one type in all shards")
+
+
+def test_a_column_that_one_shard_requires_and_another_lacks(folder: Path, tmp_path: Path) -> None:
+    field = pa.field("x", pa.int64(), nullable=False)
+    write(folder / "a.parquet", PAIRS.append_column(field, [[1, 2]]))
+    write(folder / "b.parquet")
+    pool = inventory(folder)
+    manifest = commit_round(Store(str(tmp_path / "root")), pool, [[(0, 0), (1, 1), (1, 0), (0, 1)]], number=0)
+    written = pq.read_table(tmp_path / "root/rounds/r000000" / manifest.files[0].name)
+    assert written["x"].to_pylist() == [1, None, None, 2]
 
 
 def test_an_empty_shard_is_counted(folder: Path) -> None:
