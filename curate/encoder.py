@@ -22,7 +22,7 @@ import PIL.Image
 import safetensors.torch
 import torch
 from huggingface_hub import constants
-from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, load_checkpoint
+from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, _find_checkpoint_in_dir, load_checkpoint
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -35,6 +35,7 @@ from curate.recipe import DeviceType, EncoderSection, Precision
 from curate.seeds import derive_seed
 from curate.spec import WEIGHTS_NAME, EncoderSpec
 from curate.storage import Store
+from curate.weights import bare_weights
 
 CONFIG_NAME = "open_clip_config.json"
 TEXT_CONFIG_NAME = "config.json"
@@ -241,18 +242,28 @@ def create_model(section: EncoderSection, *, role: str, base: Path, seed: int) -
                 else:
                     if from_json:
                         _complete_folder(folder)
-                    loads = not from_json and not checkpoint
-                    model, config, tokenizer = _open_folder(folder, loads=loads, weights_only=weights_only)
+                    if not from_json and not checkpoint:
+                        checkpoint = _folder_checkpoint(folder)
+                    model, config, tokenizer = _open_folder(folder, loads=False)
                 if checkpoint:
-                    load_checkpoint(model, str(checkpoint), weights_only=weights_only)
+                    bare = bare_weights(checkpoint, model, Path(scratch), weights_only=weights_only)
+                    load_checkpoint(model, str(bare), weights_only=weights_only)
+            except UserError:
+                raise
             except Exception as error:  # a wrong configuration or checkpoint raises whatever open_clip and torch like
                 raise _cannot_load(error, section, role, needs, silent) from error
     return model, config, tokenizer
 
 
-def _open_folder(
-    folder: Path, *, device: torch.device | str = "cpu", loads: bool = True, weights_only: bool = True
-) -> OpenClip:
+def _folder_checkpoint(folder: Path) -> Path:
+    """The file in a folder that open_clip would take the weights from."""
+    found = _find_checkpoint_in_dir(folder)
+    if found is None:
+        raise FileNotFoundError(f"no weights in {folder}")
+    return Path(found)
+
+
+def _open_folder(folder: Path, *, device: torch.device | str = "cpu", loads: bool = True) -> OpenClip:
     """The model in an open_clip `local-dir` folder; with `loads` its weights must be there."""
     name = f"{LOCAL_DIR_PREFIX}{folder}"
     config = open_clip.get_model_config(name)
@@ -266,7 +277,6 @@ def _open_folder(
         load_weights=loads,
         pretrained_text=False,
         require_pretrained=loads,
-        weights_only=weights_only,
         **changed,
     )
     return model, config, open_clip.get_tokenizer(name)

@@ -30,6 +30,7 @@ ORDER = [
     "reshard",
     "spec",
     "hub",
+    "weights",
     "encoder",
     "learner",
     "publish",

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,82 @@ def test_open_clips_own_training_checkpoint_if_trusted(tmp_path: Path, store: St
     assert "learner.trusted = true" in text
     spec = stored(store, EncoderSection(**asked, trusted=True), tmp_path)
     assert same(states(store, spec), weights)
+
+
+def prefixed(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+LAYOUTS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, Any]]] = {
+    "at the top": lambda w: w,
+    "compiled": lambda w: prefixed(w, "_orig_mod."),
+    "compiled, then distributed": lambda w: prefixed(w, "module._orig_mod."),
+    "distributed, then compiled": lambda w: prefixed(w, "_orig_mod.module."),
+    "distributed twice": lambda w: prefixed(w, "module.module."),
+    "a compiled tower": lambda w: {name.replace("visual.", "visual._orig_mod."): t for name, t in w.items()},
+}
+KEPT_BELOW: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "state_dict": lambda w: {"epoch": 5, "state_dict": w, "optimizer": {"state": {0: torch.ones(1)}}},
+    "model_state_dict": lambda w: {"model_state_dict": w, "optimizer_state_dict": {"state": {}}, "loss": 0.25},
+    "model": lambda w: {"model": w, "epoch": 5},
+    "model, state_dict": lambda w: {"model": {"state_dict": w}, "state_dict": None},
+    "state_dict beside the model's name": lambda w: {"state_dict": w, "model": "ViT-tiny"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("kept", [None, *KEPT_BELOW.values()], ids=["alone", *KEPT_BELOW])
+def test_checkpoints_of_other_trainers(
+    tmp_path: Path, tiny: EncoderSection, weights, layout: Callable[..., Any], kept: Callable[..., Any] | None
+):
+    path = tmp_path / "best.pt"
+    torch.save(layout(weights) if kept is None else kept(layout(weights)), path)
+    for_file = tiny.model_copy(update={"pretrained": str(path), "trusted": True})
+    model, _, _ = create_model(for_file, role="learner", base=tmp_path, seed=0)
+    assert same(model.state_dict(), weights)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_safetensors_of_other_trainers(tmp_path: Path, tiny: EncoderSection, weights, layout: Callable[..., Any]):
+    folder = saved_folder(tmp_path / "saved", layout(weights), {})
+    path = folder / WEIGHTS_NAME
+    for section in (
+        tiny.model_copy(update={"pretrained": str(path)}),
+        EncoderSection(model=f"local-dir:{folder}"),
+    ):
+        model, _, _ = create_model(section, role="learner", base=tmp_path, seed=0)
+        assert same(model.state_dict(), weights)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda w: {"epoch": 5, "net": w}, ["expected the weights at the top or below one of", "the keys epoch, net"]),
+        (lambda w: {"model": w, "state_dict": w}, ["found several of these in the keys model, state_dict"]),
+        (lambda w: {"epoch": 5, **w}, ["none in the keys epoch, "]),
+        (lambda w: {"state_dict": {}}, ["none in the keys state_dict"]),
+        (lambda w: [w], ["none in a list"]),
+        (lambda w: {"model": w | prefixed(w, "module.")}, ["expected each weight of the model once"]),
+        (lambda w: {"model": prefixed(w, "net.")}, ["logit_scale among them", "the keys net."]),
+        (lambda w: {"model": {n: t for n, t in w.items() if n != "visual.proj"}}, ["visual.proj"]),
+        (lambda w: {"model": w | {"extra": torch.ones(1)}}, ["extra"]),
+        (
+            lambda w: {"model": w | {"visual.positional_embedding": torch.zeros(17, 32)}},
+            ["size mismatch: expected visual.positional_embedding [5, 32], found [17, 32]"],
+        ),
+        (
+            lambda w: {"model": w | {"positional_embedding": torch.zeros(77, 16)}},
+            ["size mismatch: expected positional_embedding [24, 16], found [77, 16]"],
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_not_exactly_the_models(
+    tmp_path: Path, store: Store, tiny: EncoderSection, weights, spoil: Callable[..., Any], words: list[str]
+):
+    torch.save(spoil(weights), tmp_path / "best.pt")
+    text = line(store, tmp_path, model=tiny.model, pretrained=str(tmp_path / "best.pt"), trusted=True)
+    for word in (*words, "best.pt", "weights must fit the model"):
+        assert word in text
 
 
 def test_a_folder_of_open_clip(tmp_path: Path, store: Store, tiny: EncoderSection, weights):
