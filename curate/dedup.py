@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from curate.errors import CommitConflictError, UserError
+from curate.errors import CommitConflictError, DamagedError, UserError
+from curate.parquet import damage_told, open_table, read_table, write_table
 from curate.pool import Pool, Shard, load_pool
 from curate.recipe import DedupSection
+from curate.sealed import seal, unseal
 from curate.spec import EncoderSpec
 from curate.storage import Store
 
@@ -41,6 +42,7 @@ DROPPED_SCHEMA = pa.schema(
     ]
 )
 
+SHA256_BYTES = 32
 ROW_GROUP = 65_536
 """Rows: who wants those of one shard reads one row group or two."""
 
@@ -91,12 +93,12 @@ class Dedup:
 
     def to_bytes(self) -> bytes:
         """JSON for the root."""
-        return (json.dumps(asdict(self), indent=1) + "\n").encode()
+        return seal(asdict(self))
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Dedup":
-        """The inverse of `to_bytes`."""
-        record = json.loads(data)
+    def from_bytes(cls, data: bytes, name: str) -> "Dedup":
+        """The inverse of `to_bytes`; `name` is for messages."""
+        record = unseal(data, name)
         record |= {name: tuple(record[name]) for name in ("chain", "evaluation", "generations")}
         return cls(**record | {"largest": tuple(LargeGroup(**group) for group in record["largest"])})
 
@@ -125,8 +127,8 @@ def pin_parent(store: Store, folder: str, pool: Pool) -> Dedup | None:
                     candidates.append((earlier.rows, other))
         chosen = max(candidates)[1] if candidates else None
         with contextlib.suppress(CommitConflictError):  # somebody else began it: theirs
-            store.put_if_absent(name, json.dumps(chosen).encode())
-    parent = json.loads(store.read_bytes(name))
+            store.put_if_absent(name, seal({"parent": chosen}))
+    parent = unseal(store.read_bytes(name), name)["parent"]
     if parent is None:
         return None
     if (found := read_dedup(store, parent)) is None:
@@ -155,45 +157,56 @@ def write_records(store: Store, name: str, records: npt.NDArray[np.void], **fact
     """Write a structured array [n], and some numbers with it."""
     names = records.dtype.names or ()
     columns = {column: pa.array(np.ascontiguousarray(records[column])) for column in names}
-    _write_table(store, name, pa.table(columns).replace_schema_metadata({"facts": json.dumps(facts)}))
+    _write_table(store, name, pa.table(columns).replace_schema_metadata({"facts": seal(facts)}))
 
 
 def read_records(store: Store, name: str, dtype: np.dtype[np.void]) -> tuple[npt.NDArray[np.void], dict[str, int]]:
     """The inverse of `write_records`."""
-    with store.open_input(name) as file:
-        table = pq.read_table(file)
+    table = read_table(store, name)
     records = np.empty(len(table), dtype)
     for column in dtype.names or ():
         records[column] = table[column].to_numpy()
-    return records, json.loads(table.schema.metadata[b"facts"])
+    with damage_told(name):
+        return records, unseal(table.schema.metadata[b"facts"], name)
 
 
 def count_records(store: Store, name: str) -> int:
     """How many records a file holds, by its footer."""
-    with store.open_input(name) as file:
-        return int(pq.read_metadata(file).num_rows)
+    with open_table(store, name) as parquet:
+        return int(parquet.metadata.num_rows)
 
 
 def write_cells(store: Store, folder: str, array: npt.NDArray[np.float32], counts: Mapping[str, Any]) -> None:
     """Pin the cells, and the rows as they were counted; those that somebody else pinned stay."""
-    store.put_bytes(f"{folder}/counts.json", json.dumps(counts, sort_keys=True).encode())
+    store.put_bytes(f"{folder}/counts.json", seal(counts))
     data = io.BytesIO()
     np.save(data, array)
+    data.write(hashlib.sha256(data.getvalue()).digest())  # after the end of the array, where numpy does not look
     with contextlib.suppress(CommitConflictError):
         store.put_if_absent(f"{folder}/cells.npy", data.getvalue())
 
 
 def read_cells(store: Store, folder: str) -> npt.NDArray[np.float32] | None:
-    """The mean and the centroids [K + 1, D]; None if they are not pinned yet."""
+    """The mean and the centroids [K + 1, D]; None if they are not pinned yet.
+
+    Raises:
+        DamagedError: they are not what was pinned.
+    """
+    name = f"{folder}/cells.npy"
     try:
-        return np.asarray(np.load(io.BytesIO(store.read_bytes(f"{folder}/cells.npy"))))
+        data = store.read_bytes(name)
     except FileNotFoundError:
         return None
+    array, digest = data[:-SHA256_BYTES], data[-SHA256_BYTES:]
+    if hashlib.sha256(array).digest() != digest:
+        raise DamagedError(name, "another sha256")
+    return np.asarray(np.load(io.BytesIO(array)))
 
 
 def read_counts(store: Store, folder: str) -> dict[str, Any]:
     """The counts that were written before the cells."""
-    return dict(json.loads(store.read_bytes(f"{folder}/counts.json")))
+    name = f"{folder}/counts.json"
+    return unseal(store.read_bytes(name), name)
 
 
 def chain_files(store: Store, chain: Sequence[str]) -> list[tuple[str, list[str], list[str]]]:
@@ -221,24 +234,21 @@ def write_dropped(store: Store, folder: str, table: pa.Table) -> None:
 
 
 def _write_table(store: Store, name: str, table: pa.Table) -> None:
-    with store.local_scratch() as scratch:
-        path = scratch / "table.parquet"
-        pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
-        store.put_file(path, name)
+    write_table(store, name, table, row_group_size=ROW_GROUP)
 
 
 def read_dedup(store: Store, folder: str) -> Dedup | None:
     """The account of a deduplication, or None if it is not complete."""
     try:
-        return Dedup.from_bytes(store.read_bytes(f"{folder}/dedup.json"))
+        name = f"{folder}/dedup.json"
+        return Dedup.from_bytes(store.read_bytes(name), name)
     except FileNotFoundError:
         return None
 
 
 def read_dropped(store: Store, folder: str, shard: Shard) -> pa.Table:
     """What was dropped of one shard of the pool, by row: a table of `DROPPED_SCHEMA`."""
-    with store.open_input(f"{folder}/dropped.parquet") as file:
-        return pq.read_table(file, filters=[("shard", "=", shard.index)])
+    return read_table(store, f"{folder}/dropped.parquet", schema=DROPPED_SCHEMA, filters=[("shard", "=", shard.index)])
 
 
 def kept_rows(store: Store, folder: str | None, shard: Shard, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -246,6 +256,17 @@ def kept_rows(store: Store, folder: str | None, shard: Shard, rows: npt.NDArray[
     if folder is None:
         return rows
     return rows[~np.isin(rows, read_dropped(store, folder, shard)["row"].to_numpy())]
+
+
+def made_with(store: Store, name: str) -> list[str]:
+    """What goes with a file of a deduplication if it is to be made again, in the order in which it must go.
+
+    The account, which says that all is there; with the cells, all that was found by them.
+    """
+    folder, _, own = name.rpartition("/")
+    found = store.list(folder) if own in ("cells.npy", "counts.json") else []
+    parts = [other for other in found if other.rpartition("/")[2].startswith(("pairs-", "nodes-"))]
+    return [f"{folder}/dedup.json", *parts, *([f"{folder}/cells.npy"] if parts else []), name]
 
 
 def compared_shards(store: Store, pool: Pool, evaluation: Sequence[str]) -> tuple[Shard, ...]:

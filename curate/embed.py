@@ -23,6 +23,7 @@ from curate.embeddings import (
     uid_texts,
 )
 from curate.images import Dropped, clean_caption, decode_image
+from curate.parquet import CHECKED
 from curate.pool import Columns, Shard, caption_bytes, image_bytes, read_batches
 from curate.recipe import EmbedSection
 from curate.storage import Store
@@ -79,7 +80,11 @@ def embed_shard(
         paths = {name: scratch / f"{i}.parquet" for i, name in enumerate(encoders)}
         writers = {
             name: pq.ParquetWriter(
-                path, embedding_schema(encoders[name].spec.embed_dim), compression="zstd", use_dictionary=["status"]
+                path,
+                embedding_schema(encoders[name].spec.embed_dim),
+                compression="zstd",
+                use_dictionary=["status"],
+                **CHECKED,
             )
             for name, path in paths.items()
         }

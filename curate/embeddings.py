@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from curate.parquet import read_table
 from curate.pool import Shard
 from curate.storage import Store
 
@@ -63,9 +63,12 @@ def embedding_name(sha: str, shard: Shard, scope: str = "") -> str:
 
 
 def read_embeddings(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of an embedding file."""
-    with store.open_input(name) as file:
-        return pq.read_table(file, columns=list(columns))
+    """Columns of an embedding file.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    return read_table(store, name, columns=columns)
 
 
 def vectors(column: pa.ChunkedArray, embed_dim: int) -> npt.NDArray[np.float16]:

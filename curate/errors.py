@@ -2,8 +2,10 @@
 
     CurateError
     ├── UserError            the user's mistake: one line each, exit status 2
+    │   └── DamagedError     a file of the root is not what was written there
     ├── InputChangedError    a shard is no longer the file that was inventoried, exit status 2
     ├── RowsLostError        a tally does not close; a round that loses rows is never committed
+    ├── StoreError           the store failed or did not answer; nothing is known to be wrong with what it holds
     ├── StreamStalledError   neither the next round nor the end of the stream came in time
     ├── CommitConflictError  somebody else committed other bytes under this name, exit status 3
     └── CommitUnknownError   the store did not answer; the commit may or may not stand
@@ -31,10 +33,33 @@ class UserError(CurateError):
         return "\n".join(self.lines)
 
 
+class DamagedError(UserError):
+    """A file of the root is not what was written there.
+
+    Args:
+        name: of the file within the root.
+        reason: what gives it away.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(
+            f"{name}: expected what was written there, found damage ({reason}); restore it from a copy of the root"
+        )
+        self.name = name
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["DamagedError"], tuple[str, str]]:
+        return DamagedError, (self.name, self.reason)
+
+
 class InputChangedError(CurateError):
     """A file of the pool differs from what the inventory recorded."""
 
     exit_status = 2
+
+
+class StoreError(CurateError):
+    """A store gave no usable answer for so long that we gave up; says nothing of the data in it."""
 
 
 class RowsLostError(CurateError):

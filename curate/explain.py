@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curate.dedup import why_dropped
 from curate.embeddings import contents, embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.manifest import Manifest, last_round, read_manifest, steps_folder
+from curate.parquet import read_table
 from curate.pool import Pool, load_pool
 from curate.selected import read_selected, selected_name
 from curate.spec import EncoderSpec
@@ -163,8 +163,7 @@ def _original(store: Store, context: _Context, shard: int, row: int) -> dict[str
     for name in store.list(context.folder):
         if not name.endswith(".parquet"):
             continue
-        with store.open_input(name) as file:
-            table = pq.read_table(file, filters=[("shard", "=", shard), ("row", "=", row)])
+        table = read_table(store, name, filters=[("shard", "=", shard), ("row", "=", row)])
         if len(table):
             original = table.to_pylist()[0]
             shards = context.pool.shards

@@ -3,7 +3,6 @@
 learners/l000008/learner.json     put-if-absent; names models/<sha>/, which is there before it
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from curate.errors import UserError
+from curate.sealed import seal, unseal
 from curate.spec import EncoderSpec
 from curate.storage import Store
 
@@ -44,7 +44,7 @@ def read_learner(store: Store, number: int) -> LearnerCheckpoint:
     name = learner_name(number)
     data = store.read_bytes(name)
     try:
-        record = json.loads(data)
+        record = unseal(data, name)
         losses = {int(number): float(loss) for number, loss in record.get("batch_losses", {}).items()}
         return LearnerCheckpoint(**record | {"encoder": EncoderSpec(**record["encoder"]), "batch_losses": losses})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -81,5 +81,5 @@ def record_learner(
         number=number, encoder=encoder, step=step, next_batch=next_batch, batch_losses=dict(batch_losses)
     )
     record: dict[str, Any] = asdict(learner)
-    store.put_if_absent(learner_name(number), (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    store.put_if_absent(learner_name(number), seal(record))
     return learner

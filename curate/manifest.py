@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from curate.errors import RowsLostError, UserError
+from curate.sealed import seal, unseal
 from curate.storage import Store
 from curate.tally import Tally, check_chain
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BY_SUB_BATCH = ("learnability", "uniform_learnability", "reference_loss")
 
 
@@ -72,7 +73,7 @@ class Manifest:
         written = Tally(step="written", rows_in=rows, kept=self.sub_batches * self.sub_batch_size)
         check_chain([*self.tallies, written], rows=self.pool_rows)
         record = {"format_version": FORMAT_VERSION} | asdict(self) | {"tallies": [t.to_json() for t in self.tallies]}
-        return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+        return seal(record)
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> "Manifest":
@@ -82,13 +83,14 @@ class Manifest:
             UserError: not a manifest, or of a format that this version does not know.
         """
         try:
-            record = json.loads(data)
-            version = record.pop("format_version")
+            version = json.loads(data)["format_version"]
             if version != FORMAT_VERSION:
                 raise UserError(
                     f"{name}: format_version is {version}, this version reads {FORMAT_VERSION}; read it with "
                     "the one that wrote it, or choose another root"
                 )
+            record = unseal(data, name)
+            del record["format_version"]
             files = tuple(CuratedFile(**file) for file in record.pop("files"))
             tallies = tuple(Tally(**tally) for tally in record.pop("tallies"))
             by_sub_batch: dict[str, Any] = {name: tuple(record.pop(name)) for name in BY_SUB_BATCH}
@@ -135,7 +137,7 @@ def commit(store: Store, manifest: Manifest) -> str:
 
     Raises:
         RowsLostError: rows are unaccounted for.
-        UserError: a curated file is missing or of another size.
+        UserError: a curated file is missing or of another size. (Their content was hashed after they were written.)
         CommitConflictError: somebody else committed another round under this number.
         CommitUnknownError: the store did not answer.
     """

@@ -1,7 +1,6 @@
 """The plan of a round: what it was begun with, pinned so that whoever finishes it does the same."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from curate.manifest import last_round, read_manifest, round_folder
 from curate.messages import gathered
 from curate.pool import Pool, take_inventory
 from curate.recipe import DeviceType, PoolSection, Recipe
+from curate.sealed import seal, unseal
 from curate.select import needs_learner
 from curate.spec import EncoderSpec
 from curate.storage import Store
@@ -40,7 +40,7 @@ class Plan:
         record = asdict(self)
         if not self.evaluation:
             del record["evaluation"]  # plans of rounds that were begun before there were any
-        return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+        return seal(record)
 
     @property
     def digest(self) -> str:
@@ -48,9 +48,9 @@ class Plan:
         return hashlib.sha256(self.to_bytes()).hexdigest()[:12]
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Plan":
-        """The inverse of `to_bytes`."""
-        record = json.loads(data)
+    def from_bytes(cls, data: bytes, name: str) -> "Plan":
+        """The inverse of `to_bytes`; `name` is for messages."""
+        record = unseal(data, name)
         reference, learner = record.pop("reference"), record.pop("learner")
         return cls(
             reference=EncoderSpec(**reference),
@@ -91,7 +91,7 @@ def pin_plan(
     name = plan_name(number)
     if not store.exists(name):
         store.put_if_absent(name, _make(store, recipe, base, device_type, progress).to_bytes())
-    plan = Plan.from_bytes(store.read_bytes(name))
+    plan = Plan.from_bytes(store.read_bytes(name), name)
     if plan.recipe_fingerprint != recipe.fingerprint():
         changed = "; ".join(_differences(plan.recipe, recipe.of_round()))
         raise UserError(

@@ -1,6 +1,7 @@
 """The pool: an explicit, ordered, fingerprinted inventory of Parquet shards. Files are never modified."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
@@ -18,9 +19,10 @@ import pyarrow.parquet as pq
 
 from curate import storage
 from curate.column_types import is_caption, is_image, is_uid, plain_type, united, why_unwritable
-from curate.errors import InputChangedError, UserError
+from curate.errors import CurateError, InputChangedError, UserError
 from curate.messages import one_line
 from curate.recipe import PoolSection
+from curate.sealed import seal, unseal
 from curate.storage import FileInfo, Store
 
 # Column names as img2dataset, Hugging Face datasets, DataComp and LAION write them, most specific first.
@@ -97,12 +99,12 @@ class Pool:
             "ignored": self.ignored,
             "skipped": self.skipped,
         }
-        return json.dumps(record, indent=1).encode()
+        return seal(record)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Pool":
-        """The inverse of `to_bytes`."""
-        record = json.loads(data)
+    def from_bytes(cls, data: bytes, name: str) -> "Pool":
+        """The inverse of `to_bytes`; `name` is for messages."""
+        record = unseal(data, name)
         columns = Columns(**record["columns"])
         return cls(
             shards=tuple(Shard(columns=columns, **shard) for shard in record["shards"]),
@@ -118,8 +120,10 @@ def load_pool(store: Store, fingerprint: str) -> Pool:
 
     Raises:
         FileNotFoundError: if the root does not hold it.
+        DamagedError: it is not what was written.
     """
-    return Pool.from_bytes(store.read_bytes(f"pools/{fingerprint}.json"))
+    name = f"pools/{fingerprint}.json"
+    return Pool.from_bytes(store.read_bytes(name), name)
 
 
 def take_inventory(
@@ -213,22 +217,16 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
     """Rows of a shard in order, `batch_rows` at a time; all columns if `columns` is None.
 
     Raises:
-        InputChangedError: if the file is not the one that the inventory recorded, or a page does not decode.
+        InputChangedError: if the file is not the one that the inventory recorded, or a page does not decode or differs
+            from its checksum, where it has one.
+        UserError, StoreError: the store refuses or fails, which says nothing of the file.
     """
     _check_unchanged(shard)
     rows = 0
-    try:
-        with storage.open_input(shard.path) as file, pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=batch_rows, columns=columns):
-                rows += batch.num_rows
-                yield batch
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the store failed, not the file: Arrow's own OSErrors carry no number
-        raise InputChangedError(
-            f"{shard.path}: expected {shard.rows} readable rows, found a damaged page after row {rows} "
-            f"({one_line(error)}); replace the file, or move it out of the pool"
-        ) from error
+    with _opened(shard, lambda: rows) as parquet:
+        for batch in parquet.iter_batches(batch_size=batch_rows, columns=columns):
+            rows += batch.num_rows
+            yield batch
     if rows != shard.rows:
         raise InputChangedError(
             f"{shard.path}: the footer promises {shard.rows} rows but {rows} were read; replace the file"
@@ -239,10 +237,10 @@ def read_rows(shard: Shard, rows: Sequence[int], columns: Sequence[str]) -> pa.T
     """Some rows of a shard, ascending, from the row groups that hold them.
 
     Raises:
-        InputChangedError: if the file is not the one that the inventory recorded.
+        InputChangedError: as `read_batches`.
     """
     _check_unchanged(shard)
-    with storage.open_input(shard.path) as file, pq.ParquetFile(file) as parquet:
+    with _opened(shard) as parquet:
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         starts = [0, *accumulate(sizes)]
         held = sorted({bisect_right(starts, row) - 1 for row in rows})
@@ -252,6 +250,26 @@ def read_rows(shard: Shard, rows: Sequence[int], columns: Sequence[str]) -> pa.T
         moved[group] = read - starts[group]
         read += sizes[group]
     return table.take(pa.array([row + moved[bisect_right(starts, row) - 1] for row in rows], pa.int64()))
+
+
+@contextlib.contextmanager
+def _opened(shard: Shard, rows: Callable[[], int] = lambda: 0) -> Iterator[pq.ParquetFile]:
+    """A shard's file; `rows` says, for messages, how many were read."""
+    try:
+        with (
+            storage.open_input(shard.path) as file,
+            pq.ParquetFile(file, page_checksum_verification=True) as parquet,
+        ):
+            yield parquet
+    except (CurateError, GeneratorExit):
+        raise
+    except Exception as error:  # a damaged file makes a reader raise whatever it likes
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of a local disk: Arrow's own OSErrors carry no number
+        raise InputChangedError(
+            f"{shard.path}: expected {shard.rows} readable rows, found a damaged page after row {rows()} "
+            f"({one_line(error)}); replace the file, or move it out of the pool"
+        ) from error
 
 
 def _check_unchanged(shard: Shard) -> None:
@@ -305,9 +323,11 @@ def _read_footer(file: FileInfo) -> _Footer:
             return _Footer(
                 rows=metadata.num_rows, schema=parquet.schema_arrow, largest_row_group=max(groups, default=0)
             )
+    except CurateError:
+        raise  # the store failed or refuses: nothing is known of the file
     except Exception as error:  # a fuzzed footer raises whatever it likes, ValueError and OverflowError included
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the store failed, not the file: Arrow's own OSErrors carry no number
+            raise  # of a local disk: Arrow's own OSErrors carry no number
         reason = one_line(error)
         return _Footer(
             error=f"{file.path}: expected a Parquet file, found a broken footer ({reason}); remove or replace it"

@@ -10,17 +10,16 @@ at every step and need not ask them).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curate.errors import UserError
 from curate.manifest import Manifest
+from curate.parquet import read_table, write_table
 from curate.storage import Store
 
 Contents = npt.NDArray[np.uint64]
@@ -130,15 +129,11 @@ def _mean_ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _write(store: Store, name: str, columns: dict[str, Any]) -> None:
-    with store.local_scratch() as scratch:
-        path = Path(scratch) / "quality.parquet"
-        pq.write_table(pa.table({key: np.ascontiguousarray(value) for key, value in columns.items()}), path)
-        store.put_file(path, name)
+    write_table(store, name, pa.table({key: np.ascontiguousarray(value) for key, value in columns.items()}))
 
 
 def _read(store: Store, name: str) -> pa.Table:
     try:
-        with store.open_input(name) as file:
-            return pq.read_table(file)
+        return read_table(store, name)
     except FileNotFoundError:
         raise UserError(f"{name}: expected what the round left for later ones, found nothing; restore it") from None

@@ -5,6 +5,7 @@ another's. On N ranks each rank reads its own slice. The whole state is one inte
 row of round 0, of the next batch; so training may go on with another number of ranks and reads the same order.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from curate.errors import UserError
+from curate.errors import CurateError, UserError
 from curate.images import clean_caption, decode_image
 from curate.manifest import CuratedFile, Manifest, manifest_name, read_manifest, round_folder
 from curate.messages import one_line
+from curate.parquet import open_table
 from curate.pool import ADDED_COLUMN, caption_bytes, image_bytes
 from curate.storage import Store
 from curate.stream import await_round
@@ -78,7 +79,8 @@ class CuratedReader:
         batch_size: global batch size that the trainer is about to use; refused unless it is b.
         follow: wait for the next round where the committed ones end, until somebody ends the stream.
         timeout_s: with `follow`, how long to wait for a round; for ever if None.
-        verify: hash each file when it is first opened; its size is compared always.
+        verify: also hash each file, whole, when it is first opened. Without it the size of a file is compared, and each
+            page that is read with its checksum.
 
     Raises:
         UserError: no such root, b not divisible by `world_size`, another batch size, a damaged file or manifest.
@@ -130,7 +132,7 @@ class CuratedReader:
 
     def __iter__(self) -> Generator[Batch]:
         places = _Places()
-        loader: DataLoader[Batch | UserError] = DataLoader(
+        loader: DataLoader[Batch | CurateError] = DataLoader(
             self._batches,
             batch_size=None,
             sampler=places,
@@ -149,8 +151,8 @@ class CuratedReader:
                     self._check_files(manifest)
                     places.places = self._of_round(manifest)[self._next - manifest.first_batch :]
                     for batch in loader:
-                        if isinstance(batch, UserError):
-                            raise UserError(*batch.lines)  # anew: one that this frame holds would keep it alive
+                        if isinstance(batch, CurateError):
+                            raise copy.copy(batch)  # anew: one that this frame holds would keep it alive
                         self._next = batch.number + 1
                         yield batch
                 self._passed.append((digest, manifest.stop_batch))
@@ -241,7 +243,7 @@ class _Places(Sampler[_Place]):
         return len(self.places)
 
 
-class _Batches(Dataset[Batch | UserError]):
+class _Batches(Dataset[Batch | CurateError]):
     """From a place to the batch that lies there: the work of a worker process.
 
     A mistake is returned, not raised: on its way from a worker a raised one becomes a traceback.
@@ -257,7 +259,7 @@ class _Batches(Dataset[Batch | UserError]):
         self.preprocess = preprocess
         self.tokenize = tokenize
 
-    def __getitem__(self, place: _Place) -> Batch | UserError:
+    def __getitem__(self, place: _Place) -> Batch | CurateError:
         # Published images were decoded once before, so this cannot fail but for damage on the way; and a damaged
         # file makes pyarrow raise whatever it likes.
         try:
@@ -265,7 +267,7 @@ class _Batches(Dataset[Batch | UserError]):
             images = [decode_image(data) for data in image_bytes(rows.column(place.image)).to_pylist()]
             captions = [clean_caption(raw) for raw in caption_bytes(rows.column(place.caption)).to_pylist()]
             uids = rows.column(ADDED_COLUMN).field("uid").to_pylist()
-        except UserError as error:  # the store refused
+        except CurateError as error:  # the store refused or failed, or the file is damaged
             return error
         except Exception as error:
             reason = one_line(error)
@@ -284,7 +286,7 @@ class _Batches(Dataset[Batch | UserError]):
 
 def _read_rows(store: Store, place: _Place) -> Any:
     """The rows of a place as one record batch; only the row groups that they lie in are read."""
-    with store.open_input(place.file) as file, pq.ParquetFile(file) as parquet:
+    with open_table(store, place.file) as parquet:
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         ends = np.cumsum(sizes)
         first, last = np.searchsorted(ends, [place.first_row, place.first_row + place.rows - 1], side="right")

@@ -8,6 +8,8 @@ import difflib
 import hashlib
 import json
 import math
+import os
+import re
 import tomllib
 import types
 import typing
@@ -16,7 +18,16 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from curate.criteria import Criterion, Loss, Method
@@ -39,7 +50,45 @@ def _names_something(path: Any) -> Any:
     return path
 
 
-Paths = Annotated[str | list[str], BeforeValidator(_names_something)]
+def expanded(path: str) -> str:
+    """A local path with `~` replaced by the home folder, as a shell would; a URL, or anything else, as it is.
+
+    Raises:
+        UserError: there is no such home folder, or a variable, which would become a folder called `$HOME`.
+    """
+    if path.startswith(("http://", "https://")):  # whose queries may have a $ of their own
+        return path
+    if variable := re.search(r"\$(?:\w+|\{\w+\})", path):
+        meant = os.path.expandvars(path)
+        way_out = f"{variable[0]} is not set here, either; write what it stands for"
+        raise UserError(
+            f"expected a path without variables, which nothing replaces here; found {variable[0]}; "
+            + (way_out if meant == path else f"write {meant}")
+        )
+    if path.startswith("~") and (path := os.path.expanduser(path)).startswith("~"):
+        raise UserError(f"expected a home folder for {path.split('/')[0]}, found none; write the whole path")
+    return path
+
+
+def _expanding(prefix: str = "") -> AfterValidator:
+    """Expands what a field says after a prefix, if it has it."""
+
+    def expand(said: Any) -> Any:
+        if isinstance(said, list):
+            return [expand(path) for path in said]
+        if said is None:
+            return None
+        before = prefix if said.startswith(prefix) else ""
+        try:
+            return before + expanded(said.removeprefix(before))
+        except UserError as error:
+            raise PydanticCustomError("expanded", "{mistake}", {"mistake": str(error)}) from None
+
+    return AfterValidator(expand)
+
+
+LocalPath = Annotated[str, _expanding()]
+Paths = Annotated[str | list[str], BeforeValidator(_names_something), _expanding()]
 
 
 class PoolSection(Section):
@@ -66,10 +115,10 @@ class PoolSection(Section):
 class EncoderSection(Section):
     """An open_clip model and its weights."""
 
-    model: str = Field(
+    model: Annotated[str, _expanding("local-dir:")] = Field(
         description="open_clip model name, local-dir:FOLDER, hf-hub:NAME, or an open_clip JSON config beside the recipe"
     )
-    pretrained: str | None = Field(
+    pretrained: LocalPath | None = Field(
         None, description="open_clip pretrained tag or checkpoint file; random weights from the seed if not given"
     )
     trusted: bool = Field(False, description="allow a checkpoint that is not safetensors (it is unpickled)")
@@ -232,7 +281,7 @@ class TrainSection(Section):
     )
     checkpoint_every: int = Field(500, ge=1, description="steps between checkpoints; one with each learner, too")
     log_every: int = Field(10, ge=1, description="steps between lines of the log")
-    logs: str | None = Field(
+    logs: LocalPath | None = Field(
         None,
         description="local folder of log.jsonl and TensorBoard; trainer/ in the root, or here if that is on S3",
     )
@@ -289,7 +338,7 @@ class ScheduleSection(Section):
 class Recipe(Section):
     """The whole recipe, resolved: every default filled in."""
 
-    root: str = Field(description="where everything is written: a local folder or s3://bucket/prefix")
+    root: LocalPath = Field(description="where everything is written: a local folder or s3://bucket/prefix")
     seed: int = Field(0, ge=0, description="every random draw derives from it")
     pool: PoolSection
     reference: EncoderSection | None = Field(None, description="the fixed model; needed by rounds, not by train")
@@ -327,7 +376,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors of Windows begin a file with a mark
     except OSError as error:
         raise UserError(
             f"{path}: expected a recipe, found none ({error.strerror}); give the path of a TOML file"
@@ -368,7 +417,7 @@ def _line(path: Path, details: ErrorDetails) -> str:
     known = _section(names[:-1]).model_fields
     found = "" if kind == "missing" or value is None or isinstance(value, dict) else f" = {value!r}"
     where = f"{path}: {name}{found}"
-    if kind in {"chunks", "steps", "templates"}:
+    if kind in {"chunks", "steps", "templates", "expanded"}:
         return f"{where}: {details['msg']}"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], known, n=1)

@@ -1,13 +1,11 @@
 """Selected files: the rows of one sub-batch in the order drawn, with what was known at the pick."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from curate.parquet import damage_told, read_table, write_table
+from curate.sealed import seal, unseal
 from curate.storage import Store
 from curate.tally import Tally
 
@@ -41,7 +39,7 @@ class SubBatchStats:
 
     def to_bytes(self) -> bytes:
         """JSON, for the metadata of the selected file."""
-        return json.dumps(
+        return seal(
             {
                 "sub_batch": self.sub_batch,
                 "tally": self.tally.to_json(),
@@ -49,12 +47,12 @@ class SubBatchStats:
                 "uniform_learnability": self.uniform_learnability,
                 "reference_loss": self.reference_loss,
             }
-        ).encode()
+        )
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "SubBatchStats":
-        """The inverse of `to_bytes`."""
-        record: dict[str, Any] = json.loads(data)
+    def from_bytes(cls, data: bytes, name: str) -> "SubBatchStats":
+        """The inverse of `to_bytes`; `name` is for messages."""
+        record = unseal(data, name)
         return cls(**record | {"tally": Tally(**record["tally"])})
 
 
@@ -65,14 +63,15 @@ def selected_name(steps: str, sub_batch: int) -> str:
 
 def write_selected(store: Store, name: str, table: pa.Table, stats: SubBatchStats) -> None:
     """Write a selected file: rows and, in its metadata, their statistics."""
-    with store.local_scratch() as scratch:
-        path = Path(scratch) / "selected.parquet"
-        pq.write_table(table.replace_schema_metadata({"stats": stats.to_bytes()}), path, compression="zstd")
-        store.put_file(path, name)
+    write_table(store, name, table.replace_schema_metadata({"stats": stats.to_bytes()}))
 
 
 def read_selected(store: Store, name: str) -> tuple[pa.Table, SubBatchStats]:
-    """The inverse of `write_selected`."""
-    with store.open_input(name) as file:
-        table = pq.read_table(file)
-    return table, SubBatchStats.from_bytes(table.schema.metadata[b"stats"])
+    """The inverse of `write_selected`.
+
+    Raises:
+        DamagedError: it is not what was written.
+    """
+    table = read_table(store, name, schema=SELECTED_SCHEMA)
+    with damage_told(name):
+        return table, SubBatchStats.from_bytes(table.schema.metadata[b"stats"], name)

@@ -15,23 +15,36 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import fsspec
-from botocore.exceptions import BotoCoreError, NoCredentialsError, ParamValidationError  # type: ignore[import-untyped]
+from botocore.exceptions import (  # type: ignore[import-untyped]
+    BotoCoreError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
 from fsspec.utils import glob_translate
 from s3fs import S3FileSystem
 from s3fs.core import S3_RETRYABLE_ERRORS
+from s3fs.utils import FileExpired
 
-from curate.errors import CommitConflictError, CommitUnknownError, UserError
+from curate.errors import CommitConflictError, CommitUnknownError, InputChangedError, StoreError, UserError
+from curate.messages import one_line
 
-_DEADLINE_S = 120.0  # of put_if_absent on S3; requests under way when it passes may take 40 s longer
+T = TypeVar("T")
+
+_DEADLINE_S = 120.0  # of a call of S3 and all its tries; requests under way when it passes may take 40 s longer
 _PAUSES_S = 0.2, 10.0  # between two tries: the first, doubled each time with jitter, and the longest
 _ERRORS = (OSError, BotoCoreError, *S3_RETRYABLE_ERRORS)
+_ANSWERS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError)  # that no later try changes
 _LATER = {404, 408, 409, 412, 429}  # 4xx that a read or a later try may settle; 409 does not mean "exists"
 _ACCESS = "check AWS_ACCESS_KEY_ID or AWS_PROFILE, and that they may list, get and put there"
 _HINTS = {
@@ -62,20 +75,83 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 def open_input(path: str) -> BufferedIOBase:
-    """Open a local path or a URL for reads at random offsets, as `pyarrow.parquet.ParquetFile` makes them."""
-    fs, path = filesystem(path)
-    # Read 4 MiB ahead, where s3fs would read 50 MB past the column asked for, and none would make hashing crawl.
-    return cast("BufferedIOBase", fs.open(path, "rb", block_size=2**22))
+    """Open a local path or a URL for reads at random offsets, as `pyarrow.parquet.ParquetFile` makes them.
+
+    Leave it by `with`: what the store did wrong is raised there, whatever the reading library made of it.
+
+    Raises:
+        UserError: the store refuses.
+        StoreError: the store fails, now or while the file is read.
+        InputChangedError: while the file is read, another one has its name.
+    """
+    return _Input(path)
+
+
+class _Input(BufferedIOBase):
+    """A file that is being read: failures of the store are waited out, and told apart from damage of the file.
+
+    A Parquet reader turns what a read raises into whatever error it likes, such as those of a broken page; so what the
+    store did is kept, and raised in the end.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._failure: BaseException | None = None
+        fs, path = filesystem(url)
+        # Read 4 MiB ahead, where s3fs would read 50 MB past the column asked for, and none would make hashing crawl.
+        self._file: Any = _persist(url, lambda: fs.open(path, "rb", block_size=2**22))
+        self._size = int(self._file.seek(0, os.SEEK_END))
+        self._file.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = self.tell()
+        wanted = max(0, self._size - start)
+        wanted = wanted if size is None or size < 0 else min(size, wanted)
+
+        def act() -> bytes:
+            self._file.seek(start)
+            data: bytes = self._file.read(wanted)
+            if len(data) != wanted:  # an answer that was cut off, which not every client notices
+                raise OSError(f"{len(data)} of {wanted} bytes came from offset {start} on")
+            return data
+
+        try:
+            return _persist(self._url, act)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        if self._failure is not None:
+            raise self._failure
 
 
 def file_info(path: str) -> FileInfo:
     """Look at one file as it is now; FileNotFoundError if it is gone."""
-    with _explained(path):
-        if _is_local(path):
+    if _is_local(path):
+        with _explained(path):
             stat = os.stat(path)
             return FileInfo(os.path.realpath(path), stat.st_size, str(stat.st_mtime_ns))
-        fs, path = filesystem(path)
-        return _remote_file(fs, fs.info(path))
+    fs, name = filesystem(path)
+    return _persist(path, lambda: _remote_file(fs, fs.info(name)))
 
 
 def list_parquet(url: str) -> tuple[list[FileInfo], list[str]]:
@@ -87,23 +163,25 @@ def list_parquet(url: str) -> tuple[list[FileInfo], list[str]]:
     Raises:
         UserError: nothing there, nothing of it Parquet, a link to nothing, no permission.
     """
+    _refuse_empty_names(url)
     fs, path = filesystem(url)
     files, ignored = [], []
-    with _explained(url):
-        try:
-            is_file, pattern = fs.info(path)["type"] == "file", re.compile("")
-        except (FileNotFoundError, NotADirectoryError):
-            if not glob.has_magic(path):
-                raise UserError(f"{url}: expected a file, folder or glob; found nothing; correct it") from None
-            is_file, pattern = False, re.compile(glob_translate(path))
-            path = re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")[0]  # the folder above the wildcards
-        if is_file:
-            return [file_info(url)], []
-        for name, file in _walk_local(path, {os.path.realpath(path)}) if _is_local(url) else _walk(fs, path):
-            if file is None or (pattern.match(name) and not name.endswith(".parquet")):
-                ignored.append(name)
-            elif pattern.match(name):
-                files.append(file)
+    try:
+        is_file, pattern = _persist(url, lambda: fs.info(path))["type"] == "file", re.compile("")
+    except (FileNotFoundError, NotADirectoryError):
+        if not glob.has_magic(path):
+            raise UserError(f"{url}: expected a file, folder or glob; found nothing; correct it") from None
+        is_file, pattern = False, re.compile(glob_translate(path))
+        path = re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")[0]  # the folder above the wildcards
+    if is_file:
+        return [file_info(url)], []
+    # A listing is taken whole or anew: what came of one that failed half-way would be a smaller pool.
+    walked = partial(_walk_local, path, {os.path.realpath(path)}) if _is_local(url) else partial(_walk, fs, path)
+    for name, file in _persist(url, lambda: list(walked())):
+        if file is None or (pattern.match(name) and not name.endswith(".parquet")):
+            ignored.append(name)
+        elif pattern.match(name):
+            files.append(file)
     if missing := [f"{file.path}: expected a file; found a link to nothing" for file in files if file.size < 0]:
         raise UserError(*missing)
     if not files:
@@ -117,7 +195,8 @@ class Store:
     """A root: a local folder or `s3://bucket/prefix`. Picklable; safe to use from threads and after a fork.
 
     Names are relative to the root. Where the store refuses (credentials, permission, bucket, clock) every
-    method raises UserError with the way out; where it fails, OSError.
+    method raises UserError with the way out; where it gives no usable answer for two minutes, StoreError; where a local
+    disk fails, OSError.
     """
 
     url: str
@@ -125,6 +204,7 @@ class Store:
     def __post_init__(self) -> None:
         if not self.url or not (_is_local(self.url) or re.match("s3://[^/]", self.url)):
             raise UserError(f"root: expected a local folder or s3://bucket/prefix; found {self.url!r}")
+        _refuse_empty_names(self.url)
         if _is_local(self.url) and os.path.isfile(self.url):
             raise UserError(f"root: expected a folder; found a file, {self.url}; choose another root")
         # Absolute, because a Ray worker runs in another folder.
@@ -134,14 +214,13 @@ class Store:
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a name; FileNotFoundError if it is absent."""
         fs, path = self._locate(name)
-        with _explained(self.url):
-            return bytes(fs.cat_file(path))
+        return bytes(_persist(self.url, lambda: fs.cat_file(path)))
 
     def size(self, name: str) -> int | None:
         """Return the size in bytes, or None if there is no such file."""
         fs, path = self._locate(name)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _explained(self.url):
-            info = fs.info(path)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            info = _persist(self.url, lambda: fs.info(path))
             return int(info["size"]) if info["type"] == "file" else None
         return None
 
@@ -155,16 +234,16 @@ class Store:
         Names that begin with "." are temporary and left out.
         """
         fs, path = self._locate(folder) if folder else filesystem(self.url)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _explained(self.url):
-            below = {entry.rstrip("/")[len(path) :].lstrip("/") for entry in fs.ls(path, detail=False)}
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = _persist(self.url, lambda: fs.ls(path, detail=False))
+            below = {entry.rstrip("/")[len(path) :].lstrip("/") for entry in found}
             return [f"{folder}/{name}".lstrip("/") for name in sorted(below) if name and name[0] != "."]
         return []
 
     def open_input(self, name: str) -> BufferedIOBase:
         """Open a name for reads at random offsets; FileNotFoundError if it is absent."""
         self._locate(name)
-        with _explained(self.url):
-            return open_input(f"{self.url}/{name}")
+        return open_input(f"{self.url}/{name}")
 
     def local_path(self, name: str) -> Path | None:
         """Return where a name lies on a local root, for libraries that want a path; None on S3."""
@@ -197,23 +276,26 @@ class Store:
     def modified(self, name: str) -> float | None:
         """Return when a name was last written, seconds since 1970 by the store's clock; None if it is absent."""
         fs, path = self._locate(name)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), _explained(self.url):
-            return float(os.stat(path).st_mtime if _is_local(self.url) else fs.modified(path).timestamp())
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if _is_local(self.url):
+                with _explained(self.url):
+                    return float(os.stat(path).st_mtime)
+            return float(_persist(self.url, lambda: fs.modified(path)).timestamp())
         return None
 
     def delete(self, name: str) -> None:
         """Remove a name that is neither published nor wanted any more; nothing to do if it is absent."""
         fs, path = self._locate(name)
-        with contextlib.suppress(FileNotFoundError), _explained(self.url):
-            fs.rm_file(path)
+        with contextlib.suppress(FileNotFoundError):
+            _persist(self.url, lambda: fs.rm_file(path))
 
     def put_bytes(self, name: str, data: bytes) -> None:
         """Write or overwrite atomically: for caches and hints, never for what is published once."""
         fs, path = self._locate(name)
+        if not _is_local(self.url):
+            _persist(self.url, lambda: fs.pipe_file(path, data))
+            return
         with _explained(self.url):
-            if not _is_local(self.url):
-                fs.pipe_file(path, data)
-                return
             with _temporary(path, data) as temporary:
                 os.replace(temporary, path)
             _sync(os.path.dirname(path))
@@ -224,11 +306,11 @@ class Store:
         For caches and files named by their content. A rename on a local root, an upload on S3.
         """
         fs, path = self._locate(name)
+        if not _is_local(self.url):
+            _persist(self.url, lambda: fs.put_file(str(local_path), path))
+            os.unlink(local_path)
+            return
         with _explained(self.url):
-            if not _is_local(self.url):
-                fs.put_file(str(local_path), path)
-                os.unlink(local_path)
-                return
             _make_folder(os.path.dirname(path))
             _sync(local_path)
             os.replace(local_path, path)
@@ -311,11 +393,17 @@ def _create_s3(path: str, data: bytes) -> bytes:
         pause_s = min(2 * pause_s, _PAUSES_S[1])
 
 
+def _refuse_empty_names(url: str) -> None:
+    if url.startswith("s3://") and "//" in url.removeprefix("s3://").rstrip("/"):
+        raise UserError(f"{url}: expected no empty folder name; found // after the bucket; write one slash")
+
+
 def _is_local(url: str) -> bool:
     return "://" not in url
 
 
-def _s3(tries: int = 5) -> Any:
+def _s3(tries: int = 2) -> Any:
+    """A session; with more than one try for what a moment mends, so that `_persist` sees longer failures only."""
     keys = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_ACCESS_KEY_ID")
     return _s3_of(os.getpid(), tuple(os.environ.get(key) for key in keys), tries)
 
@@ -326,16 +414,20 @@ def _s3_of(pid: int, environment: tuple[str | None, ...], tries: int) -> Any:
     config = {"retries": {"mode": "standard", "total_max_attempts": tries}}
     # With a listing cache a poller that once missed a name never sees it.
     fs = S3FileSystem(use_listings_cache=False, skip_instance_cache=True, config_kwargs=config)
-    fs.retries = tries
+    fs.retries = 1
     return fs
 
 
 def _refusal(error: BaseException, where: str) -> UserError | None:
     """Return the mistake behind an error if no later try could do better, else None."""
-    if isinstance(error, NoCredentialsError):
-        return UserError(f"{where}: expected S3 credentials in the environment; found none; {_ACCESS}")
-    if isinstance(error, ParamValidationError):
-        return UserError(f"{where}: {' '.join(str(error).split())}")
+    for kind, found, way_out in (
+        (NoCredentialsError, "expected S3 credentials in the environment; found none", _ACCESS),
+        (ParamValidationError, one_line(error), "correct it"),
+        ((ProfileNotFound, PartialCredentialsError), str(error), "correct AWS_PROFILE, or what it stands for"),
+        (ValueError, str(error), "AWS_ENDPOINT_URL begins with http:// or https://"),
+    ):
+        if isinstance(error, kind) and (kind is not ValueError or "endpoint" in str(error)):
+            return UserError(f"{where}: {found}; {way_out}")
     answer = getattr(error.__cause__, "response", None)
     if answer is None:  # not from S3
         return UserError(f"{where}: {error}; grant this user access") if isinstance(error, PermissionError) else None
@@ -345,6 +437,49 @@ def _refusal(error: BaseException, where: str) -> UserError | None:
         return None
     hint = _HINTS.get(code, _ACCESS if status == 403 else "check the root and AWS_ENDPOINT_URL")
     return UserError(f"{where}: the store answered {status} {code}, {error}; {hint}")
+
+
+def _persist(where: str, act: Callable[[], T]) -> T:
+    """Do something with a store, again while it fails as if for a moment: the one policy of all calls but commits.
+
+    Raises:
+        UserError: the store refuses, or nobody is there who ever answered.
+        StoreError: no usable answer before the deadline.
+        InputChangedError: the file that is being read was replaced.
+        OSError: of a local disk; FileNotFoundError of any store.
+    """
+    pause_s, deadline = _PAUSES_S[0], time.monotonic() + _DEADLINE_S
+    while True:
+        try:
+            found = act()
+        except (*_ERRORS, ValueError) as error:
+            failure: Exception = error
+        else:
+            _answered.add(_origin(where))
+            return found
+        if mistake := _refusal(failure, where):
+            raise mistake from failure
+        if isinstance(failure, FileExpired):
+            raise InputChangedError(f"{where}: the file was replaced while it was read; run the same command again")
+        if _is_local(where) or isinstance(failure, _ANSWERS):
+            raise failure
+        if isinstance(failure, EndpointConnectionError) and _origin(where) not in _answered:
+            raise UserError(f"{where}: {failure}; correct AWS_ENDPOINT_URL, or start what should answer there")
+        if time.monotonic() + pause_s > deadline:
+            raise StoreError(
+                f"{where}: the store gave no usable answer for {_DEADLINE_S:g} s, at last {one_line(failure)!r}; what "
+                "it holds may be sound: run the same command again when the store answers"
+            ) from failure
+        time.sleep(pause_s * random.uniform(0.5, 1))
+        pause_s = min(2 * pause_s, _PAUSES_S[1])
+
+
+_answered: set[tuple[str, str | None]] = set()
+"""Stores that have answered this process: their silence is a failure, that of others an address with a slip."""
+
+
+def _origin(where: str) -> tuple[str, str | None]:
+    return where.partition("://")[0], os.environ.get("AWS_ENDPOINT_URL")
 
 
 @contextlib.contextmanager

@@ -4,11 +4,11 @@ Followers ask for a round by its name and never list. `rounds/end.json`, publish
 without it a reader could not tell a finished curation from one that is slow.
 """
 
-import json
 import time
 
 from curate.errors import StreamStalledError, UserError
 from curate.manifest import Manifest, last_round, read_manifest
+from curate.sealed import seal, unseal
 from curate.storage import Store
 
 END_NAME = "rounds/end.json"
@@ -23,7 +23,7 @@ def end_stream(store: Store) -> int:
         CommitConflictError: somebody else ended the stream after another round.
     """
     rounds = last_round(store) + 1
-    store.put_if_absent(END_NAME, (json.dumps({"rounds": rounds}) + "\n").encode())
+    store.put_if_absent(END_NAME, seal({"rounds": rounds}))
     return rounds
 
 
@@ -38,7 +38,7 @@ def stream_end(store: Store) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        return int(json.loads(data)["rounds"])
+        return int(unseal(data, END_NAME)["rounds"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{END_NAME}: expected {{"rounds": N}}, found something else; restore or delete it') from error
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.pool import Pool
+from curate.sealed import seal, unseal
 from curate.seeds import derive_seed
 from curate.spec import EncoderSpec
 from curate.storage import Store
@@ -74,7 +75,7 @@ class Walk:
             "deduplicated": self.deduplicated.to_json(),
             "boundaries": self.boundaries,
         }
-        return json.dumps(record, indent=1).encode()
+        return seal(record)
 
 
 def walk_folder(
@@ -87,8 +88,9 @@ def walk_folder(
 
 def read_walk(store: Store, folder: str) -> Walk | None:
     """The walk in a folder, or None if it is not laid yet."""
+    name = f"{folder}/walk.json"
     try:
-        record = json.loads(store.read_bytes(f"{folder}/walk.json"))
+        record = unseal(store.read_bytes(name), name)
     except FileNotFoundError:
         return None
     return Walk(

@@ -1,7 +1,6 @@
 """Write: the chosen rows, sub-batch by sub-batch, in the order drawn, as plain Parquet named by its content."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,9 @@ from curate.column_types import plain_batch
 from curate.embeddings import content_hash, uid_texts
 from curate.errors import InputChangedError
 from curate.manifest import CuratedFile
+from curate.parquet import CHECKED
 from curate.pool import ADDED_COLUMN, Columns, Pool, Shard, caption_bytes, image_bytes, read_batches
+from curate.sealed import seal, unseal
 from curate.storage import Store
 
 READ_ROWS = 1024
@@ -117,7 +118,7 @@ def write_curated(
     with store.local_scratch() as scratch:
         path = Path(scratch) / "curated.parquet"
         batches = table.to_batches()
-        with pq.ParquetWriter(path, table.schema, **_layout(table.schema, columns)) as writer:
+        with pq.ParquetWriter(path, table.schema, **_layout(table.schema, columns), **CHECKED) as writer:
             for start in range(0, len(order), sub_batch_size):
                 sub_batch = order[start : start + sub_batch_size]
                 for group in range(0, sub_batch_size, rows):
@@ -143,12 +144,12 @@ def written_name(steps: str, number: int) -> str:
 
 def record_written(store: Store, name: str, file: CuratedFile) -> None:
     """Remember a written file, so that a rerun need not write it again."""
-    store.put_bytes(name, json.dumps(asdict(file)).encode())
+    store.put_bytes(name, seal(asdict(file)))
 
 
 def read_written(store: Store, name: str) -> CuratedFile:
     """The inverse of `record_written`."""
-    return CuratedFile(**json.loads(store.read_bytes(name)))
+    return CuratedFile(**unseal(store.read_bytes(name), name))
 
 
 def _layout(schema: pa.Schema, columns: Columns) -> dict[str, object]:

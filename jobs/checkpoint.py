@@ -5,10 +5,12 @@
 The tensors of a training do not depend on the number of ranks, so any number of them may go on from a checkpoint.
 """
 
+import hashlib
 import json
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,10 +59,21 @@ def save_checkpoint(store: Store, progress: Progress, model: torch.nn.Module, op
             tensors[f"optimizer.{name}.{key}"] = value.detach().cpu().contiguous()
     with store.local_scratch() as scratch:
         path = scratch / "checkpoint"
-        safetensors.torch.save_file(tensors, path, {"progress": json.dumps(asdict(progress), sort_keys=True)})
+        record = json.dumps(asdict(progress), sort_keys=True)
+        safetensors.torch.save_file(tensors, path, {"progress": record, "sha256": _sha256(record, tensors)})
         store.put_file(path, f"{FOLDER}/checkpoint-{progress.step:09d}.safetensors")
     for name in checkpoints(store)[:-KEPT]:
         store.delete(name)
+
+
+def _sha256(progress: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of all that a checkpoint says: one flipped bit of a moment would be another learner, silently."""
+    digest = hashlib.sha256(progress.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def checkpoints(store: Store) -> list[str]:
@@ -81,8 +94,11 @@ def load_checkpoint(store: Store, name: str) -> tuple[Progress, dict[str, torch.
                 shutil.copyfileobj(source, target, 2**24)
         try:
             with safetensors.safe_open(path, "pt") as file:
-                record = json.loads(file.metadata()["progress"])
+                metadata = file.metadata()
+                record = json.loads(metadata["progress"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 not a dict
+            if _sha256(metadata["progress"], tensors) != metadata["sha256"]:
+                raise ValueError("its content has another sha256 than when it was written")
             losses = {int(number): loss for number, loss in record["batch_losses"].items()}
             progress = Progress(**record | {"start": EncoderSpec(**record["start"]), "batch_losses": losses})
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from curate.dedup import Dedup, compared_shards
+from curate.dedup import DROPPED_SCHEMA, Dedup, compared_shards
 from curate.messages import counted
+from curate.parquet import read_table
 from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_rows
 from curate.storage import Store
 
@@ -66,8 +66,7 @@ def write_sheet(store: Store, pool: Pool, dedup: Dedup, path: Path, *, groups: i
     Returns:
         The number of groups drawn.
     """
-    with store.open_input(f"{dedup.folder}/dropped.parquet") as file:
-        table = pq.read_table(file)
+    table = read_table(store, f"{dedup.folder}/dropped.parquet", schema=DROPPED_SCHEMA)
     heads = np.column_stack([table["representative_shard"].to_numpy(), table["representative_row"].to_numpy()])
     distinct, group = np.unique(heads, axis=0, return_inverse=True)
     near = np.unique(group[~pc.is_in(table["reason"], pa.array(SURE)).to_numpy()])

@@ -5,22 +5,24 @@ import logging
 import os
 import re
 import signal
-import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import loky
 import ray
 from ray.autoscaler.sdk import request_resources
 from tqdm import tqdm
 
-from curate.errors import CurateError, UserError
+from curate.dedup import made_with
+from curate.errors import CurateError, DamagedError, UserError
 from curate.messages import counted
 from curate.pool import Shard
 from curate.recipe import DeviceType, ResourcesSection
+from curate.storage import Store
+from pipelines.joining import join, meant, start
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,7 @@ R = TypeVar("R")
 GROUP_ROWS = 65_536
 """Rows of the shards that one splitting task reads: bounds its memory, whatever the size of the pool."""
 POLL_S = 0.5
+MOST_REMADE = 20
 STDERR = 2
 CORE_LOG = re.compile(rb"\[\d{4}-\d\d-\d\d [^\]]*\] \w+\.cc:\d+: ")
 # Without limits Ray restarts an actor for ever on a row that kills it.
@@ -43,28 +46,19 @@ def connect(address: str) -> None:
     """Join the cluster at `address`, or start Ray on this machine; nothing to do if that was done before.
 
     Raises:
-        UserError: no cluster answers.
+        UserError: no cluster answers there or lets us in, or no folder's name is short enough for Ray.
+        CurateError: Ray does not start on this machine.
     """
     if ray.is_initialized():
         return
     _silence_ray()
     quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
-    with _own_signals(), _without_core_log():
-        if address == "local" and "RAY_ADDRESS" not in os.environ:
-            # Those that affinity and cgroups leave us, and two more: actors that hold every CPU starve the tasks that
-            # feed them (ray#44687).
-            cpus = max(2, loky.cpu_count()) + 2
-            # "local" and not None, or Ray joins whatever cluster it finds on this machine.
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-            return
-        # Within a Ray job RAY_ADDRESS names the cluster that runs it.
-        try:
-            ray.init(address=None if "RAY_ADDRESS" in os.environ else address, **quiet)
-        except ConnectionError as error:
-            where = os.environ.get("RAY_ADDRESS", address)
-            raise UserError(
-                f"resources.address = {where!r}: no Ray cluster answers there ({error}); start one, or use local"
-            ) from error
+    with _own_signals(), _without_core_log(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if (where := meant(address)) == "local":
+            start(quiet)
+        else:
+            join(where, quiet)
 
 
 def _silence_ray() -> None:
@@ -74,6 +68,9 @@ def _silence_ray() -> None:
     # And its drivers a traceback for every failure of its own helpers.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # Under `uv run` it would upload the working directory, pool and all, for workers that have what they need.
+    if "RAY_ENABLE_UV_RUN_RUNTIME_ENV" not in os.environ:
+        ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     # No option keeps the messages of raylets, such as "will be retried", from stdout, where a command's answer belongs.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
@@ -92,11 +89,15 @@ def _own_signals() -> Iterator[None]:
 @contextlib.contextmanager
 def _without_core_log() -> Iterator[None]:
     """Leave out lines of the log of Ray's core, which says on stderr, whatever it is told, what it was told to say."""
-    with tempfile.TemporaryFile() as kept:
+    # In memory, for the disk may be what is the matter.
+    with open(os.memfd_create("log"), "w+b") as kept:
         real = os.dup(STDERR)
         os.dup2(kept.fileno(), STDERR)
         try:
             yield
+        except BaseException:
+            kept.truncate(0)  # what went wrong is in the exception
+            raise
         finally:
             os.dup2(real, STDERR)
             os.close(real)
@@ -104,6 +105,30 @@ def _without_core_log() -> Iterator[None]:
             for line in kept:
                 if not CORE_LOG.match(line):
                     os.write(STDERR, line)
+
+
+def remaking(run: Callable[[], R], store: Store, ours: Callable[[str], bool], say: Callable[[str], None]) -> R:
+    """Do something that makes what is missing; what turns out damaged and can be made again is deleted, and made again.
+
+    Args:
+        run: may be called again at any time.
+        store: the root.
+        ours: whether `run` makes a file, by its name.
+        say: told of each file that was damaged.
+
+    Raises:
+        DamagedError: of a file that nobody can make again, or of so many that the store must be to blame.
+    """
+    for _ in range(MOST_REMADE):
+        try:
+            return run()
+        except DamagedError as error:
+            if not ours(error.name):
+                raise
+            for name in made_with(store, error.name) if error.name.startswith("dedup/") else [error.name]:
+                store.delete(name)
+            say(f"{error.name}: was damaged ({error.reason}); it is deleted, and made again")
+    return run()
 
 
 def footers_bar(footers: Iterable[Any], total: int) -> Iterable[Any]:
@@ -155,7 +180,7 @@ def _wait_for_gpus(resources: ResourcesSection, say: Callable[[str], None]) -> D
     begun, told = time.monotonic(), False
     try:
         while (found := _gpus()) < wanted:
-            if resources.address == "local" and "RAY_ADDRESS" not in os.environ:
+            if meant(resources.address) == "local":
                 raise UserError(
                     f"resources.device = 'cuda': expected {counted(wanted, 'GPU')} on this machine, found {found}; "
                     f"{_CPU}"

@@ -52,7 +52,17 @@ from curate.pool import Pool, load_pool, take_inventory
 from curate.recipe import DedupSection, Recipe
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from pipelines.cluster import CPUS, Devices, connect, exchange, fetch, footers_bar, require_memory, take_devices
+from pipelines.cluster import (
+    CPUS,
+    Devices,
+    connect,
+    exchange,
+    fetch,
+    footers_bar,
+    remaking,
+    require_memory,
+    take_devices,
+)
 from pipelines.embed import embed_pool
 from pipelines.neighbours import Compared, find_pairs, load_images
 
@@ -165,9 +175,15 @@ def dedup_recipe(
     connect(recipe.resources.address)
     devices = take_devices(recipe.resources, say)
     reference = store_reference(store, recipe, base=base, device_type=devices.type)
-    for seen in (pool, *evaluation):
-        embed_pool(store, seen, [reference], recipe.embed, recipe.resources, devices)
-    return store, pool, dedup_pool(store, pool, reference, recipe.dedup, evaluation, devices=devices)
+    section = recipe.dedup
+
+    def run() -> Dedup:
+        for seen in (pool, *evaluation):
+            embed_pool(store, seen, [reference], recipe.embed, recipe.resources, devices)
+        return dedup_pool(store, pool, reference, section, evaluation, devices=devices)
+
+    own = ("embeddings/", dedup_folder(section, reference, pool, evaluation))
+    return store, pool, remaking(run, store, lambda name: name.startswith(own), say)
 
 
 def _compare(store: Store, pool: Pool, evaluation: Sequence[Pool], parent: Dedup | None, *, stand: bool) -> Compared:

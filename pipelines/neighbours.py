@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from curate.dedup import nodes_name, pairs_name, read_cells, read_counts, write_cells, write_records
-from curate.embeddings import contents, embedding_name, vectors
+from curate.embeddings import contents, embedding_name, read_embeddings, vectors
 from curate.errors import UserError
 from curate.grouping import EVALUATION, NODE, PAIR, Nodes, Pairs, collapse, each_once, in_rank_order, nodes_once, thin
 from curate.neighbours import Cells, Places, Threshold, cell_count, near_pairs, sample_share, train_cells, unit_rows
+from curate.parquet import open_table
 from curate.pool import Shard
 from curate.seeds import derive_seed
 from curate.spec import EncoderSpec
@@ -194,8 +194,8 @@ def load_images(store: Store, reference: EncoderSpec, compared: Compared, ids: I
     found = []
     for place in np.unique(compared.places(ids)).tolist():
         rows = ids[compared.places(ids) == place] - compared.starts[place]
-        with store.open_input(embedding_name(reference.sha, compared.shards[place])) as file:
-            column = pq.read_table(file, columns=["zimg"])["zimg"].take(pa.array(rows))
+        table = read_embeddings(store, embedding_name(reference.sha, compared.shards[place]), ["zimg"])
+        column = table["zimg"].take(pa.array(rows))
         found.append(unit_rows(vectors(column, reference.embed_dim)))
     return np.concatenate(found)
 
@@ -263,7 +263,7 @@ def _read_sound(
     And all its rows counted by status; and the number of those whose vectors are unsound though their status is ok.
     """
     name = embedding_name(reference.sha, shard)
-    with store.open_input(name) as file, pq.ParquetFile(file) as parquet:
+    with open_table(store, name) as parquet:
         if "picture" not in parquet.schema_arrow.names:
             raise UserError(
                 f"{name}: expected a column picture, found a file of an older version, which had none; delete the "

@@ -16,7 +16,7 @@ from curate.storage import Store
 from curate.stream import END_NAME, stream_end
 from curate.tally import Tally
 from curate.walk import Walk, WalkRange, next_range
-from pipelines.cluster import Devices, connect, footers_bar, take_devices
+from pipelines.cluster import Devices, connect, footers_bar, remaking, take_devices
 from pipelines.dedup import dedup_pool
 from pipelines.embed import embed_pool
 from pipelines.keys import KeyRange, fixed_sample
@@ -58,9 +58,20 @@ def run_round(
     connect(recipe.resources.address)
     devices = take_devices(recipe.resources, say)
 
-    folder = round_folder(number)
     plan = pin_plan(store, recipe, base=base, number=number, device_type=devices.type, progress=footers_bar)
     steps = steps_folder(number, plan.digest)
+    made_here = ("embeddings/", "walks/", f"{steps}/", f"{round_folder(number)}/curated-")
+    return remaking(
+        lambda: _run_planned(store, recipe, plan, devices, number, steps),
+        store,
+        lambda name: name.startswith(made_here) or (name.startswith("dedup/") and f"/{plan.pool}/" in name),
+        say,
+    )
+
+
+def _run_planned(store: Store, recipe: Recipe, plan: Plan, devices: Devices, number: int, steps: str) -> Manifest:
+    """A round from its plan to its manifest; what is there of it is found, and not made again."""
+    folder = round_folder(number)
     pool = load_pool(store, plan.pool)
     parent = read_manifest(store, number - 1)
     selection = recipe.selection

@@ -5,17 +5,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from curate.dedup import Dedup, kept_rows
 from curate.embeddings import contents, embedding_name, read_embeddings
 from curate.errors import UserError
+from curate.parquet import write_table
 from curate.pool import Pool, Shard
 from curate.spec import EncoderSpec
 from curate.storage import Store
@@ -175,11 +174,8 @@ def _write_duplicates(
 ) -> None:
     left, kept = rows[duplicate], rows[representative[duplicate]]
     columns = [left["shard"], left["row"], kept["shard"], kept["row"]]
-    with store.local_scratch() as scratch:
-        path = Path(scratch) / "duplicates.parquet"
-        table = pa.Table.from_arrays([pa.array(np.ascontiguousarray(c)) for c in columns], schema=DUPLICATES_SCHEMA)
-        pq.write_table(table, path, compression="zstd")
-        store.put_file(path, name)
+    arrays = [pa.array(np.ascontiguousarray(c)) for c in columns]
+    write_table(store, name, pa.Table.from_arrays(arrays, schema=DUPLICATES_SCHEMA))
 
 
 def _check_uids(store: Store, pool: Pool, reference: EncoderSpec) -> None:

@@ -1,11 +1,14 @@
 """Write, scaled out: source shards are read once more and only chosen rows travel, to the file that wants them."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
+from curate.errors import DamagedError
 from curate.manifest import CuratedFile
 from curate.pool import ADDED_COLUMN, Pool, Shard
 from curate.selected import read_selected, selected_name
@@ -42,6 +45,7 @@ def write_round(
 
     Raises:
         InputChangedError: a shard is not the file that was inventoried.
+        DamagedError: a file is not in the store as it was written.
     """
     per_file = max(1, file_rows // sub_batch_size)
     names = [written_name(steps, i) for i in range(-(-sub_batches // per_file))]
@@ -81,7 +85,27 @@ def write_round(
     # A file is put together in memory: its rows as they come, and in order.
     file_bytes = 2 * per_file * sub_batch_size * sum(shard.size for shard in pool.shards) // max(1, pool.rows)
     fetch(exchange(groups(pool.shards), split, todo, join, title="write", join_memory=file_bytes))
-    return [read_written(store, name) for name in names]
+    files = [read_written(store, name) for name in names]
+    fetch([_read_back.remote(store, folder, file, name) for file, name in zip(files, names, strict=True)])
+    return files
+
+
+@ray.remote
+def _read_back(store: Store, folder: str, file: CuratedFile, receipt: str) -> None:
+    """Hash what is about to be published, as it lies in the store.
+
+    Raises:
+        DamagedError: it is not what was written; its receipt is gone then, so that it is written again.
+    """
+    name = f"{folder}/{file.name}"
+    try:
+        with store.open_input(name) as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+    except FileNotFoundError:
+        found = "no file"
+    if found != file.sha256:
+        store.delete(receipt)
+        raise DamagedError(name, f"sha256 {found[:12]} and not {file.sha256[:12]}")
 
 
 def _picks_of(store: Store, shards: Sequence[Shard], names: Sequence[str]) -> pa.Table:

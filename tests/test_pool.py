@@ -602,8 +602,8 @@ def test_an_inventory_survives_storage(folder: Path, tmp_path: Path) -> None:
     pool = inventory(folder, uid="k", on_bad_shard="skip")
     assert pool.skipped
     assert pool.ignored
-    assert Pool.from_bytes(pool.to_bytes()) == pool
-    assert Pool.from_bytes(pool.to_bytes()).schema.equals(pool.schema, check_metadata=True)
+    assert Pool.from_bytes(pool.to_bytes(), "pool") == pool
+    assert Pool.from_bytes(pool.to_bytes(), "pool").schema.equals(pool.schema, check_metadata=True)
     store = Store(str(tmp_path / "root"))
     store.put_bytes(f"pools/{pool.fingerprint}.json", pool.to_bytes())
     assert load_pool(store, pool.fingerprint).fingerprint == pool.fingerprint

@@ -1,0 +1,124 @@
+"""A stand-in for Ray that runs tasks and actors in this process, one after the other: faults are tried by the hundred.
+
+What a round writes with it is, byte for byte, what it writes with Ray (tests/test_faults.py compares them).
+"""
+
+import functools
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import pipelines.cluster
+import pipelines.dedup
+import pipelines.embed
+import pipelines.neighbours
+import pipelines.quality
+import pipelines.select
+import pipelines.walk
+import pipelines.write
+from curate.encoder import Encoder, load_encoder
+from curate.spec import EncoderSpec
+from curate.storage import Store
+
+CPU = torch.device("cpu")
+
+
+class Ref:
+    """What a task returned, pickled once: no two tasks share what they hold, as none do in Ray."""
+
+    def __init__(self, value: Any) -> None:
+        self.data = pickle.dumps(value)
+
+    def get(self) -> Any:
+        return pickle.loads(self.data)
+
+
+class Remote:
+    """A remote function."""
+
+    def __init__(self, function: Callable[..., Any], returns: int = 1) -> None:
+        self.function = function
+        self.returns = returns
+
+    def options(self, *, num_returns: int = 1, **_: Any) -> "Remote":
+        return Remote(self.function, num_returns)
+
+    def remote(self, *arguments: Any) -> Any:
+        found = self.function(*(value.get() if isinstance(value, Ref) else value for value in arguments))
+        return Ref(found) if self.returns == 1 else [Ref(part) for part in found]
+
+
+class Blocks:
+    """A data set of Ray Data, as far as a round uses it."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self.items = items
+
+    def map_batches(self, actor: type, *, fn_constructor_args: Sequence[Any], **_: Any) -> "Blocks":
+        import pyarrow as pa
+
+        made = actor(*fn_constructor_args)
+        self.found = [receipt for item in self.items for receipt in made(pa.Table.from_pylist([item]))]
+        return self
+
+    def iter_rows(self) -> Iterator[dict[str, Any]]:
+        return ({name: values[0] for name, values in receipt.items()} for receipt in self.found)
+
+
+class Data:
+    """The module `ray.data`."""
+
+    @staticmethod
+    def from_items(items: Sequence[Any], **_: Any) -> Blocks:
+        return Blocks(items)
+
+
+class StandIn:
+    """The module `ray`."""
+
+    data = Data
+    remote = staticmethod(Remote)
+
+    class exceptions:  # noqa: N801
+        class RayError(Exception):
+            """Nothing raises it: an error of a task is raised where the task is called."""
+
+    @staticmethod
+    def get(refs: Any) -> Any:
+        return [ref.get() for ref in refs] if isinstance(refs, list) else refs.get()
+
+    @staticmethod
+    def wait(refs: list[Ref], **_: Any) -> tuple[list[Ref], list[Ref]]:
+        return refs, []
+
+    @staticmethod
+    def is_initialized() -> bool:
+        return True
+
+    @staticmethod
+    def nodes() -> list[dict[str, Any]]:
+        return [{"Resources": {"CPU": 4, "memory": 2**40}}]
+
+    @staticmethod
+    def cluster_resources() -> dict[str, float]:
+        return {"CPU": 4}
+
+
+@functools.cache
+def loaded(url: str, spec: EncoderSpec) -> Encoder:
+    """Models are loaded once: a fault in loading is for tests of models."""
+    return load_encoder(Store(url), spec, CPU)
+
+
+@pytest.fixture
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds run in this process."""
+    for module in (pipelines.cluster, pipelines.dedup, pipelines.embed, pipelines.walk, pipelines.write):
+        monkeypatch.setattr(module, "ray", StandIn)
+    for module, name in ((pipelines.walk, "_summary"), (pipelines.walk, "_keys_at"), (pipelines.write, "_read_back")):
+        monkeypatch.setattr(module, name, Remote(getattr(module, name)._function))
+    for module in (pipelines.embed, pipelines.neighbours, pipelines.quality, pipelines.select):
+        monkeypatch.setattr(module, "device", lambda: CPU)

@@ -1,0 +1,232 @@
+"""Every operation of a round on its root, failed in every way: the same bytes after a plain rerun, or one line."""
+
+import contextlib
+import hashlib
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from curate.errors import CurateError, StoreError
+from curate.manifest import Manifest
+from curate.recipe import Recipe
+from curate.storage import Store
+from jobs.drawn_pool import draw_pool
+from pipelines.round import run_round
+from tests.helpers import write_tiny
+from tests.stand_in import without_ray
+
+__all__ = ["without_ray"]
+
+OPERATIONS = ("read_bytes", "size", "list", "open_input", "put_if_absent", "put_bytes", "put_file", "delete")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    write_tiny(folder, "reference.json")
+    write_tiny(folder, "learner.json", embed_dim=24)
+    draw_pool(folder / "pool", rows=96, shards=2, seed=0, image_size=32, broken_share=0.05, duplicate_share=0.1)
+    return folder
+
+
+def recipe(world: Path, root: str) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "root": root,
+            "pool": {"path": str(world / "pool"), "uid": "key"},
+            "reference": {"model": "reference.json"},
+            "learner": {"model": "learner.json"},
+            "dedup": {"threshold": 0.9999},
+            "selection": {
+                "sub_batch_size": 4,
+                "n_chunks": 2,
+                "filter_ratio": 0.75,
+                "super_batches": 1,
+                "criterion": "learnability",
+            },
+        }
+    )
+
+
+def run(world: Path, root: str, number: int = 0, say: Callable[[str], None] = lambda line: None) -> Manifest:
+    return run_round(recipe(world, root), base=world, number=number, say=say)
+
+
+def published(root: str) -> dict[str, str]:
+    """What a reader meets: manifests and curated files, by their hashes."""
+    store = Store(root)
+    names = [name for folder in store.list("rounds") for name in store.list(folder) if "steps-" not in name]
+    return {name: hashlib.sha256(store.read_bytes(name)).hexdigest() for name in names}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A root with a round that nothing disturbed."""
+    root = tmp_path_factory.mktemp("undisturbed") / "root"
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray.__wrapped__(patch)
+        run(world, str(root))
+    return root, published(str(root))
+
+
+def test_the_stand_in_writes_what_ray_writes(world: Path, undisturbed, tmp_path: Path, ray_local: None) -> None:
+    run(world, str(tmp_path / "root"))
+    assert published(str(tmp_path / "root")) == undisturbed[1]
+
+
+# --- a crash, or an error, at each operation -------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As if the process were gone: nothing catches it."""
+
+
+class Disturbed:
+    """Counts the operations of a store and does something at one of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int = -1, how: str = "before") -> None:
+        self.count = 0
+        self.at, self.how = at, how
+        for name in OPERATIONS:
+            patch.setattr(Store, name, self._wrapped(getattr(Store, name)))
+
+    def _wrapped(self, act: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            number = self.count
+            self.count += 1
+            if number != self.at:
+                return act(*arguments, **named)
+            match self.how:
+                case "before":
+                    raise Killed
+                case "after":
+                    act(*arguments, **named)
+                    raise Killed
+                case "full":
+                    raise OSError(28, "No space left on device")
+                case "fails":
+                    raise StoreError("the store gave no usable answer")
+            raise AssertionError(self.how)
+
+        return wrapped
+
+
+@pytest.fixture(scope="module")
+def operations(world: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How many operations a round has."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray.__wrapped__(patch)
+        counted = Disturbed(patch)
+        run(world, str(tmp_path_factory.mktemp("counted") / "root"))
+    return counted.count
+
+
+def disturb_and_run_again(world: Path, root: str, at: int, how: str, expected: dict[str, str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray.__wrapped__(patch)
+        with pytest.MonkeyPatch.context() as inner:
+            Disturbed(inner, at, how)
+            with contextlib.suppress(Killed, OSError, StoreError):
+                run(world, root)
+        assert set(published(root).items()) <= set(expected.items()), (at, how)  # nothing else is ever seen
+        run(world, root)
+    assert published(root) == expected, (at, how)
+
+
+HOWS = ("before", "after", "full", "fails")
+
+
+def test_a_crash_or_an_error_at_some_operations(world: Path, undisturbed, operations: int, tmp_path: Path) -> None:
+    assert operations > 50
+    chosen = np.random.default_rng(0).permutation(operations)[:6].tolist()
+    for at, how in [*itertools.product(chosen, ["after"]), *zip(chosen, itertools.cycle(HOWS), strict=False)]:
+        disturb_and_run_again(world, str(tmp_path / f"{at}-{how}"), at, how, undisturbed[1])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("how", HOWS)
+def test_a_crash_or_an_error_at_each_operation(
+    world: Path, undisturbed, operations: int, tmp_path: Path, how: str
+) -> None:
+    for at in range(operations):
+        disturb_and_run_again(world, str(tmp_path / f"{at}"), at, how, undisturbed[1])
+        shutil.rmtree(tmp_path / f"{at}")
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def damages(data: bytes, rng: np.random.Generator) -> Iterator[tuple[str, bytes]]:
+    """A file, damaged in each way."""
+    yield "empty", b""
+    yield "cut", data[: len(data) // 2]
+    yield "zeros", data[: len(data) // 3] + b"\0" * min(64, len(data)) + data[len(data) // 3 + min(64, len(data)) :]
+    for where, places in (("header", range(min(8, len(data)))), ("footer", range(max(0, len(data) - 200), len(data)))):
+        yield where, flipped(data, int(rng.choice(places)), rng)
+    for _ in range(5):
+        yield "bit", flipped(data, int(rng.integers(len(data))), rng)
+
+
+def flipped(data: bytes, place: int, rng: np.random.Generator) -> bytes:
+    return data[:place] + bytes([data[place] ^ (1 << int(rng.integers(8)))]) + data[place + 1 :]
+
+
+def files_of(root: Path) -> list[Path]:
+    """All that a round left, but models, whose own tests damage them, and the commit itself."""
+    names = [path for path in sorted(root.rglob("*")) if path.is_file() and "models" not in path.parts]
+    return [path for path in names if path.name != "manifest.json"]
+
+
+def damage_and_finish(world: Path, whole: Path, root: Path, name: Path, data: bytes, expected: dict[str, str]) -> str:
+    """Damage a file of a round that is not committed yet; what becomes of it when the round is finished."""
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(whole, root)
+    (root / "rounds/r000000/manifest.json").unlink()
+    (root / name).write_bytes(data)
+    said: list[str] = []
+    try:
+        run(world, str(root), say=said.append)
+    except CurateError as error:
+        (line,) = str(error).splitlines()
+        assert name.name.rsplit("-", 1)[0] in line, (name, line)
+        return "named"
+    found = published(str(root))
+    assert found == expected, (name, "SILENT")
+    return "made again" if any("made again" in line for line in said) else "harmless"
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_some_damage_is_told_or_mended(world: Path, undisturbed, tmp_path: Path) -> None:
+    whole, expected = undisturbed
+    rng = np.random.default_rng(0)
+    cases = [
+        (path.relative_to(whole), data)
+        for path in files_of(whole)
+        for _, data in itertools.islice(damages(path.read_bytes(), rng), 3, None, 4)
+    ]
+    for i in rng.permutation(len(cases))[:12].tolist():
+        damage_and_finish(world, whole, tmp_path / "root", *cases[i], expected)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("without_ray")
+def test_all_damage_is_told_or_mended(world: Path, undisturbed, tmp_path: Path) -> None:
+    whole, expected = undisturbed
+    counts: dict[tuple[str, str], int] = {}
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        for path in files_of(whole):
+            name = path.relative_to(whole)
+            for _, data in damages(path.read_bytes(), rng):
+                kind = name.parts[0] + "/" + name.name.split("-")[0].split(".")[0]
+                found = damage_and_finish(world, whole, tmp_path / "root", name, data, expected)
+                counts[kind, found] = counts.get((kind, found), 0) + 1
+    print(counts)
+    assert sum(counts.values()) >= 1000
