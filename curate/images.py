@@ -14,6 +14,7 @@ end, as libjpeg then fills in or guesses and the format has no checksum.
 Every function here may be called from many threads at once.
 """
 
+import math
 import re
 from io import BytesIO
 from typing import Literal, get_args
@@ -29,7 +30,7 @@ DropReason = Literal[
     "image_empty",  # no bytes, or none at all
     "image_undecodable",  # not one of the four formats, or damaged
     "image_truncated",  # begins well and ends too early
-    "image_too_large",  # more pixels than max_pixels; known from the header, before memory is spent
+    "image_too_large",  # more pixels than max_pixels, or more memory than max_bytes; known before any of it is spent
     "image_too_small",  # shorter side under min_side, or sides further apart than max_aspect
     "caption_missing",  # null
     "caption_empty",  # nothing but white space
@@ -38,6 +39,10 @@ DropReason = Literal[
 DROP_REASONS: tuple[DropReason, ...] = get_args(DropReason)
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a bomb: 1 GiB / 4 / 3 bytes
+MAX_DECODE_BYTES = 2**28
+"""Of memory that a decode takes at its peak, per thread: 67 megapixels of a plain JPEG or RGB PNG, 38 of a progressive
+JPEG with colours halved, 33 of CMYK, 29 with alpha, 14 of a WebP. Without a limit 88 megapixels with alpha took 1.1 GB.
+What the largest pictures take that are accepted is measured in tests/test_images.py: 233 to 257 MiB."""
 MIN_SIDE = 8  # pixels; guards against spacers and tracking dots, not against low quality
 MAX_ASPECT = 16  # longer side / shorter side; likewise guards against rules and banners only
 MAX_CAPTION_BYTES = 4096  # 53 bytes for each of CLIP's 77 tokens; 100,000 words cost 0.4 s to tokenize
@@ -72,6 +77,7 @@ def decode_image(
     data: bytes | None,
     *,
     max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_DECODE_BYTES,
     min_side: int = MIN_SIDE,
     max_aspect: float = MAX_ASPECT,
 ) -> Image.Image:
@@ -80,6 +86,7 @@ def decode_image(
     Args:
         data: the file's bytes: JPEG, PNG, WebP or GIF, recognised by its first bytes, not by a name.
         max_pixels: width × height above which a picture is not even decoded.
+        max_bytes: memory that decoding would take above which it is not even begun.
         min_side: shorter side, in pixels, below which it is dropped.
         max_aspect: longer side / shorter side above which it is dropped.
 
@@ -89,10 +96,7 @@ def decode_image(
     if not data:
         raise Dropped("image_empty", "null" if data is None else "0 bytes")
     try:
-        image = _open(data)
-        _check_size(*image.size, max_pixels, min_side, max_aspect)
-        image.load()
-        return _to_rgb(image)
+        return _to_rgb(_load(data, max_pixels, max_bytes, min_side, max_aspect), max_bytes)
     except Dropped:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -143,6 +147,16 @@ def _open(data: bytes) -> ImageFile:
     raise ValueError(f"not JPEG, PNG, WebP or GIF: begins with {data[:16]!r}")
 
 
+def _load(data: bytes, max_pixels: int, max_bytes: int, min_side: int, max_aspect: float) -> Image.Image:
+    """The decoded picture in whatever mode it has, and nothing of its decoder."""
+    image = _open(data)
+    _check_size(*image.size, max_pixels, min_side, max_aspect)
+    _check_memory(image, _core_bytes(image) + _decoder_bytes(image, data), max_bytes)
+    _check_memory(image, _rgb_bytes(image), max_bytes)
+    image.load()
+    return image._new(image.im)  # shares the pixels; libwebp's decoder holds two pictures more for as long as it lives
+
+
 def _check_size(width: int, height: int, max_pixels: int, min_side: int, max_aspect: float) -> None:
     if width * height > max_pixels:
         raise Dropped("image_too_large", f"{width} x {height} is more than {max_pixels} pixels")
@@ -153,12 +167,54 @@ def _check_size(width: int, height: int, max_pixels: int, min_side: int, max_asp
         raise Dropped("image_too_small", f"{width} x {height}: sides further apart than {max_aspect} to 1")
 
 
-def _to_rgb(image: ImageFile) -> Image.Image:
+def _check_memory(image: Image.Image, pixel_bytes: float, max_bytes: int) -> None:
+    width, height = image.size
+    if (taken := math.ceil(width * height * pixel_bytes)) > max_bytes:
+        raise Dropped(
+            "image_too_large", f"{width} x {height}, {image.mode}: decoding takes {taken} bytes, more than {max_bytes}"
+        )
+
+
+def _core_bytes(image: Image.Image) -> int:
+    """Bytes that Pillow keeps per pixel: of every mode but these four."""
+    return {"1": 1, "L": 1, "P": 1, "I;16": 2}.get(image.mode, 4)
+
+
+def _decoder_bytes(image: ImageFile, data: bytes) -> float:
+    """Bytes per pixel that a decoder holds beside Pillow's pixels; only two of the four hold more than a few lines."""
+    if isinstance(image, WebPImageFile):
+        return 14  # two canvases and what becomes of the second one, 4 each; at most 1.3 more, measured, if lossless
+    if isinstance(image, JpegImageFile) and not (image.layers and _has_one_scan(image, data)):
+        # libjpeg keeps all coefficients, 2 bytes each, until the last scan has refined them.
+        most_across, most_down = (max([1, *(layer[i] for layer in image.layer)]) for i in (1, 2))
+        return sum(2 * layer[1] * layer[2] / (most_across * most_down) for layer in image.layer)
+    return 0
+
+
+def _has_one_scan(image: JpegImageFile, data: bytes) -> bool:
+    """Whether the first scan, before which Pillow has stopped to read, has all components whole."""
+    assert image.fp is not None
+    length = 6 + 2 * image.layers
+    marker = b"\xff\xda" + length.to_bytes(2) + bytes([image.layers])
+    return "progressive" not in image.info and data[: image.fp.tell()][-2 - length :].startswith(marker)
+
+
+def _rgb_bytes(image: Image.Image) -> int:
+    """Bytes per pixel that `_to_rgb` holds at its peak."""
+    if image.mode == "I;16":
+        return 7  # the picture, its bytes, the higher ones, those as a picture; or that one and RGB
+    if image.has_transparency_data:
+        return (4 if image.mode == "RGBA" else _core_bytes(image) + 4) + 4 + 1  # RGBA, RGB, alpha
+    return 4 if image.mode == "RGB" else _core_bytes(image) + 4
+
+
+def _to_rgb(image: Image.Image, max_bytes: int) -> Image.Image:
+    _check_memory(image, _rgb_bytes(image), max_bytes)  # again: a colour key may stand at the end of the file
     if image.mode == "I;16":  # little-endian: the high byte is every second one. A colour key is ignored
         return Image.frombytes("L", image.size, image.tobytes()[1::2]).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert copies
+    layer = image if image.mode == "RGBA" else image.convert("RGBA")
     rgb = Image.new("RGB", layer.size, WHITE)
     rgb.paste(layer, mask=layer.getchannel("A"))
     return rgb

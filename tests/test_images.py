@@ -1,7 +1,10 @@
 """Every row ends as an RGB picture or as one of the named reasons, and its pixels are those a trainer would see."""
 
 import io
+import math
 import pickle
+import subprocess
+import sys
 import time
 import warnings
 import zlib
@@ -148,6 +151,75 @@ def test_limits_are_inclusive():
     assert reason(data, max_pixels=2399) == "image_too_large"
     assert reason(data, min_side=41) == "image_too_small"
     assert reason(data, max_aspect=1.49) == "image_too_small"
+
+
+def test_memory_is_limited_and_the_limit_is_inclusive():
+    data = encoded(Image.fromarray(noisy(40, 60)), format="PNG")
+    assert decode_image(data, max_bytes=4 * 2400).size == (60, 40)
+    assert reason(data, max_bytes=4 * 2400 - 1) == "image_too_large"
+
+
+DECODE = """
+import re, sys
+from curate.images import Dropped, decode_image
+def peak_mib():  # getrusage has what the parent held when it forked
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 2**10
+smaller, larger = sys.stdin.buffer.read(int(sys.argv[1])), sys.stdin.buffer.read()
+before = peak_mib()
+try:
+    decode_image(larger)
+except Dropped as dropped:
+    print(dropped.reason, dropped.error)
+assert peak_mib() - before < 8 + 2 * len(larger) / 2**20  # no pixel was decoded
+decode_image(smaller)
+print(peak_mib() - before)
+"""
+HEAVY: dict[str, tuple[str, float, dict[str, Any]]] = {  # mode, bytes per pixel, how it is saved
+    "jpeg": ("RGB", 4, {"format": "JPEG"}),
+    "progressive": ("RGB", 7, {"format": "JPEG", "progressive": True}),
+    "progressive, full colours": ("RGB", 10, {"format": "JPEG", "progressive": True, "subsampling": 0}),
+    "cmyk": ("CMYK", 8, {"format": "JPEG"}),
+    "progressive cmyk": ("CMYK", 12, {"format": "JPEG", "progressive": True}),
+    "png": ("RGB", 4, {"format": "PNG", "compress_level": 1}),
+    "alpha": ("RGBA", 9, {"format": "PNG", "compress_level": 1}),
+    "colour key": ("RGB", 13, {"format": "PNG", "compress_level": 1, "transparency": (1, 2, 3)}),
+    "16 bits": ("I;16", 7, {"format": "PNG", "compress_level": 1}),
+    "gif": ("P", 10, {"format": "GIF", "transparency": 3}),
+    "webp": ("RGBA", 18, {"format": "WEBP", "lossless": True, "quality": 0, "method": 0}),
+}
+QUICK = ("jpeg", "progressive, full colours", "alpha", "webp")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.exhaustive) for kind in HEAVY]
+)
+def test_the_largest_pictures_that_are_accepted_take_what_we_say(kind: str):
+    mode, pixel_bytes, how = HEAVY[kind]
+    side = math.isqrt(int(images.MAX_DECODE_BYTES / pixel_bytes)) // 16 * 16  # JPEG's blocks
+    files = [encoded(Image.linear_gradient("L").resize((s, s)).convert(mode), **how) for s in (side, side + 16)]
+    ended = subprocess.run(
+        [sys.executable, "-c", DECODE, str(len(files[0]))], input=b"".join(files), capture_output=True, check=True
+    )
+    dropped, peak_mib = ended.stdout.decode().splitlines()
+    assert dropped.startswith(f"image_too_large {side + 16} x {side + 16}, ")
+    assert ": decoding takes " in dropped
+    limit_mib = images.MAX_DECODE_BYTES / 2**20
+    assert 0.85 * limit_mib < float(peak_mib) < 1.02 * limit_mib, peak_mib
+
+
+def test_a_jpeg_in_several_scans_is_as_heavy_as_a_progressive_one():
+    data = encoded(Image.fromarray(noisy(48, 64)), format="JPEG", subsampling=0)
+    at = data.index(b"\xff\xda\0\x0c\x03")
+    apart = data[:at] + b"\xff\xda\0\x08\x01\x01\0\0\x3f\0" + data[at + 14 :]
+    assert decode_image(data, max_bytes=4 * 48 * 64).size == (64, 48)
+    assert reason(apart, max_bytes=10 * 48 * 64 - 1) == "image_too_large"
+    assert reason(data.replace(b"\xff\xc0", b"\xff\xc2"), max_bytes=10 * 48 * 64 - 1) == "image_too_large"
+
+
+def test_a_colour_key_at_the_end_of_the_file_counts():
+    keyed = png_with(chunk(b"tRNS", bytes([0, 1, 0, 2, 0, 3])), before=b"IEND")
+    assert reason(keyed, max_bytes=13 * 2400 - 1) == "image_too_large"
+    assert decode_image(keyed, max_bytes=13 * 2400).size == (60, 40)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 400), (8000, 1), (8, 129)])
