@@ -162,7 +162,8 @@ def write_records(store: Store, name: str, records: npt.NDArray[np.void], **fact
 
 def read_records(store: Store, name: str, dtype: np.dtype[np.void]) -> tuple[npt.NDArray[np.void], dict[str, int]]:
     """The inverse of `write_records`."""
-    table = read_table(store, name)
+    schema = pa.schema([(column, pa.from_numpy_dtype(dtype[column])) for column in dtype.names or ()])
+    table = read_table(store, name, schema=schema)
     records = np.empty(len(table), dtype)
     for column in dtype.names or ():
         records[column] = table[column].to_numpy()

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from curate.parquet import read_table
+from curate.errors import DamagedError
+from curate.parquet import open_table
 from curate.pool import Shard
 from curate.storage import Store
 
@@ -68,7 +69,17 @@ def read_embeddings(store: Store, name: str, columns: Sequence[str]) -> pa.Table
     Raises:
         DamagedError: it is not what was written.
     """
-    return read_table(store, name, columns=columns)
+    with open_table(store, name) as parquet:
+        check_schema(name, parquet.schema_arrow)
+        return parquet.read(list(columns))
+
+
+def check_schema(name: str, schema: pa.Schema) -> None:
+    """Raise DamagedError unless an embedding file of that name has its columns, whatever D is."""
+    vector = schema.field("zimg").type if "zimg" in schema.names else None
+    width = vector.list_size if vector is not None and pa.types.is_fixed_size_list(vector) else 0
+    if schema != embedding_schema(width):
+        raise DamagedError(name, "its columns are others")
 
 
 def vectors(column: pa.ChunkedArray, embed_dim: int) -> npt.NDArray[np.float16]:

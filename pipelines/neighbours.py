@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 
 from curate.dedup import nodes_name, pairs_name, read_cells, read_counts, write_cells, write_records
-from curate.embeddings import contents, embedding_name, read_embeddings, vectors
+from curate.embeddings import check_schema, contents, embedding_name, read_embeddings, vectors
 from curate.errors import UserError
 from curate.grouping import EVALUATION, NODE, PAIR, Nodes, Pairs, collapse, each_once, in_rank_order, nodes_once, thin
 from curate.neighbours import Cells, Places, Threshold, cell_count, near_pairs, sample_share, train_cells, unit_rows
@@ -269,6 +269,7 @@ def _read_sound(
                 f"{name}: expected a column picture, found a file of an older version, which had none; delete the "
                 f"folder embeddings/{reference.sha} and run again"
             )
+        check_schema(name, parquet.schema_arrow)
         table = parquet.read(["uid", "status", "content", "picture", "width", "height", "zimg", "ztxt"])
     status = table["status"].to_pylist()
     zimg, ztxt = (vectors(table[name], reference.embed_dim) for name in ("zimg", "ztxt"))

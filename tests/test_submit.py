@@ -80,7 +80,9 @@ class Cluster:
     def start(self, *arguments: str | Path, **env: str) -> "subprocess.Popen[str]":
         command = [sys.executable, *map(str, arguments)]
         pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=self.env | env, stdout=pipe, stderr=pipe, text=True, cwd=HOUSE)
+        return subprocess.Popen(
+            command, env=self.env | env, stdout=pipe, stderr=pipe, text=True, cwd=HOUSE, preexec_fn=heed_interrupts
+        )
 
     def submit(self, recipe: Path, *arguments: str | Path, address: str = "", **env: str) -> "subprocess.Popen[str]":
         return self.start("-m", "jobs.cli", "submit", recipe, "--address", address or self.address, *arguments, **env)
@@ -95,6 +97,11 @@ class Cluster:
         done = self.start("-c", START, self.address, name, shlex.join(["python", "-c", code]))
         assert ended(done)[0] == 0
         return f"{name}-a1"
+
+
+def heed_interrupts() -> None:
+    """A shell has its jobs in the background ignore Ctrl-C, and so would what these tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
