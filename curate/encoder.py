@@ -172,9 +172,7 @@ def store_model(
     Raises:
         UserError: a weight is not finite: nothing that such a model embeds can be used.
     """
-    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
-    if broken:
-        raise UserError(f"{source}: the weights {broken} are not all finite; take a checkpoint from before they broke")
+    check_storable(model, config, source=source)
     with store.local_scratch() as scratch:
         folder = scratch / "model"
         folder.mkdir()
@@ -200,6 +198,18 @@ def store_model(
             for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_NAME):
                 store.put_file(path, f"{spec.folder}/{path.name}")
     return spec
+
+
+def check_storable(model: torch.nn.Module, config: dict[str, Any], *, source: str) -> None:
+    """Check a model as `store_model` does, and write nothing.
+
+    Raises:
+        UserError: as `store_model`.
+    """
+    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{source}: the weights {broken} are not all finite; take a checkpoint from before they broke")
+    _stored_config(model, config)
 
 
 def create_model(section: EncoderSection, *, role: str, base: Path, seed: int) -> OpenClip:

@@ -1,82 +1,279 @@
-"""`curate check`: what a round would do, on what, at what cost; nothing is written into the root."""
+"""`curate check`: what a round would do, on what, at what cost; what it passes, `round` and `train` run.
 
+Nothing is written. Models are made as both would make them, and a sample of the pool is decoded; what only the whole
+pool can tell, such as how many pairs are distinct, is left to the round.
+"""
+
+import contextlib
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from curate.encoder import create_model
-from curate.errors import UserError
+from curate.encoder import check_storable, create_model, load_model
+from curate.errors import InputChangedError, UserError
+from curate.evaluate import MAX_ROWS, load_held_out
+from curate.images import Dropped, clean_caption, decode_image
+from curate.learner import newest_learner, record_learner
 from curate.manifest import last_round
 from curate.messages import counted, gathered
-from curate.plan import evaluation_sets
-from curate.pool import Pool, take_inventory
-from curate.recipe import EncoderSection, Recipe, ResourcesSection
+from curate.plan import evaluation_sets, pin_plan, plan_name
+from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_batches, take_inventory
+from curate.publish import first_learner
+from curate.recipe import EncoderSection, EvaluateSection, PoolSection, Recipe, ResourcesSection
 from curate.select import needs_learner
 from curate.storage import Store
+from curate.stream import END_NAME, stream_end
+from jobs.checkpoint import checkpoints, load_checkpoint
+from jobs.train import check_kind, check_trainable
+
+SAMPLED_SHARDS = 4
+SAMPLED_ROWS = 64
+"""Of each: read from its first row group, and decoded."""
+SMALL_ROWS = 2048
+"""A held-out set up to this size is read whole, as the trainer will."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    rows: int
+    dropped: Counter[str]
+
+    def __str__(self) -> str:
+        why = ", ".join(f"{reason} {rows}" for reason, rows in sorted(self.dropped.items()))
+        return f"{self.rows - self.dropped.total()} of {self.rows} sampled rows can be used{f' ({why})' if why else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """What a sound recipe leads to."""
+
+    pool: Pool
+    sample: _Sample
+    evaluation: list[Pool]
+    next_round: int
 
 
 def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
     """Look at pool, models and root; yield what would run, a line each.
 
+    With `train.data = "pool"` and no reference the recipe is one of the trainer alone, and no round is asked of it.
+
     Raises:
         UserError: every mistake that can be known before a round, together.
     """
     mistakes: list[str] = []
-    pool: Pool | None = None
-    evaluation: list[Pool] = []
+    store, newest = None, -1
     with gathered(mistakes):
-        store = Store(recipe.root)
-        store.probe()
-        newest = last_round(store)
+        store, newest = _root(recipe)
+    pool = sample = None
     with gathered(mistakes):
         pool = take_inventory(
             recipe.pool, progress=lambda footers, total: tqdm(footers, total=total, desc="inventory", disable=None)
         )
+        sample = _sampled(pool)
+        mistakes += _pool_mistakes(sample, pool, recipe)
+    evaluation: list[Pool] = []
     with gathered(mistakes):
         evaluation = evaluation_sets(recipe)
-    if recipe.reference is None:
-        mistakes.append("reference: must be given for a round; add [reference] with model and pretrained")
-    encoders = {"reference": recipe.reference}
-    if needs_learner(recipe.selection):
-        encoders["learner"] = recipe.learner
-    for role, section in encoders.items():
+    with gathered(mistakes):
+        _check_held_out(recipe.evaluate)
+    with gathered(mistakes):
+        _check_reference(recipe, base)
+    with gathered(mistakes):
+        _check_learner(recipe, base, store)
+    if store is not None and not mistakes:
         with gathered(mistakes):
-            if section is not None:
-                create_model(section, role=role, base=base, seed=recipe.seed)
-    selection = recipe.selection
-    size = selection.super_batch_size
-    least = selection.super_batches or 1
-    if pool is not None and pool.rows < least * size:
-        mistakes.append(
-            f"selection: a round wants {least * size:,} candidates ({least} super-batches of {size:,}), the "
-            f"pool holds {pool.rows:,} rows; lower sub_batch_size, filter_ratio or super_batches, or add shards"
-        )
-    if mistakes or pool is None:
+            _check_next_round(store, recipe, base, newest)
+    if mistakes or pool is None or sample is None:
         raise UserError(*mistakes)
+    yield from _described(recipe, _Found(pool=pool, sample=sample, evaluation=evaluation, next_round=newest + 1))
 
-    wanted = selection.super_batches or pool.rows // size
+
+def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
+    pool, selection = found.pool, recipe.selection
     rows, shards = counted(pool.rows, "row"), counted(len(pool.shards), "shard")
     yield f"pool: {rows} in {shards}, {pool.columns.image} with {pool.columns.caption}"
     if pool.ignored:
         yield f"pool: {counted(len(pool.ignored), 'file')} ignored, such as {pool.ignored[0]}"
     yield from (f"pool: skipped {line}" for line in pool.skipped)
+    yield f"pool: {found.sample}"
+    seen = sum(held_out.rows for held_out in found.evaluation)
     if recipe.dedup is not None:
-        held_out = f"; {sum(seen.rows for seen in evaluation):,} evaluation rows are kept out" if evaluation else ""
-        yield f"dedup: {recipe.dedup.groups} of cosine {recipe.dedup.threshold} and above{held_out}"
-    yield f"next round: {newest + 1}"
-    for role, section in encoders.items():
-        if section is not None:
-            yield f"{role}: {section.source}, {_precision(section, recipe.resources)}"
+        kept_out = f"; {seen:,} evaluation rows are kept out" if found.evaluation else ""
+        yield f"dedup: {recipe.dedup.groups} of cosine {recipe.dedup.threshold} and above{kept_out}"
+    encoders = {} if recipe.reference is None else {"reference": recipe.reference}
+    if recipe.reference is None or needs_learner(selection):
+        encoders["learner"] = recipe.learner
+    yield (
+        "next round: none without [reference], for curate train alone"
+        if _of_trainer_alone(recipe)
+        else f"next round: {found.next_round}"
+    )
+    yield from (
+        f"{role}: {section.source}, {_precision(section, recipe.resources)}" for role, section in encoders.items()
+    )
+    if _of_trainer_alone(recipe):
+        yield f"train: {recipe.train.steps:,} uniform batches of {selection.sub_batch_size:,}"
+        return
+    size = selection.super_batch_size
+    wanted = selection.super_batches or pool.rows // size
     super_batches = counted(wanted, "super-batch", "super-batches")
     yield (
         f"selection: {super_batches} of {size:,} at most, {selection.method} {selection.criterion}, "
         f"{wanted * selection.sub_batch_size:,} rows in batches of {selection.sub_batch_size:,}"
     )
-    passes = len(encoders) * pool.rows + sum(seen.rows for seen in evaluation)
+    passes = len(encoders) * pool.rows + seen
     yield f"cost: {passes:,} forward passes at most; embeddings that exist are not made again"
+
+
+def _of_trainer_alone(recipe: Recipe) -> bool:
+    return recipe.train.data == "pool" and recipe.reference is None
+
+
+def _root(recipe: Recipe) -> tuple[Store, int]:
+    """The root and its newest round."""
+    store = Store(recipe.root)
+    with _leaving_no_folder(store):
+        store.probe()
+    return store, last_round(store)
+
+
+@contextlib.contextmanager
+def _leaving_no_folder(store: Store) -> Iterator[None]:
+    """Remove the folders that a local root was given meanwhile, as long as they are empty."""
+    hidden = store.local_path(".probe")
+    folders = [] if hidden is None else [folder for folder in hidden.parents if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _sampled(pool: Pool) -> _Sample:
+    """Decode the first rows of a few shards, spread over the pool."""
+    full = [shard for shard in pool.shards if shard.rows]
+    shards = full[:: max(1, -(-len(full) // SAMPLED_SHARDS))]
+    dropped: Counter[str] = Counter()
+    rows = 0
+    with ThreadPoolExecutor(SAMPLED_SHARDS) as threads:
+        for reasons in threads.map(_reasons, shards):
+            dropped.update(reason for reason in reasons if reason is not None)
+            rows += len(reasons)
+    return _Sample(rows=rows, dropped=dropped)
+
+
+def _reasons(shard: Shard) -> list[str | None]:
+    """Why each of the first rows of a shard cannot be used, None where it can."""
+    columns = shard.columns
+    names = dict.fromkeys([columns.image, columns.caption])
+    reasons: list[str | None] = []
+    try:
+        batch = next(read_batches(shard, list(names), batch_rows=SAMPLED_ROWS))
+    except InputChangedError as error:
+        raise UserError(str(error)) from error
+    images = image_bytes(batch.column(columns.image)).to_pylist()
+    captions = caption_bytes(batch.column(columns.caption)).to_pylist()
+    for image, caption in zip(images, captions, strict=True):
+        try:
+            clean_caption(caption)
+            decode_image(image)
+            reasons.append(None)
+        except Dropped as dropped:
+            reasons.append(dropped.reason)
+    return reasons
+
+
+def _pool_mistakes(sample: _Sample, pool: Pool, recipe: Recipe) -> Iterator[str]:
+    columns, lost, selection = pool.columns, sample.dropped.total(), recipe.selection
+    if lost and lost == sample.rows:
+        yield (
+            f"pool: columns {columns.image!r} and {columns.caption!r}: expected pictures with captions, found that "
+            f"{sample}; mend the files, or name other columns with pool.image and pool.caption"
+        )
+    elif not _of_trainer_alone(recipe) and lost > recipe.pool.max_dropped_share * pool.rows:  # whatever the others are
+        yield (
+            f"pool: {sample}, and {lost} of the pool's {pool.rows:,} rows is more than pool.max_dropped_share = "
+            f"{recipe.pool.max_dropped_share} allows; see to the rows, or raise it"
+        )
+    least, size = selection.super_batches or 1, selection.super_batch_size
+    if _of_trainer_alone(recipe):
+        if pool.rows < selection.sub_batch_size:
+            yield (
+                f"selection: a batch wants {selection.sub_batch_size:,} pairs, the pool holds {pool.rows:,} rows; "
+                "lower sub_batch_size, or add shards"
+            )
+    elif pool.rows < least * size:
+        yield (
+            f"selection: a round wants {least * size:,} candidates ({least} super-batches of {size:,}), the pool holds "
+            f"{pool.rows:,} rows; lower sub_batch_size, filter_ratio or super_batches, or add shards"
+        )
+
+
+def _check_reference(recipe: Recipe, base: Path) -> None:
+    section = recipe.reference
+    if section is not None:
+        model, config, _ = create_model(section, role="reference", base=base, seed=recipe.seed)
+        check_storable(model, config, source=section.source)
+    elif not _of_trainer_alone(recipe):
+        raise UserError("reference: must be given for a round; add [reference] with model and pretrained")
+
+
+def _check_learner(recipe: Recipe, base: Path, store: Store | None) -> None:
+    """Check the learner that rounds and trainer will take: the root's once it was trained, before that the recipe's."""
+    newest = newest_learner(store) if store else None
+    trained = newest.encoder if newest and newest.step else None
+    goes_on = trained if recipe.train.data == "rounds" else None
+    if store and (names := checkpoints(store)):
+        progress, _ = load_checkpoint(store, names[-1])
+        check_kind(progress, recipe, names[-1])
+        goes_on = progress.start
+    if store and goes_on is not None:
+        check_trainable(load_model(store, goes_on, torch.device("cpu"))[0], recipe)
+        if trained or not needs_learner(recipe.selection):
+            return  # the recipe's is not looked at
+    model, config, _ = create_model(recipe.learner, role="learner", base=base, seed=recipe.seed)
+    check_trainable(model, recipe)
+    check_storable(model, config, source=recipe.learner.source)
+    if newest is not None and not newest.step and recipe.train.data == "rounds":
+        with tempfile.TemporaryDirectory() as scratch:  # where the recipe's own model may be written, to be named
+            copy = Store(scratch)
+            record_learner(copy, newest.encoder, step=0, next_batch=0, number=newest.number)
+            first_learner(copy, recipe.learner, base=base, seed=recipe.seed)
+
+
+def _check_next_round(store: Store, recipe: Recipe, base: Path, newest: int) -> None:
+    if _of_trainer_alone(recipe):
+        return
+    if stream_end(store) is not None:
+        raise UserError(f"{store.url}: the stream of rounds was ended after round {newest}; delete {END_NAME} to go on")
+    if store.exists(plan_name(newest + 1)):
+        pin_plan(store, recipe, base=base, number=newest + 1)  # begun already: this only compares
+
+
+def _check_held_out(section: EvaluateSection | None) -> None:
+    """Check the trainer's held-out set: a small one as it will, of a large one what inventory and a sample tell."""
+    if section is None:
+        return
+    where = PoolSection(path=section.path, image=section.image, caption=section.caption)
+    held_out = take_inventory(where, section_name="evaluate")
+    if held_out.rows <= SMALL_ROWS or held_out.rows > MAX_ROWS:
+        load_held_out(section.path, image=section.image, caption=section.caption, label=section.label)
+    elif section.label is not None and section.label not in held_out.schema.names:
+        raise UserError(
+            f"evaluate.label = {section.label!r}: expected a column of the set, found "
+            f"{', '.join(map(repr, held_out.schema.names[:20]))}; name one of these, or leave evaluate.label out"
+        )
+    elif (sample := _sampled(held_out)).dropped.total() == sample.rows:
+        raise UserError(f"evaluate.path = {section.path!r}: expected pictures with captions, found that {sample}")
 
 
 def _precision(section: EncoderSection, resources: ResourcesSection) -> str:

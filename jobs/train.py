@@ -18,11 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curate.encoder import eval_transform, load_model, store_encoder, store_model
+from curate.encoder import create_model, eval_transform, load_model, store_encoder, store_model
 from curate.errors import CommitConflictError, UserError
 from curate.evaluate import HeldOut, evaluate, load_held_out
 from curate.learner import (
@@ -102,7 +103,7 @@ class _Training:
             self.progress = ranks.agree(lambda: _begin(self.store, recipe, base, ranks.device_type))
         else:
             self.progress, tensors = load_checkpoint(self.store, checkpoint)
-            _check_kind(self.progress, recipe, checkpoint)
+            check_kind(self.progress, recipe, checkpoint)
         learner, start = recipe.learner, self.progress.start
         if ranks.first and (learner.source != start.source or learner.precision not in ("auto", start.precision)):
             say(
@@ -111,13 +112,8 @@ class _Training:
             )
         self.model, self.config, self.tokenizer = load_model(self.store, self.progress.start, ranks.device)
         self.preprocess = eval_transform(self.model)
-        loss = recipe.selection.loss
-        bias = getattr(self.model, "logit_bias", None)
-        if loss == "sigmoid" and bias is None:
-            raise UserError(
-                f"learner.model = {recipe.learner.model!r}: the sigmoid loss has a bias and this model none; add "
-                '"init_logit_bias": -10 to its configuration, or set selection.loss = "softmax"'
-            )
+        check_trainable(self.model, recipe)
+        loss, bias = recipe.selection.loss, getattr(self.model, "logit_bias", None)
         if loss == "softmax" and bias is not None:
             bias.requires_grad_(False)  # shifts every logit alike, so that this loss has no gradient for it
         self.optimizer = make_optimizer(self.model, self.settings)
@@ -354,7 +350,32 @@ class _Training:
         self.progress = replace(self.progress, due=False, batch_losses={})
 
 
-def _check_kind(progress: Progress, recipe: Recipe, checkpoint: str) -> None:
+def check_trainable(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Check that a learner is one that we train.
+
+    Raises:
+        UserError: it is not an image and a text tower alone, or has no bias where the loss has one.
+    """
+    where = f"learner.model = {recipe.learner.model!r}"
+    # What their forward pass returns is what `take_step` takes; CoCa's is a dictionary with captions to be learned.
+    if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP) or model.output_dict:
+        raise UserError(
+            f"{where}: expected an image and a text tower, as CLIP and SigLIP have, found {type(model).__name__}, "
+            "whose forward pass returns other things; it can be a reference, but choose another learner"
+        )
+    if recipe.selection.loss == "sigmoid" and model.logit_bias is None:
+        raise UserError(
+            f"{where}: the sigmoid loss has a bias and this model none; add "
+            '"init_logit_bias": -10 to its configuration, or set selection.loss = "softmax"'
+        )
+
+
+def check_kind(progress: Progress, recipe: Recipe, checkpoint: str) -> None:
+    """Check that a checkpoint is of the training that the recipe asks for.
+
+    Raises:
+        UserError: it was trained on the other kind of batches.
+    """
     if progress.data != recipe.train.data:
         raise UserError(
             f"train.data = {recipe.train.data!r}: {checkpoint} was trained with {progress.data!r}; choose another "
@@ -364,11 +385,13 @@ def _check_kind(progress: Progress, recipe: Recipe, checkpoint: str) -> None:
 
 def _begin(store: Store, recipe: Recipe, base: Path, device_type: DeviceType) -> Progress:
     """Where training stands without a checkpoint: at the newest learner, or at the recipe's own model."""
+    newest = newest_learner(store)
+    if newest is None:  # before it is published: the root would not take another one
+        check_trainable(create_model(recipe.learner, role="learner", base=base, seed=recipe.seed)[0], recipe)
     if recipe.train.data == "rounds":
         start = first_learner(store, recipe.learner, base=base, seed=recipe.seed, device_type=device_type)
         encoder, step, next_batch, number = start.encoder, start.step, start.next_batch, start.number
     else:
-        newest = newest_learner(store)
         encoder = store_encoder(
             store, recipe.learner, role="learner", base=base, seed=recipe.seed, device_type=device_type
         )

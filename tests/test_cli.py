@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.cli import main
+from jobs.drawn_pool import draw_pair
 
 HOUSE = Path(__file__).parents[1]
 
@@ -59,7 +60,7 @@ def recipe(tmp_path: Path) -> Path:
     """A small pool, and a recipe of it with a small model."""
     pool = tmp_path / "pool"
     pool.mkdir()
-    images = [b"\xff\xd8%d" % i for i in range(100)]
+    images = [draw_pair(0, row, image_size=32)[0] for row in range(100)]
     pq.write_table(pa.table({"jpg": images, "caption": [f"caption {i}" for i in range(100)]}), pool / "a.parquet")
     (pool / "README.md").write_text("a pool")
     shutil.copy(HOUSE / "jobs/recipes/tiny-clip.json", tmp_path / "tiny.json")
@@ -178,12 +179,13 @@ def test_check_says_what_a_round_would_do(curate: Curate, recipe: Path) -> None:
     assert lines[0] == "pool: 100 rows in 1 shard, jpg with caption"
     assert lines[1].startswith("pool: 1 file ignored, such as ")
     assert lines[1].endswith("README.md")
-    assert lines[2] == "next round: 0"
-    assert lines[3:5] == ["reference: tiny.json, fp32 on cpu", "learner: tiny.json, fp32 on cpu"]
-    assert lines[5] == "selection: 3 super-batches of 32 at most, joint learnability, 24 rows in batches of 8"
-    assert lines[6].startswith("cost: 200 forward passes at most")
+    assert lines[2] == "pool: 64 of 64 sampled rows can be used"
+    assert lines[3] == "next round: 0"
+    assert lines[4:6] == ["reference: tiny.json, fp32 on cpu", "learner: tiny.json, fp32 on cpu"]
+    assert lines[6] == "selection: 3 super-batches of 32 at most, joint learnability, 24 rows in batches of 8"
+    assert lines[7].startswith("cost: 200 forward passes at most")
     assert ended.stderr == ""
-    assert [path.name for path in (recipe.parent / "root").iterdir()] == []  # nothing is left in the root
+    assert not (recipe.parent / "root").exists()  # nothing is written
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_check_says_what_a_round_would_do(curate: Curate, recipe: Path) -> None:
 )
 def test_check_says_the_precision(curate: Curate, recipe: Path, sets: list[str], said: str) -> None:
     lines = curate("check", recipe, *(part for text in sets for part in ("--set", text))).stdout.splitlines()
-    assert lines[3].startswith(f"reference: tiny.json, {said}")
+    assert lines[4].startswith(f"reference: tiny.json, {said}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -219,6 +221,7 @@ UNIGNORED = """
 import signal  # a shell has its jobs in the background ignore Ctrl-C, and so do their children
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from jobs.cli import main
+from jobs.drawn_pool import draw_pair
 main()
 """
 
@@ -226,7 +229,7 @@ main()
 def test_check_says_what_dedup_would_do(curate: Curate, recipe: Path) -> None:
     sets = f'dedup.evaluation=[{{path = "{recipe.parent / "pool"}"}}]'
     lines = curate("check", recipe, "--set", "dedup.threshold=0.9", "--set", sets).stdout.splitlines()
-    assert lines[2] == "dedup: components of cosine 0.9 and above; 100 evaluation rows are kept out"
+    assert lines[3] == "dedup: components of cosine 0.9 and above; 100 evaluation rows are kept out"
     assert lines[-1].startswith("cost: 300 forward passes at most")
     (line,) = mistakes(curate("check", recipe, "--set", "dedup.evaluation=[{path = 'nowhere'}]"))
     assert "nowhere: expected a file" in line
