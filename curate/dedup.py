@@ -262,9 +262,12 @@ def kept_rows(store: Store, folder: str | None, shard: Shard, rows: npt.NDArray[
 def made_with(store: Store, name: str) -> list[str]:
     """What goes with a file of a deduplication if it is to be made again, in the order in which it must go.
 
-    The account, which says that all is there; with the cells, all that was found by them.
+    The account, which says that all is there; with the cells, all that was found by them; with nodes, their pairs, which
+    say that both are there.
     """
     folder, _, own = name.rpartition("/")
+    if own.startswith("nodes-"):
+        return [f"{folder}/dedup.json", f"{folder}/{own.replace('nodes-', 'pairs-')}", name]
     found = store.list(folder) if own in ("cells.npy", "counts.json") else []
     parts = [other for other in found if other.rpartition("/")[2].startswith(("pairs-", "nodes-"))]
     return [f"{folder}/dedup.json", *parts, *([f"{folder}/cells.npy"] if parts else []), name]

@@ -11,7 +11,7 @@ _STATUS = {"503": "ServiceUnavailable", "409": "ConditionalRequestConflict", "40
 
 @dataclass
 class Fault:
-    """Fail the first `times` requests whose method and key match; `mode` is one of
+    """Fail `times` requests whose method and key match (any if they are ""); `mode` is one of
 
     503, 409, 403   answer so, without asking the server
     drop-ack        let the server act, then close the connection without an answer
@@ -24,13 +24,17 @@ class Fault:
     method: str = "PUT"
     key: str = ""
     times: int = 1
+    skip: int = 0
+    """Matching requests that are answered as they should be, before those that fail."""
     seen: int = 0
 
     def matches(self, method: str, path: str) -> bool:
-        if self.seen >= self.times or method != self.method or self.key not in unquote(path):
+        if self.seen >= self.skip + self.times or (self.method and method != self.method):
+            return False
+        if self.key not in unquote(path):
             return False
         self.seen += 1
-        return True
+        return self.seen > self.skip
 
 
 class FaultProxy(ThreadingHTTPServer):

@@ -10,15 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pytest
 
-from curate.errors import CurateError, StoreError
+from curate import storage
+from curate.errors import CurateError, StoreError, UserError
 from curate.manifest import Manifest
+from curate.pool import take_inventory
 from curate.recipe import Recipe
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool
 from pipelines.round import run_round
+from tests.faults import FaultProxy
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 
@@ -170,6 +174,112 @@ def test_a_crash_or_an_error_at_each_operation(
     for at in range(operations):
         disturb_and_run_again(world, str(tmp_path / f"{at}"), at, how, undisturbed[1])
         shutil.rmtree(tmp_path / f"{at}")
+
+
+# --- a store that fails ----------------------------------------------------------------------------------------------
+
+MODES = ("503", "403", "409", "drop", "drop-ack", "truncate")
+
+
+@pytest.fixture
+def s3_world(world: Path, faulty_s3_root: tuple[str, FaultProxy]) -> tuple[Path, str, FaultProxy]:
+    """The same models, and the pool in the bucket where the root is, behind a proxy that fails on demand."""
+    root, proxy = faulty_s3_root
+    bucket = root.removeprefix("s3://").partition("/")[0]
+    client = boto3.client("s3")
+    for path in sorted((world / "pool").iterdir()):
+        client.upload_file(str(path), bucket, f"pool/{path.name}")
+    client.close()
+    proxy.requests.clear()
+    return world, root, proxy
+
+
+def s3_recipe(world: Path, root: str, **pool: Any) -> Recipe:
+    made = recipe(world, root)
+    section = made.pool.model_copy(update={"path": f"{root.partition('/root')[0]}/pool", **pool})
+    return made.model_copy(update={"pool": section})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_store_that_fails_at_a_footer_is_not_blamed_on_the_shard(s3_world, mode: str, method: str) -> None:
+    """Not even where bad shards are to be skipped: a round with fewer rows would be committed, and nobody told."""
+    world, root, proxy = s3_world
+    section = s3_recipe(world, root, on_bad_shard="skip").pool
+    whole = take_inventory(section)
+    proxy.fail(mode, method=method, key="pool/00001.parquet")
+    try:
+        found = take_inventory(section)
+    except UserError as error:
+        refusal = str(error)
+        assert mode == "403"
+        assert "the store answered 403" in refusal
+        assert len(refusal.splitlines()) == 1
+    else:
+        assert found == whole
+        assert mode != "403" or proxy.faults[0].seen == 0
+    assert whole.rows == 96
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_store_that_fails_while_a_shard_is_read_is_not_blamed_on_the_shard(s3_world, monkeypatch) -> None:
+    world, root, proxy = s3_world
+    made = s3_recipe(world, root)
+    monkeypatch.setattr(storage, "_DEADLINE_S", 1.0)
+    run_round(made, base=world)  # so that models and inventory are there
+    proxy.fail("503", method="GET", key="pool/00001.parquet", times=10**6)
+    with pytest.raises(StoreError, match="the store gave no usable answer for 1 s"):
+        run_round(made, base=world, number=1)
+
+
+def fail_at_random(s3_world, seed: int, expected: set[str]) -> str:
+    """A round, then one more run of it; each of its requests may fail, by the seed."""
+    world, root, proxy = s3_world
+    rng = np.random.default_rng(seed)
+    made = s3_recipe(world, root, on_bad_shard="skip")
+    for _ in range(int(rng.integers(1, 4))):
+        mode, times = str(rng.choice(MODES)), int(rng.integers(1, 4))
+        proxy.fail(mode, method="", skip=int(rng.integers(0, 250)), times=times)
+    try:
+        run_round(made, base=world, number=0)
+        outcome = "same bytes"
+    except CurateError as error:
+        (line,) = set(str(error).splitlines())
+        assert re.search(r"the store (answered|gave no usable)|no usable answer", line), line
+        outcome = "told"
+    proxy.faults.clear()
+    run_round(made, base=world, number=0)
+    assert curated(root) == expected
+    return outcome
+
+
+def curated(root: str) -> set[str]:
+    """Names of curated files, which are hashes of their content; the manifest names the pool, which lies elsewhere."""
+    return {name.rpartition("/")[2] for name in published(root) if "curated-" in name}
+
+
+@pytest.fixture
+def expected_on_s3(s3_world, without_ray: None) -> set[str]:
+    world, root, _ = s3_world
+    run_round(s3_recipe(world, f"{root}-undisturbed"), base=world)
+    return curated(f"{root}-undisturbed")
+
+
+def test_a_round_whose_store_fails_at_random(s3_world, expected_on_s3: set[str], monkeypatch) -> None:
+    monkeypatch.setattr(storage, "_DEADLINE_S", 10.0)
+    world, root, proxy = s3_world
+    for seed in range(3):
+        fail_at_random((world, f"{root}-{seed}", proxy), seed, expected_on_s3)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+def test_two_hundred_rounds_whose_store_fails_at_random(s3_world, expected_on_s3: set[str], monkeypatch) -> None:
+    monkeypatch.setattr(storage, "_DEADLINE_S", 10.0)
+    world, root, proxy = s3_world
+    outcomes = Counter(fail_at_random((world, f"{root}-{seed}", proxy), seed, expected_on_s3) for seed in range(200))
+    print(outcomes)
+    assert min(outcomes["same bytes"], outcomes["told"]) > 20
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -81,7 +81,13 @@ class Cluster:
         command = [sys.executable, *map(str, arguments)]
         pipe = subprocess.PIPE
         return subprocess.Popen(
-            command, env=self.env | env, stdout=pipe, stderr=pipe, text=True, cwd=HOUSE, preexec_fn=heed_interrupts
+            command,
+            env=self.env | env,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            cwd=HOUSE,
+            preexec_fn=heed_interrupts,  # noqa: PLW1509 nothing else runs here
         )
 
     def submit(self, recipe: Path, *arguments: str | Path, address: str = "", **env: str) -> "subprocess.Popen[str]":
