@@ -363,6 +363,11 @@ def _cannot_load(
     )
 
 
+def is_two_towers(model: Any) -> bool:
+    """Whether a model's forward pass returns both embeddings, the scale and, if it has one, the bias."""
+    return isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP) and not model.output_dict
+
+
 def eval_transform(model: Any) -> Compose:
     """open_clip's own transform for inference: the pixels that scores and plain training see."""
     return image_transform_v2(_preprocess_cfg(model), is_train=False)

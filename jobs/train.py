@@ -18,12 +18,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curate.encoder import create_model, eval_transform, load_model, store_encoder, store_model
+from curate.encoder import create_model, eval_transform, is_two_towers, load_model, store_encoder, store_model
 from curate.errors import CommitConflictError, UserError
 from curate.evaluate import HeldOut, evaluate, load_held_out
 from curate.learner import (
@@ -358,7 +357,7 @@ def check_trainable(model: torch.nn.Module, recipe: Recipe) -> None:
     """
     where = f"learner.model = {recipe.learner.model!r}"
     # What their forward pass returns is what `take_step` takes; CoCa's is a dictionary with captions to be learned.
-    if not isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP) or model.output_dict:
+    if not is_two_towers(model):
         raise UserError(
             f"{where}: expected an image and a text tower, as CLIP and SigLIP have, found {type(model).__name__}, "
             "whose forward pass returns other things; it can be a reference, but choose another learner"
