@@ -67,7 +67,8 @@ def _silence_ray() -> None:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # And its drivers a traceback for every failure of its own helpers.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     # Under `uv run` it would upload the working directory, pool and all, for workers that have what they need.
     if "RAY_ENABLE_UV_RUN_RUNTIME_ENV" not in os.environ:
         ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False

@@ -59,12 +59,12 @@ def start(quiet: dict[str, Any]) -> None:
         ray.init(address="local", **how, **quiet)
     except Exception as error:  # of any class, Exception itself included
         reason, logs = one_line(error, 300), f"{folder}/session_latest/logs"
-        with contextlib.suppress(OSError):
-            if shutil.disk_usage(os.path.dirname(folder)).free < 2**24:
+        with contextlib.suppress(OSError):  # Ray itself says then that it timed out
+            if not isinstance(error, OSError) and shutil.disk_usage(os.path.dirname(folder)).free < 2**24:
                 reason = "no space left on the device"
         raise CurateError(
-            f"Ray does not start on this machine, with its files in {folder}: {reason}; free space there and run the "
-            "same command again, or set RAY_TMPDIR to another folder"
+            f"Ray does not start on this machine, with its files in {folder}: {reason}; free space there, or set "
+            "RAY_TMPDIR to another folder, and run the same command again"
             + (f"; its logs are in {logs}" if os.path.isdir(logs) else "")
         ) from error
 
@@ -72,13 +72,14 @@ def start(quiet: dict[str, Any]) -> None:
 def _short_folder(long: str) -> str:
     """A folder of this user's for Ray, where `long` leaves no room for the names of its sockets."""
     for parent in ("/tmp", "/var/tmp"):
-        folder = f"{parent}/ray-{os.geteuid()}"
+        folder = f"{parent}/curate-{os.geteuid()}"
         with contextlib.suppress(OSError):
             os.makedirs(folder, mode=0o700, exist_ok=True)
             found = os.lstat(folder)
-            # Nobody else's: what lies there is run.
+            # Nobody else's, nor open to them: Ray lets everybody write into its own folder, and runs what lies there.
             if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and os.access(folder, os.W_OK):
-                return folder
+                os.chmod(folder, 0o700)
+                return f"{folder}/ray"
     raise UserError(
         f"{long}: expected a path of at most {SOCKET_BYTES - BELOW} bytes for Ray, whose sockets lie below it; found "
         f"{len(os.fsencode(long))}, and neither /tmp nor /var/tmp can be used; set RAY_TMPDIR to a short folder"
