@@ -50,6 +50,9 @@ def _names_something(path: Any) -> Any:
     return path
 
 
+VARIABLE = re.compile(r"\$(?:\w+|\{\w+\})")
+
+
 def expanded(path: str) -> str:
     """A local path with `~` replaced by the home folder, as a shell would; a URL, or anything else, as it is.
 
@@ -58,12 +61,11 @@ def expanded(path: str) -> str:
     """
     if path.startswith(("http://", "https://")):  # whose queries may have a $ of their own
         return path
-    if variable := re.search(r"\$(?:\w+|\{\w+\})", path):
+    if variable := VARIABLE.search(path):
         meant = os.path.expandvars(path)
-        way_out = f"{variable[0]} is not set here, either; write what it stands for"
         raise UserError(
-            f"expected a path without variables, which nothing replaces here; found {variable[0]}; "
-            + (way_out if meant == path else f"write {meant}")
+            f"expected a path without variables, which nothing replaces here; found {variable[0]}; write "
+            + ("what it stands for" if VARIABLE.search(meant) else meant)
         )
     if path.startswith("~") and (path := os.path.expanduser(path)).startswith("~"):
         raise UserError(f"expected a home folder for {path.split('/')[0]}, found none; write the whole path")
@@ -76,8 +78,6 @@ def _expanding(prefix: str = "") -> AfterValidator:
     def expand(said: Any) -> Any:
         if isinstance(said, list):
             return [expand(path) for path in said]
-        if said is None:
-            return None
         before = prefix if said.startswith(prefix) else ""
         try:
             return before + expanded(said.removeprefix(before))

@@ -4,6 +4,7 @@ Exit status: 0 done, 1 failed, 2 the user's mistake, 3 somebody else committed t
 """
 
 import contextlib
+import io
 import json
 import logging
 import signal
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from curate.errors import CurateError, UserError
 from curate.messages import counted
+from jobs.surroundings import expand, expand_path, of_the_disk, printable
 
 if TYPE_CHECKING:
     from curate.dedup import Dedup
@@ -47,7 +49,7 @@ def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     from jobs.check import check_recipe  # noqa: PLC0415
 
     for line in check_recipe(loaded, base=recipe.parent):
-        print(line)
+        print(printable(line))
 
 
 @app.command("round")
@@ -79,6 +81,7 @@ def dedup(
 ) -> None:
     """Find the pool's near-duplicates as a round would, and say what leaves; the next round finds it done."""
     loaded = _load(recipe, overrides)
+    sheet = sheet and expand_path(sheet)
     if sheet is not None and not sheet.absolute().parent.is_dir():
         raise UserError(
             f"--sheet {sheet}: expected it in a folder, found no {sheet.absolute().parent}; make it, or correct it"
@@ -110,6 +113,7 @@ def train(
     Goes on from the newest checkpoint in the root. On N GPUs: torchrun --nproc-per-node N -m jobs.cli train RECIPE
     """
     loaded = _load(recipe, overrides)
+    save_to = save_to and expand_path(save_to)
     from curate.encoder import fetch_model  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
     from jobs.train import train as run  # noqa: PLC0415
@@ -161,7 +165,7 @@ def show(
     from curate import explain  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
 
-    store = Store(root)
+    store = Store(expand(root))
     match what or ["rounds"]:
         case ["rounds"]:
             found: Any = explain.summarize_rounds(store)
@@ -191,7 +195,7 @@ def reshard(
     """Cut a Parquet file into shards with small row groups, row by row the same."""
     from curate.reshard import reshard_file  # noqa: PLC0415
 
-    for path in reshard_file(shard, to, rows_per_shard=rows, row_group_bytes=row_group_bytes):
+    for path in reshard_file(shard, expand_path(to), rows_per_shard=rows, row_group_bytes=row_group_bytes):
         print(path)
 
 
@@ -239,14 +243,25 @@ def silence_open_clip() -> None:
 
 
 def main() -> None:
-    """Run the command line; errors that we raise on purpose are lines, not tracebacks, and so is being stopped."""
+    """Run the command line; errors that we raise on purpose are lines, not tracebacks, and so is being stopped.
+
+    So, too, is a disk that is full or may not be written to: it can happen on any line.
+    """
     silence_open_clip()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale may lack what a caption has
+            stream.reconfigure(errors="backslashreplace")
     with _stoppable() as stopped_by:
         try:
             app()
         except CurateError as error:
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
             sys.exit(error.exit_status)
+        except Exception as error:
+            if (line := of_the_disk(error)) is None:
+                raise
+            print(printable(line), file=sys.stderr)
+            sys.exit(1)
         except SystemExit as ended:
             # As typer ends a command that let KeyboardInterrupt pass; one that caught it has said its own.
             if stopped_by and isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
@@ -299,7 +314,7 @@ def _print(shown: Sequence[Table | str]) -> None:
     # A log has no width of its own; 80 columns would break every number in two.
     console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS, highlight=False, markup=False)
     for item in shown:
-        console.print(item)
+        console.print(printable(item) if isinstance(item, str) else item)
 
 
 def _round_tables(found: dict[str, Any]) -> list[Table | str]:
@@ -412,7 +427,7 @@ def _cell(value: Any) -> str:
         case dict():
             return ", ".join(f"{name} {item}" for name, item in value.items())
         case _:
-            return str(value)
+            return printable(str(value).replace("\n", r"\n"))
 
 
 if __name__ == "__main__":
