@@ -19,6 +19,8 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.services import canonicalize_bootstrap_address
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+from ray.core.generated.ray_client_pb2 import ClusterInfoRequest
+from ray.core.generated.ray_client_pb2_grpc import RayletDriverStub
 
 from curate.errors import CurateError, UserError
 from curate.messages import one_line
@@ -137,15 +139,19 @@ def _ask(where: str) -> None:
         grpc.RpcError: as a rule UNAVAILABLE, which is another try's for `ANSWER_S` seconds.
     """
     until = time.monotonic() + ANSWER_S
+    client = where.startswith("ray://")
     with init_grpc_channel(where.removeprefix("ray://")) as channel:
         while True:
             try:
-                NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWER_S)
+                if client:
+                    RayletDriverStub(channel).ClusterInfo(ClusterInfoRequest(), timeout=ANSWER_S)
+                else:
+                    NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWER_S)
                 return
             except grpc.RpcError as error:
-                # Ray's client server does not know the question.
-                if where.startswith("ray://") and error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                    return
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
+                code = error.code()
+                if client and code not in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE}:
+                    return  # its server does not know us yet, but is there
+                if code is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > until:
                     raise
             time.sleep(POLL_S)

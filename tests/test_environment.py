@@ -259,6 +259,8 @@ def test_a_server_that_does_not_let_us_in(refusing_server: tuple[grpc.StatusCode
         grpc.StatusCode.UNIMPLEMENTED: "expected the port of Ray's GCS, by default 6379; found another server;",
     }
     assert expected[code] in refusal(address)
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        assert expected[code] in refusal(f"ray://{address}")
 
 
 @pytest.mark.usefixtures("no_ray")
