@@ -262,8 +262,8 @@ def kept_rows(store: Store, folder: str | None, shard: Shard, rows: npt.NDArray[
 def made_with(store: Store, name: str) -> list[str]:
     """What goes with a file of a deduplication if it is to be made again, in the order in which it must go.
 
-    The account, which says that all is there; with the cells, all that was found by them; with nodes, their pairs, which
-    say that both are there.
+    The account, which says that all is there; with the cells, all that was found by them; with nodes, their pairs,
+    whose file says that both are there.
     """
     folder, _, own = name.rpartition("/")
     if own.startswith("nodes-"):

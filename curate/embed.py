@@ -1,8 +1,8 @@
 """Embed one shard: decode each pair once, run it through every encoder that asks, write one file per encoder."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from curate.decode import Crop, Decoded, Row, Watched
 from curate.embeddings import (
     CONTENT_BYTES,
     EMBEDDING_NONFINITE,
@@ -22,7 +23,6 @@ from curate.embeddings import (
     pair_hashes,
     uid_texts,
 )
-from curate.images import Dropped, clean_caption, decode_image
 from curate.parquet import CHECKED
 from curate.pool import Columns, Shard, caption_bytes, image_bytes, read_batches
 from curate.recipe import EmbedSection
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from curate.encoder import Encoder
 
 Wanted = Callable[[npt.NDArray[np.uint64]], npt.NDArray[np.bool_]]
+Decode = Callable[[Sequence[Row]], list[Decoded]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +42,7 @@ class Pair:
     uid: str | None
     content: bytes
     picture: bytes
-    status: str
-    error: str | None = None
-    pixels: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
-    """What each kind of encoder sees, [H, W, 3], by `Encoder.view`."""
-    caption: str = ""
-    size: tuple[int, int] | None = None
-    """Width and height, pixels, of a picture that was decoded."""
+    decoded: Decoded
 
 
 def embed_shard(
@@ -58,6 +53,7 @@ def embed_shard(
     *,
     threads: int = 1,
     wanted: Wanted | None = None,
+    decode: Decode | None = None,
 ) -> dict[str, int]:
     """Write the embedding files of one shard.
 
@@ -68,6 +64,7 @@ def embed_shard(
         settings: sizes.
         threads: decoding threads; the model runs meanwhile.
         wanted: tells from contents [n, 2] which rows to score; the others get the status `not_scored`. All if None.
+        decode: decodes rows for all encoders; in this process, watched, if None.
 
     Returns:
         Rows by status; the same for every encoder but for rows whose embedding is unusable, which are counted once.
@@ -92,15 +89,16 @@ def embed_shard(
             columns = shard.columns
             names = [columns.image, columns.caption] + ([columns.uid] if columns.uid else [])
             batches = read_batches(shard, list(dict.fromkeys(names)), batch_rows=settings.chunk_rows)
-            decode = partial(_decode, columns=columns, encoders=list(encoders.values()), wanted=wanted)
-            for pairs in _decoded_ahead(batches, executor, threads, decode):
+            decode = decode or Watched(crops_of(encoders.values()))
+            read = partial(_read_pairs, columns=columns, wanted=wanted, decode=decode)
+            for pairs in _decoded_ahead(batches, executor, threads, read):
                 unusable: dict[int, str] = {}
                 for name, encoder in encoders.items():
                     table, statuses = _embed_pairs(pairs, encoder, settings.batch_size)
                     writers[name].write_table(table)
                     unusable |= statuses
                 for row, pair in enumerate(pairs):
-                    status = unusable.get(row, pair.status)
+                    status = unusable.get(row, pair.decoded.status)
                     counts[status] = counts.get(status, 0) + 1
         finally:
             for writer in writers.values():
@@ -128,47 +126,36 @@ def _decoded_ahead(
         yield [pair for future in pending for pair in future.result()]
 
 
-def _decode(
-    batch: pa.RecordBatch,
-    *,
-    columns: Columns,
-    encoders: "Sequence[Encoder]",
-    wanted: Wanted | None,
-) -> list[Pair]:
+def crops_of(encoders: "Iterable[Encoder]") -> dict[str, Crop]:
+    """What decoding has to make for some encoders: one crop for all that see the same pixels."""
+    return {encoder.view: encoder.crop for encoder in encoders}
+
+
+def _read_pairs(batch: pa.RecordBatch, *, columns: Columns, wanted: Wanted | None, decode: Decode) -> list[Pair]:
     images = image_bytes(batch.column(columns.image)).to_pylist()
     captions = caption_bytes(batch.column(columns.caption)).to_pylist()
     hashes = [pair_hashes(image, caption) for image, caption in zip(images, captions, strict=True)]
     content = [content for _, content in hashes]
     uids = uid_texts(batch.column(columns.uid)) if columns.uid else [c.hex() for c in content]
     scored = wanted(halves(content)) if wanted else np.ones(len(content), bool)
-    views = {encoder.view: encoder.crop for encoder in encoders}
-    pairs = []
-    for uid, (picture, digest), data, raw, score in zip(uids, hashes, images, captions, scored, strict=True):
-        pair = partial(Pair, uid=uid, content=digest, picture=picture)
-        if not score:
-            pairs.append(pair(status=NOT_SCORED))
-            continue
-        try:
-            # The caption first: it costs nothing, and a row without one needs no decoding.
-            caption = clean_caption(raw)
-            image = decode_image(data)
-        except Dropped as dropped:
-            pairs.append(pair(status=dropped.reason, error=dropped.error))
-        else:
-            pixels = {view: crop(image) for view, crop in views.items()}
-            pairs.append(pair(status="ok", pixels=pixels, caption=caption, size=image.size))
-    return pairs
+    rows = zip(images, captions, strict=True)
+    decoded = iter(decode([row for row, score in zip(rows, scored, strict=True) if score]))
+    unscored = Decoded(status=NOT_SCORED)
+    return [
+        Pair(uid=uid, content=digest, picture=picture, decoded=next(decoded) if score else unscored)
+        for uid, (picture, digest), score in zip(uids, hashes, scored, strict=True)
+    ]
 
 
 def _embed_pairs(pairs: Sequence[Pair], encoder: "Encoder", batch_size: int) -> tuple[pa.Table, dict[int, str]]:
     """The file's rows for these pairs, and the rows whose embedding turned out unusable."""
-    usable = [row for row, pair in enumerate(pairs) if pair.status == "ok"]
+    usable = [row for row, pair in enumerate(pairs) if pair.decoded.status == "ok"]
     width = encoder.spec.embed_dim
     z = np.zeros((2, len(usable), width), np.float16)  # zimg, ztxt
     for start in range(0, len(usable), batch_size):
         rows = [pairs[row] for row in usable[start : start + batch_size]]
-        pixels = torch.from_numpy(np.stack([pair.pixels[encoder.view] for pair in rows]))
-        texts = encoder.tokenize([pair.caption for pair in rows])
+        pixels = torch.from_numpy(np.stack([pair.decoded.pixels[encoder.view] for pair in rows]))
+        texts = encoder.tokenize([pair.decoded.caption for pair in rows])
         for tower, encoded in zip(z, encoder.encode(pixels, texts), strict=True):
             tower[start : start + len(rows)] = encoded.numpy()
 
@@ -179,11 +166,11 @@ def _embed_pairs(pairs: Sequence[Pair], encoder: "Encoder", batch_size: int) -> 
     null[np.array(usable, int)[good]] = False
     arrays = [
         pa.array([pair.uid for pair in pairs], pa.string()),
-        pa.array([failed.get(row, pair.status) for row, pair in enumerate(pairs)], pa.string()),
-        pa.array([pair.error for pair in pairs], pa.string()),
+        pa.array([failed.get(row, pair.decoded.status) for row, pair in enumerate(pairs)], pa.string()),
+        pa.array([pair.decoded.error for pair in pairs], pa.string()),
         pa.array([pair.content for pair in pairs], pa.binary(CONTENT_BYTES)),
         pa.array([pair.picture for pair in pairs], pa.binary(CONTENT_BYTES)),
-        *(pa.array([pair.size and pair.size[side] for pair in pairs], pa.int32()) for side in (0, 1)),
+        *(pa.array([pair.decoded.size and pair.decoded.size[side] for pair in pairs], pa.int32()) for side in (0, 1)),
         _vector_column(z[0, good], null),
         _vector_column(z[1, good], null),
     ]

@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,17 @@ NEVER_UNPICKLED = (".safetensors", ".npz", ".npy")
 """How open_clip knows formats that cannot run code; it unpickles files of every other name."""
 
 
+@dataclass(frozen=True)
+class Crop:
+    """The pixels that a model sees of a picture, [H, W, 3]; goes to other processes, where the model need not."""
+
+    transform: Compose
+
+    def __call__(self, image: PIL.Image.Image) -> npt.NDArray[np.uint8]:
+        """Crop one picture."""
+        return np.asarray(self.transform(image))
+
+
 class Encoder:
     """A loaded model with its own transform and tokenizer; `encode` is the whole interface."""
 
@@ -61,15 +72,11 @@ class Encoder:
         *crop, to_tensor, self._shift = eval_transform(self.model).transforms
         assert isinstance(to_tensor, ToTensor), to_tensor
         assert isinstance(self._shift, Normalize), self._shift
-        self._crop = Compose(crop)
+        self.crop = Crop(Compose(crop))
         # Not the transform's own repr, which tells no fill colour.
         cfg = _preprocess_cfg(self.model)
         self.view = repr((cfg.size, cfg.interpolation, cfg.resize_mode, cfg.fill_color))
         """Encoders with equal views see equal pixels before normalisation."""
-
-    def crop(self, image: PIL.Image.Image) -> npt.NDArray[np.uint8]:
-        """The pixels that the model sees of a picture, [H, W, 3]."""
-        return np.asarray(self._crop(image))
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Pixels uint8 [n, H, W, 3] on any device as open_clip's transform ends with them, float32 [n, 3, H, W]."""

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curate import storage
+from curate import access, storage
 from curate.column_types import is_caption, is_image, is_uid, plain_type, united, why_unwritable
 from curate.errors import CurateError, InputChangedError, UserError
 from curate.messages import one_line
@@ -257,7 +257,7 @@ def _opened(shard: Shard, rows: Callable[[], int] = lambda: 0) -> Iterator[pq.Pa
     """A shard's file; `rows` says, for messages, how many were read."""
     try:
         with (
-            storage.open_input(shard.path) as file,
+            access.open_input(shard.path) as file,
             pq.ParquetFile(file, page_checksum_verification=True) as parquet,
         ):
             yield parquet
@@ -317,7 +317,7 @@ def _read_footer(file: FileInfo) -> _Footer:
     if file.size == 0:
         return _Footer(error=f"{file.path}: expected a Parquet file, found 0 bytes; remove or replace it")
     try:
-        with storage.open_input(file.path) as handle, pq.ParquetFile(handle) as parquet:
+        with access.open_input(file.path) as handle, pq.ParquetFile(handle) as parquet:
             metadata = parquet.metadata
             groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
             return _Footer(

@@ -355,6 +355,7 @@ class Recipe(Section):
     def of_round(self) -> dict[str, Any]:
         """The fields that decide what a round contains, as stored in its plan and its manifest."""
         fields = self.model_dump(mode="json", exclude={"root", "resources", "train", "evaluate", "schedule"})
+        del fields["pool"]["max_dropped_share"]  # when a round stops: one that was stopped goes on if it is raised
         if self.dedup is None:
             del fields["dedup"]  # recipes of rounds that were begun before there was any
         return fields

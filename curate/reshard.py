@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curate import storage
+from curate import access
 from curate.errors import UserError
 from curate.messages import one_line
 
@@ -59,7 +59,7 @@ def reshard_file(
 def _opened(url: str) -> Iterator[pq.ParquetFile]:
     with contextlib.ExitStack() as stack:
         try:
-            parquet = stack.enter_context(pq.ParquetFile(stack.enter_context(storage.open_input(url))))
+            parquet = stack.enter_context(pq.ParquetFile(stack.enter_context(access.open_input(url))))
         except (OSError, ValueError) as error:  # pyarrow's own are either
             reason = one_line(error)
             raise UserError(f"{url}: expected a Parquet file; {reason}; correct the path") from error

@@ -279,7 +279,7 @@ def _check_held_out(section: EvaluateSection | None) -> None:
 def _precision(section: EncoderSection, resources: ResourcesSection) -> str:
     """What a model will compute in, as far as can be known without joining the cluster."""
     device = resources.device
-    if device == "auto" and resources.address == "local" and "RAY_ADDRESS" not in os.environ:
+    if device == "auto" and (os.environ.get("RAY_ADDRESS") or resources.address) == "local":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device != "auto":
         return f"{section.precision_on(device)} on {device}"

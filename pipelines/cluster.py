@@ -247,6 +247,12 @@ def device() -> "torch.device":
     return torch.device("cuda", 0)  # of those that are visible, which for who was given one is that one
 
 
+def restarted() -> bool:
+    """Whether this is an actor that Ray started again after it died."""
+    context = ray.get_runtime_context()
+    return context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
+
+
 def groups(shards: Sequence[Shard]) -> list[list[Shard]]:
     """Consecutive shards in groups of at most `GROUP_ROWS` rows, or of one shard that alone has more."""
     found: list[list[Shard]] = []

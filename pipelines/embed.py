@@ -19,15 +19,26 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
+from curate.decode import Apart, Watched
 from curate.dedup import kept_rows
-from curate.embed import Wanted, embed_shard
+from curate.embed import Wanted, crops_of, embed_shard
 from curate.embeddings import NOT_SCORED, contents, embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.pool import Columns, Pool, Shard
 from curate.recipe import EmbedSection, ResourcesSection
 from curate.spec import WEIGHTS_NAME, EncoderSpec
 from curate.storage import Store
-from pipelines.cluster import RETRIES, Devices, device, free_cpus, largest_node, own_errors, places_for, require_memory
+from pipelines.cluster import (
+    RETRIES,
+    Devices,
+    device,
+    free_cpus,
+    largest_node,
+    own_errors,
+    places_for,
+    require_memory,
+    restarted,
+)
 from pipelines.keys import KeyRange, Sample
 
 # A shard is one task. A slow CPU may spend hours on one, so Ray's guard of 30 minutes would stop healthy work.
@@ -159,6 +170,8 @@ class EmbedShards:
         self.sample = sample
         self.reference = reference
         self.encoders = {spec.sha: load_encoder(store, spec, device()) for spec in encoders}
+        # Ray starts an actor again that died, and gives it the shards that it died of.
+        self.decode = (Apart if restarted() else Watched)(crops_of(self.encoders.values()))
 
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
         """Embed the shards of a batch; yields one receipt per shard."""
@@ -178,6 +191,7 @@ class EmbedShards:
                 self.settings,
                 threads=self.threads,
                 wanted=self._wanted(shard),
+                decode=self.decode,
             )
             dropped = sum(rows for status, rows in counts.items() if status not in ("ok", NOT_SCORED))
             yield {"rows": [shard.rows], "dropped": [dropped]}

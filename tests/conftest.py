@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import boto3
 import pytest
 
-from curate import storage
+from curate import access
 from tests.faults import FaultProxy
 
 
@@ -100,5 +100,5 @@ def root(request: pytest.FixtureRequest) -> str:
 
 
 def _close_sessions() -> None:
-    storage._s3_of.cache_clear()
+    access._s3_of.cache_clear()
     gc.collect()  # runs s3fs's finalizers here, not in the middle of another test

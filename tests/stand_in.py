@@ -120,5 +120,6 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ray", StandIn)
     for module, name in ((pipelines.walk, "_summary"), (pipelines.walk, "_keys_at"), (pipelines.write, "_read_back")):
         monkeypatch.setattr(module, name, Remote(getattr(module, name)._function))
+    monkeypatch.setattr(pipelines.embed, "restarted", lambda: False)
     for module in (pipelines.embed, pipelines.neighbours, pipelines.quality, pipelines.select):
         monkeypatch.setattr(module, "device", lambda: CPU)

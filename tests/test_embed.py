@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import curate.decode
 import curate.embed
 from curate.embed import embed_shard
 from curate.embeddings import (
@@ -258,8 +259,8 @@ def test_two_encoders_share_one_decoding(store: Store, pool: Pool, encoder: Enco
     twin = load_encoder(store, tiny_encoder(store, tmp_path / "t", seed=2), CPU)
     alone = [embedded(store, pool, e, name=f"alone/{i}", chunk_rows=11) for i, e in enumerate((encoder, other, twin))]
     decoded = []
-    decode = curate.embed.decode_image
-    monkeypatch.setattr(curate.embed, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decode = curate.decode.decode_image
+    monkeypatch.setattr(curate.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
     cropped = []
     for e in (encoder, other, twin):
         crop = e.crop
@@ -277,8 +278,8 @@ def test_two_encoders_share_one_decoding(store: Store, pool: Pool, encoder: Enco
 def test_rows_that_nobody_wants_are_not_even_decoded(store: Store, pool: Pool, encoder: Encoder, monkeypatch):
     whole = embedded(store, pool, encoder)
     decoded = []
-    decode = curate.embed.decode_image
-    monkeypatch.setattr(curate.embed, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decode = curate.decode.decode_image
+    monkeypatch.setattr(curate.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
     some = embedded(store, pool, encoder, name="some/x", wanted=lambda c: c[:, 0] % np.uint64(3) == 0, chunk_rows=7)
     wanted = contents(whole["content"])[:, 0] % 3 == 0
     assert 5 < wanted.sum() < 55

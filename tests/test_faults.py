@@ -14,7 +14,7 @@ import boto3
 import numpy as np
 import pytest
 
-from curate import storage
+from curate import access
 from curate.errors import CurateError, StoreError, UserError
 from curate.manifest import Manifest
 from curate.pool import take_inventory
@@ -225,7 +225,7 @@ def test_a_store_that_fails_at_a_footer_is_not_blamed_on_the_shard(s3_world, mod
 def test_a_store_that_fails_while_a_shard_is_read_is_not_blamed_on_the_shard(s3_world, monkeypatch) -> None:
     world, root, proxy = s3_world
     made = s3_recipe(world, root)
-    monkeypatch.setattr(storage, "_DEADLINE_S", 1.0)
+    monkeypatch.setattr(access, "DEADLINE_S", 1.0)
     run_round(made, base=world)  # so that models and inventory are there
     proxy.fail("503", method="GET", key="pool/00001.parquet", times=10**6)
     with pytest.raises(StoreError, match="the store gave no usable answer for 1 s"):
@@ -266,7 +266,7 @@ def expected_on_s3(s3_world, without_ray: None) -> set[str]:
 
 
 def test_a_round_whose_store_fails_at_random(s3_world, expected_on_s3: set[str], monkeypatch) -> None:
-    monkeypatch.setattr(storage, "_DEADLINE_S", 10.0)
+    monkeypatch.setattr(access, "DEADLINE_S", 10.0)
     world, root, proxy = s3_world
     for seed in range(3):
         fail_at_random((world, f"{root}-{seed}", proxy), seed, expected_on_s3)
@@ -275,7 +275,7 @@ def test_a_round_whose_store_fails_at_random(s3_world, expected_on_s3: set[str],
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_two_hundred_rounds_whose_store_fails_at_random(s3_world, expected_on_s3: set[str], monkeypatch) -> None:
-    monkeypatch.setattr(storage, "_DEADLINE_S", 10.0)
+    monkeypatch.setattr(access, "DEADLINE_S", 10.0)
     world, root, proxy = s3_world
     outcomes = Counter(fail_at_random((world, f"{root}-{seed}", proxy), seed, expected_on_s3) for seed in range(200))
     print(outcomes)

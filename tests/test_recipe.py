@@ -283,7 +283,14 @@ def test_super_batch_size_is_the_smallest_that_discards_enough(b: int, thousandt
 
 @pytest.mark.parametrize(
     "override",
-    ["root=elsewhere", "resources.threads=3", "resources.workers=2", "resources.address=auto", "train.steps=9"],
+    [
+        "root=elsewhere",
+        "resources.threads=3",
+        "resources.workers=2",
+        "resources.address=auto",
+        "train.steps=9",
+        "pool.max_dropped_share=0.2",
+    ],
 )
 def test_the_fingerprint_ignores_what_cannot_change_a_round(load: Load, override: str) -> None:
     assert load(override).fingerprint() == load().fingerprint()
@@ -298,7 +305,6 @@ def test_the_fingerprint_ignores_what_cannot_change_a_round(load: Load, override
         "pool.caption=txt",
         "pool.uid=key",
         "pool.on_bad_shard=skip",
-        "pool.max_dropped_share=0.2",
         "reference.model=other",
         "reference.precision=bf16",
         "learner.pretrained=openai",

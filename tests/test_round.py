@@ -280,6 +280,8 @@ def test_a_round_is_finished_with_the_recipe_it_was_begun_with(world: Path, warm
         run_round(recipe, base=world)
     with pytest.raises(UserError, match=r"begun with another recipe \(selection\.gain: 10\.0 → 7\.0\)"):
         run_round(recipe_of(world, warm, pool__max_dropped_share=0.001, selection__gain=7.0), base=world)
+    raised = recipe_of(world, warm, pool__max_dropped_share=0.1)  # the way out that the first line names
+    assert run_round(raised, base=world).round == 0
 
 
 def test_too_small_a_pool_is_the_users_mistake(world: Path, warm: Path) -> None:

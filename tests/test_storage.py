@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate import storage
+from curate import access, storage
 from curate.errors import CommitConflictError, CommitUnknownError, UserError
 from curate.storage import Store, list_parquet, open_input
 from tests.faults import FaultProxy
@@ -30,8 +30,8 @@ Faulty = tuple[str, FaultProxy]
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_DEADLINE_S", 1.0)
-    monkeypatch.setattr(storage, "_PAUSES_S", (0.02, 0.1))
+    monkeypatch.setattr(access, "DEADLINE_S", 1.0)
+    monkeypatch.setattr(access, "PAUSES_S", (0.02, 0.1))
 
 
 # --- plain use ---------------------------------------------------------------------------------------------------
