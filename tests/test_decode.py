@@ -91,17 +91,16 @@ def test_a_process_in_which_a_row_hangs_ends() -> None:
 # --- a round with both -----------------------------------------------------------------------------------------------
 
 SITE = f"""
-import io, os, time
-import PIL.Image
-real = PIL.Image.open
-def open_(file, *arguments, **named):
-    data = file.getvalue() if isinstance(file, io.BytesIO) else b""
-    if {CRASH!r} in data:
+import os, time
+import curate.images
+real = curate.images.decode_image
+def decode_image(data, **how):
+    if {CRASH!r} in (data or b""):
         os.abort()
-    while {HANG!r} in data:
+    while {HANG!r} in (data or b""):
         time.sleep(1)
-    return real(file, *arguments, **named)
-PIL.Image.open = open_
+    return real(data, **how)
+curate.images.decode_image = decode_image
 """
 RECIPE = """
 root = "root"
