@@ -105,7 +105,7 @@ class Dedup:
 
 def dedup_folder(section: DedupSection, reference: EncoderSpec, pool: Pool, evaluation: Sequence[Pool]) -> str:
     """Folder of a deduplication within the root; the folder above is that of all that were asked for alike."""
-    asked = section.model_dump(mode="json", exclude={"evaluation"})
+    asked = section.model_dump(mode="json", exclude={"evaluation", "max_dropped_share"})
     identity = json.dumps([reference.sha, asked, [seen.fingerprint for seen in evaluation]], sort_keys=True)
     return f"dedup/{hashlib.sha256(identity.encode()).hexdigest()[:16]}/{pool.fingerprint}"
 

@@ -124,10 +124,10 @@ def load_model(store: Store, spec: EncoderSpec, device: torch.device) -> OpenCli
                 f"{spec.folder}/{WEIGHTS_NAME}: expected sha256 {spec.weights_sha256[:12]}, found {found[:12]}; "
                 "the file was changed after it was stored: restore it from a copy of the root"
             )
-        if not config.is_file() or _identity(config, found) != spec.model:
+        if not config.is_file() or _identity(folder, found) != spec.model:
             raise UserError(
-                f"{spec.folder}/{CONFIG_NAME}: expected the configuration that its folder names, found another; "
-                "it was changed after it was stored: restore it from a copy of the root"
+                f"{spec.folder}/{CONFIG_NAME}: expected the configuration and tokenizer that its folder names, found "
+                "others; one was changed after it was stored: restore the folder from a copy of the root"
             )
         with without_hub():  # all that a model needs lies in its folder
             return _open_folder(folder, device=device)
@@ -192,7 +192,7 @@ def store_model(
             text.config.save_pretrained(folder)
         weights = _sha256(folder / WEIGHTS_NAME)
         spec = EncoderSpec(
-            model=_identity(folder / CONFIG_NAME, weights),
+            model=_identity(folder, weights),
             source=source,
             weights_sha256=weights,
             embed_dim=config["embed_dim"],
@@ -318,7 +318,7 @@ def _complete_folder(folder: Path) -> None:
         # By transformers itself a repository that was downloaded is not found without the hub if it has no config.json.
         found = name if Path(name).is_dir() else huggingface_hub.snapshot_download(name, allow_patterns=list(files))
         for path in Path(found).iterdir():
-            if any(path.match(pattern) for pattern in files):
+            if path.is_file() and any(path.match(pattern) for pattern in files):
                 shutil.copyfile(path, folder / path.name)
 
 
@@ -461,9 +461,13 @@ def _as_folder(path: Path, scratch: Path, role: str) -> Path:
     return scratch
 
 
-def _identity(config: Path, weights_sha256: str) -> str:
-    """Name of a model: hash of its configuration file and of the hash of its weights."""
-    return hashlib.sha256(config.read_bytes() + weights_sha256.encode()).hexdigest()[:16]
+def _identity(folder: Path, weights_sha256: str) -> str:
+    """Name of a model: hash of its configuration, of the hash of its weights, and of what else lies in its folder."""
+    digest = hashlib.sha256((folder / CONFIG_NAME).read_bytes() + weights_sha256.encode())
+    for path in sorted(folder.iterdir()):
+        if path.name not in (CONFIG_NAME, WEIGHTS_NAME):  # of a tokenizer of its own, and of a text tower
+            digest.update(f"{path.name} {_sha256(path)}".encode())
+    return digest.hexdigest()[:16]
 
 
 def _sha256(path: Path) -> str:

@@ -183,6 +183,13 @@ class DedupSection(Section):
         "stand", description="when the pool grows: decisions on earlier shards stand, or all are decided anew"
     )
     evaluation: list[EvaluationSet] = Field([], description="sets whose images' near-duplicates leave the pool")
+    max_dropped_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the usable rows that may leave as near-duplicates, copies not counted, before a round "
+        "stops: to a weak reference all pictures look alike",
+    )
 
 
 class SelectionSection(Section):
@@ -356,7 +363,9 @@ class Recipe(Section):
         """The fields that decide what a round contains, as stored in its plan and its manifest."""
         fields = self.model_dump(mode="json", exclude={"root", "resources", "train", "evaluate", "schedule"})
         del fields["pool"]["max_dropped_share"]  # when a round stops: one that was stopped goes on if it is raised
-        if self.dedup is None:
+        if self.dedup is not None:
+            del fields["dedup"]["max_dropped_share"]  # likewise
+        else:
             del fields["dedup"]  # recipes of rounds that were begun before there was any
         return fields
 

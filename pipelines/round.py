@@ -15,7 +15,7 @@ from curate.recipe import Recipe
 from curate.storage import Store
 from curate.stream import END_NAME, stream_end
 from curate.tally import Tally
-from curate.walk import Walk, WalkRange, next_range
+from curate.walk import DUPLICATE_EXACT, Walk, WalkRange, next_range
 from pipelines.cluster import Devices, connect, footers_bar, remaking, take_devices
 from pipelines.dedup import dedup_pool
 from pipelines.embed import embed_pool
@@ -223,6 +223,7 @@ def place_round(
     while True:
         walk = lay_walk(store, pool, plan.reference, seed=recipe.seed, epoch=epoch, super_batch_size=size, dedup=dedup)
         _check_dropped(walk.embedded, recipe)
+        _check_near_duplicates(walk.deduplicated, recipe)
         walk_range = next_range(
             previous,
             candidates=walk.candidates,
@@ -234,8 +235,9 @@ def place_round(
             wanted = selection.super_batches or 1
             raise UserError(
                 f"selection: a round wants {wanted * size:,} candidates ({wanted} super-batches of {size:,}), the "
-                f"pool holds {walk.candidates:,} distinct usable pairs; lower sub_batch_size, filter_ratio or "
-                "super_batches, or add shards, and delete the round's folder to begin it anew"
+                f"pool holds {walk.candidates:,} distinct usable pairs of {walk.embedded.rows_in:,} rows (the others: "
+                f"{_reasons(walk.embedded, walk.deduplicated)}); lower sub_batch_size, filter_ratio or super_batches, "
+                "or add shards, and delete the round's folder to begin it anew"
             )
         if walk_range.epoch == epoch:
             return walk, walk_range
@@ -278,8 +280,25 @@ def _through(plan: Plan, recipe: Recipe, dropped: str | None) -> list[Any]:
 def _check_dropped(embedded: Tally, recipe: Recipe) -> None:
     lost = embedded.rows_in - embedded.kept
     if lost > recipe.pool.max_dropped_share * embedded.rows_in:
-        reasons = ", ".join(f"{reason} {rows:,}" for reason, rows in embedded.dropped.items())
         raise UserError(
-            f"pool: {lost:,} of {embedded.rows_in:,} rows cannot be used ({reasons}), more than the share "
+            f"pool: {lost:,} of {embedded.rows_in:,} rows cannot be used ({_reasons(embedded)}), more than the share "
             f"pool.max_dropped_share = {recipe.pool.max_dropped_share} allows; see to the rows, or raise it"
         )
+
+
+def _check_near_duplicates(deduplicated: Tally, recipe: Recipe) -> None:
+    near = sum(rows for reason, rows in deduplicated.dropped.items() if reason != DUPLICATE_EXACT)
+    if recipe.dedup is not None and near > recipe.dedup.max_dropped_share * deduplicated.rows_in:
+        raise UserError(
+            f"dedup: {near:,} of {deduplicated.rows_in:,} usable rows would leave as near-duplicates, more than the "
+            f"share dedup.max_dropped_share = {recipe.dedup.max_dropped_share} allows: to a weak reference all pictures "
+            "look alike; look at curate dedup --sheet FILE and delete the round's folder to begin it with a higher "
+            "dedup.threshold or a better reference, or raise the share"
+        )
+
+
+def _reasons(*tallies: Tally) -> str:
+    """Why rows left, and how many."""
+    return (
+        ", ".join(f"{reason} {rows:,}" for tally in tallies for reason, rows in tally.dropped.items() if rows) or "none"
+    )

@@ -17,13 +17,13 @@ from huggingface_hub import constants
 
 from benchmarks.registry import make_hub, outcome, shallow, shallow_timm, snapshot
 from curate import hub as the_hub
-from curate.encoder import create_model
+from curate.encoder import create_model, load_encoder, store_encoder
 from curate.errors import UserError
 from curate.hub import hub_if_it_answers, without_hub
 from curate.recipe import EncoderSection
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool
-from tests.helpers import tiny_config, tiny_encoder
+from tests.helpers import CPU, tiny_config, tiny_encoder
 
 README = Path(__file__).parents[1] / "README.md"
 TINY_VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
@@ -101,6 +101,18 @@ def test_each_model_of_the_registry(tmp_path: Path, hub: str, name: str, monkeyp
     monkeypatch.setattr(timm, "create_model", shallow_timm)
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, shallow(config))
     assert outcome(EncoderSection(model=name), tmp_path) == f"D = {config['embed_dim']}"
+
+
+def test_a_tokenizer_that_changed_in_the_root_is_refused(tmp_path: Path, hub: str, store: Store) -> None:
+    (tmp_path / "model.json").write_text(json.dumps(tiny_config(**FAMILIES["T5"])))
+    section = EncoderSection(model="model.json")
+    spec = store_encoder(store, section, role="reference", base=tmp_path, seed=0)
+    assert store_encoder(store, section, role="reference", base=tmp_path, seed=0) == spec  # nothing of it is by chance
+    load_encoder(store, spec, CPU)
+    path = store.local_path(f"{spec.folder}/tokenizer.json")
+    path.write_text(path.read_text().replace('"a"', '"e"', 1))
+    with pytest.raises(UserError, match="expected the configuration and tokenizer that its folder names"):
+        load_encoder(store, spec, CPU)
 
 
 def test_a_tokenizer_in_a_folder(tmp_path: Path, hub: str) -> None:
