@@ -191,7 +191,7 @@ def evaluation_sets(recipe: Recipe) -> list[Pool]:
 
 def _learner_mistakes(recipe: Recipe, base: Path) -> Sequence[str]:
     """What is wrong with the recipe's learner, without publishing it."""
-    from curate.encoder import create_model  # noqa: PLC0415
+    from curate.models import create_model  # noqa: PLC0415
 
     try:
         if needs_learner(recipe.selection):

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from curate.encoder import check_storable, create_model, load_model
+from curate.encoder import check_storable, load_model
 from curate.errors import InputChangedError, UserError
 from curate.evaluate import MAX_ROWS, load_held_out
 from curate.images import Dropped, clean_caption, decode_image
 from curate.learner import newest_learner, record_learner
 from curate.manifest import last_round
 from curate.messages import counted, gathered
+from curate.models import create_model
 from curate.plan import evaluation_sets, pin_plan, plan_name
 from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_batches, take_inventory
 from curate.publish import first_learner

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curate.encoder import create_model, eval_transform, is_two_towers, load_model, store_encoder, store_model
+from curate.encoder import eval_transform, is_two_towers, load_model, store_encoder, store_model
 from curate.errors import CommitConflictError, UserError
 from curate.evaluate import HeldOut, evaluate, load_held_out
 from curate.learner import (
@@ -31,6 +31,7 @@ from curate.learner import (
     read_learner,
     record_learner,
 )
+from curate.models import create_model
 from curate.pool import take_inventory
 from curate.publish import first_learner
 from curate.reader import Batch, CuratedReader

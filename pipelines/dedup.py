@@ -149,7 +149,7 @@ def dedup_recipe(
     Raises:
         UserError: in recipe, pool or model; all that are found together.
     """
-    from curate.encoder import create_model  # noqa: PLC0415 importing open_clip takes seconds
+    from curate.models import create_model  # noqa: PLC0415 importing open_clip takes seconds
 
     mistakes: list[str] = []
     if recipe.dedup is None:

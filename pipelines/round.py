@@ -289,9 +289,10 @@ def _check_dropped(embedded: Tally, recipe: Recipe) -> None:
 def _check_near_duplicates(deduplicated: Tally, recipe: Recipe) -> None:
     near = sum(rows for reason, rows in deduplicated.dropped.items() if reason != DUPLICATE_EXACT)
     if recipe.dedup is not None and near > recipe.dedup.max_dropped_share * deduplicated.rows_in:
+        share = recipe.dedup.max_dropped_share
         raise UserError(
             f"dedup: {near:,} of {deduplicated.rows_in:,} usable rows would leave as near-duplicates, more than the "
-            f"share dedup.max_dropped_share = {recipe.dedup.max_dropped_share} allows: to a weak reference all pictures "
+            f"share dedup.max_dropped_share = {share} allows: to a weak reference all pictures "
             "look alike; look at curate dedup --sheet FILE and delete the round's folder to begin it with a higher "
             "dedup.threshold or a better reference, or raise the share"
         )

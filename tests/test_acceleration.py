@@ -18,9 +18,10 @@ from benchmarks.acceleration.flops import forward_flops
 from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
 from benchmarks.acceleration.report import interval, reached, smoothed, summarise
 from benchmarks.acceleration.sets import WANTED, SetSection, load_pairs, make_set
-from curate.encoder import create_model, load_encoder
+from curate.encoder import load_encoder
 from curate.learner import read_learner
 from curate.manifest import read_manifest
+from curate.models import create_model
 from curate.reader import CuratedReader
 from curate.recipe import EncoderSection, Recipe
 from curate.select import Scale

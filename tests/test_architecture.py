@@ -35,6 +35,7 @@ ORDER = [
     "spec",
     "hub",
     "weights",
+    "models",
     "encoder",
     "learner",
     "publish",
@@ -63,9 +64,9 @@ ORDER = [
 
 ONLY_IN = {
     "ray": ["pipelines/", "jobs/"],
-    "huggingface_hub": ["curate/hub.py", "curate/encoder.py"],
+    "huggingface_hub": ["curate/hub.py", "curate/models.py"],
     "transformers": [],
-    "open_clip": ["curate/encoder.py", "curate/publish.py", "jobs/optimize.py"],
+    "open_clip": ["curate/encoder.py", "curate/models.py", "curate/publish.py", "jobs/optimize.py"],
     "fsspec": ["curate/access.py", "curate/storage.py"],
     "s3fs": ["curate/access.py"],
     "botocore": ["curate/access.py"],

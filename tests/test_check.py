@@ -12,9 +12,10 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from curate.encoder import create_model, store_encoder
+from curate.encoder import store_encoder
 from curate.errors import UserError
 from curate.learner import record_learner
+from curate.models import create_model
 from curate.plan import pin_plan
 from curate.recipe import EncoderSection, Recipe, load_recipe
 from curate.storage import Store

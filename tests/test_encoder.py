@@ -17,15 +17,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from curate.encoder import (
-    CONFIG_NAME,
-    create_model,
-    eval_transform,
-    load_encoder,
-    load_model,
-    store_encoder,
-)
+from curate.encoder import eval_transform, load_encoder, load_model, store_encoder
 from curate.errors import UserError
+from curate.models import CONFIG_NAME, create_model
 from curate.recipe import EncoderSection
 from curate.spec import WEIGHTS_NAME, EncoderSpec
 from curate.storage import Store
