@@ -41,17 +41,6 @@ def pretended_gpus() -> None:
     ]
     assert len({pid for pid, _, _ in joined}) == 2
 
-    # Nor has a process of one step the other GPU in a later one. Who finishes first decides what Ray lends to whom.
-    def late(i: int, _: Any) -> list[Any]:
-        time.sleep(0.2 * i)
-        return list(found(i)[0])
-
-    seen: dict[int, set[str]] = {}
-    for order in ([0, 1], [1, 0], [1, 0]):
-        for pid, ids, _ in fetch(exchange([0], lambda _: [0, 0], order, late, title="joins", devices=two)):
-            seen.setdefault(pid, set()).update(ids)
-    assert {len(ids) for ids in seen.values()} == {1}, seen
-
     # And none where the recipe says CPUs.
     joined = fetch(exchange([0], lambda _: [0, 0], range(2), lambda i, _: found(i)[0], title="joins", devices=CPUS))
     assert {where for _, _, where in joined} == {"cpu"}
@@ -63,6 +52,22 @@ def pretended_gpus() -> None:
 
     with pytest.raises(UserError, match=r"^node .*: Ray gave GPU [01] to a worker whose torch .* finds no CUDA"):
         fetch(exchange([0], lambda _: [0], [0], compute, title="joins", devices=Devices(gpus=2)))
+
+
+def gpus_of_several_steps() -> None:
+    """A process of one step has no other GPU in a later one. Who finishes first decides what Ray lends to whom."""
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+
+    def late(i: int, _: Any) -> tuple[int, list[str]]:
+        time.sleep(0.2 * i)
+        return os.getpid(), ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+    seen: dict[int, set[str]] = {}
+    for order in ([0, 1], [1, 0], [1, 0]):
+        joined = exchange([0], lambda _: [0, 0], order, late, title="joins", devices=Devices(gpus=2))
+        for pid, ids in fetch(joined):
+            seen.setdefault(pid, set()).update(ids)
+    assert {len(ids) for ids in seen.values()} == {1}, seen
 
 
 def gpus_that_come_later() -> None:
@@ -120,9 +125,6 @@ def a_worker_that_dies() -> None:
         fetch(exchange([0], lambda _: [0], [0], lambda *_: os._exit(1), title="joins"))
 
 
-RUNS: tuple[Callable[[], None], ...] = (
-    pretended_gpus,
-    gpus_that_come_later,
-    a_laptop_that_is_told_to_use_gpus,
-    a_worker_that_dies,
-)
+RUNS: tuple[Callable[[], None], ...] = (pretended_gpus, a_laptop_that_is_told_to_use_gpus)
+LONG_RUNS: tuple[Callable[[], None], ...] = (gpus_of_several_steps, gpus_that_come_later, a_worker_that_dies)
+"""For make test-all: each starts several nodes or actors."""

@@ -6,7 +6,7 @@ What a round writes with it is, byte for byte, what it writes with Ray (tests/te
 import functools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -54,10 +54,14 @@ class Remote:
 class Blocks:
     """A data set of Ray Data, as far as a round uses it."""
 
+    asked: ClassVar[dict[str, Any]] = {}
+    """What Ray would have been asked for, the last time."""
+
     def __init__(self, items: Sequence[Any]) -> None:
         self.items = items
 
-    def map_batches(self, actor: type, *, fn_constructor_args: Sequence[Any], **_: Any) -> "Blocks":
+    def map_batches(self, actor: type, *, fn_constructor_args: Sequence[Any], **asked: Any) -> "Blocks":
+        Blocks.asked = asked
         import pyarrow as pa
 
         made = actor(*fn_constructor_args)

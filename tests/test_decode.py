@@ -46,21 +46,16 @@ def statuses(found: list[Decoded]) -> list[str]:
     return [decoded.status for decoded in found]
 
 
-def test_apart_decodes_as_this_process_does() -> None:
-    rows = [row(0), (b"", b"x"), (row(1)[0], b" "), row(2)]
-    apart = Apart({"view": crop})
-    here, there = Watched({"view": crop})(rows), apart(rows)
-    apart.close()
+def test_the_rows_that_kill_or_hold_up_are_named_and_no_others() -> None:
+    apart = Apart({"view": crop}, deadline_s=3)
+    sound = [row(0), (b"", b"x"), (row(1)[0], b" "), row(2)]
+    here, there = Watched({"view": crop})(sound), apart(sound)
     assert statuses(here) == statuses(there) == ["ok", "image_empty", "caption_empty", "ok"]
     for one, other in zip(here, there, strict=True):
         assert (one.caption, one.size, one.error) == (other.caption, other.size, other.error)
         assert all(np.array_equal(one.pixels[view], other.pixels[view]) for view in one.pixels)
 
-
-def test_the_rows_that_kill_or_hold_up_are_named_and_no_others() -> None:
-    rows = [row(0), row(1, (99, 32)), row(2), row(3, (98, 32)), row(4)]
-    apart = Apart({"view": crop}, deadline_s=3)
-    found = apart(rows)
+    found = apart([row(0), row(1, (99, 32)), row(2), row(3, (98, 32)), row(4)])
     assert statuses(found) == ["ok", WORKER_CRASH, "ok", DECODE_TIMEOUT, "ok"]
     assert found[1].error == "a decoder ended with exit status -6"
     assert found[3].error == "a decoder was still at it after 3 s"

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import html
 import io
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from curate import neighbours
@@ -28,10 +30,13 @@ from curate.spec import EncoderSpec
 from curate.storage import Store
 from jobs.cli import _dedup_tables
 from jobs.dedup_sheet import write_sheet
-from jobs.drawn_pool import draw_pool
+from jobs.drawn_pool import draw_pair, draw_pool
 from pipelines import neighbours as pipeline
 from pipelines.dedup import dedup_pool, dedup_recipe
-from tests.helpers import embedded_pool, write_tiny
+from tests.helpers import embedded_pool, write_pool, write_tiny
+from tests.stand_in import without_ray
+
+__all__ = ["without_ray"]
 
 D = 24
 SPEC = EncoderSpec(model="m", source="s", weights_sha256="w", embed_dim=D, logit_scale=10.0, logit_bias=0.0)
@@ -365,6 +370,33 @@ def test_an_embedding_file_of_an_older_version_is_refused(ray_local: None, store
     store.put_file(tmp_path / "old.parquet", name)
     with pytest.raises(UserError, match=r"expected a column picture.*delete the folder embeddings/m and run again"):
         dedup_pool(store, pool, SPEC, DedupSection())
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_sheet_shows_what_captions_say_and_obeys_nothing(tmp_path: Path) -> None:
+    write_tiny(tmp_path, "tiny.json")
+    evil = '<script>alert("x")</script> & <b>'
+    pictures = []
+    for number, quality in ((0, 95), (0, 90), (1, 95)):
+        drawn = Image.open(io.BytesIO(draw_pair(number, 0, image_size=64)[0])).convert("RGB")
+        drawn.save(out := io.BytesIO(), "JPEG", quality=quality)
+        pictures.append(out.getvalue())
+    write_pool(tmp_path / "pool", pa.table({"jpg": pictures, "caption": [evil] * 3}))
+    recipe = Recipe.model_validate(
+        {
+            "root": str(tmp_path / "root"),
+            "pool": {"path": str(tmp_path / "pool")},
+            "reference": {"model": "tiny.json"},
+            "learner": {"model": "tiny.json"},
+            "selection": {"sub_batch_size": 1, "n_chunks": 1},
+            "dedup": {"threshold": 0.5},
+        }
+    )
+    store, pool, dedup = dedup_recipe(recipe, base=tmp_path)
+    assert write_sheet(store, pool, dedup, tmp_path / "sheet.html", groups=4) == 1
+    sheet = (tmp_path / "sheet.html").read_text()
+    assert "<script" not in sheet
+    assert html.escape(evil) in sheet
 
 
 def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(ray_local: None, tmp_path: Path) -> None:

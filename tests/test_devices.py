@@ -22,7 +22,11 @@ from pipelines.embed import ACTOR_BYTES, _workers
 from tests import own_ray
 
 
-@pytest.mark.parametrize("run", own_ray.RUNS, ids=lambda run: run.__name__)
+@pytest.mark.parametrize(
+    "run",
+    [*own_ray.RUNS, *(pytest.param(run, marks=pytest.mark.exhaustive) for run in own_ray.LONG_RUNS)],
+    ids=lambda run: run.__name__,
+)
 def test_in_a_ray_of_its_own(run: Callable[[], None]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"from tests import own_ray; own_ray.{run.__name__}()"],

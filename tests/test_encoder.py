@@ -112,6 +112,16 @@ def test_storing_twice_changes_nothing(tmp_path: Path, store: Store, tiny: Encod
     assert files() == before
 
 
+def test_the_configuration_is_stored_last(tmp_path: Path, store: Store, tiny: EncoderSection, monkeypatch):
+    """A folder that has one is taken for complete."""
+    names: list[str] = []
+    put = Store.put_file
+    monkeypatch.setattr(Store, "put_file", lambda self, path, name: names.append(name) or put(self, path, name))
+    spec = stored(store, tiny, tmp_path)
+    assert names[-1] == f"{spec.folder}/{CONFIG_NAME}"
+    assert len(names) == 2
+
+
 def test_a_folder_left_half_written_is_completed(tmp_path: Path, store: Store, tiny: EncoderSection):
     spec = stored(store, tiny, tmp_path)
     folder = store.local_path(spec.folder)

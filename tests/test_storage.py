@@ -1,13 +1,18 @@
 """Publication, crash by crash and answer by answer, on a local folder and on S3 behind a proxy that fails."""
 
+import contextlib
 import hashlib
 import os
 import pickle
 import stat
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -423,11 +428,13 @@ sys.exit(3)
     assert set(outcomes) == {False, True}
 
 
-@pytest.mark.parametrize("act", ["put_if_absent", "put_bytes"])
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("act", ["put_if_absent", "put_bytes", "put_file"])
 def test_content_reaches_the_disk_before_its_name_does(
-    tmp_path: Path, act: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, act: str, made: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "a").mkdir()
+    root = tmp_path / "root"
+    (root / "a" if made else root).mkdir(parents=True)
     order: list[str] = []
 
     def spy(name: str) -> None:
@@ -442,8 +449,49 @@ def test_content_reaches_the_disk_before_its_name_does(
 
     for name in ("fsync", "link", "replace"):
         spy(name)
-    getattr(Store(str(tmp_path)), act)("a/x", b"x")
-    assert order == ["content", "name", "folder"]
+    if act == "put_file":
+        (root / "scratch").write_bytes(b"x")
+        Store(str(root)).put_file(root / "scratch", "a/x")
+    else:
+        getattr(Store(str(root)), act)("a/x", b"x")
+    # A folder that was not there is a name, too: of the folder above it.
+    assert order == [*([] if made else ["folder"]), "content", "name", "folder"]
+
+
+@pytest.mark.parametrize("writers", [2, 5])
+def test_one_of_several_writers_wins_that_are_held_up_until_all_are_ready(
+    tmp_path: Path, writers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system where looking takes long: whoever looks first and then writes would see nobody before him."""
+    ready, look = threading.Barrier(writers), os.stat
+
+    @contextlib.contextmanager
+    def prepared(target: str, data: bytes) -> Iterator[str]:
+        with temporary(target, data) as path:
+            ready.wait(10)
+            yield path
+
+    def slow(*arguments: Any, **named: Any) -> os.stat_result:
+        try:
+            return look(*arguments, **named)
+        finally:
+            time.sleep(0.05)
+
+    temporary = storage._temporary
+    monkeypatch.setattr(storage, "_temporary", prepared)
+    monkeypatch.setattr(os, "stat", slow)
+
+    def publish(writer: int) -> bool:
+        try:
+            Store(str(tmp_path)).put_if_absent("x", b"%d" % writer)
+        except CommitConflictError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(writers) as threads:
+        won = list(threads.map(publish, range(writers)))
+    assert won.count(True) == 1
+    assert Store(str(tmp_path)).read_bytes("x") == b"%d" % won.index(True)
 
 
 @pytest.mark.parametrize("act", ["put_if_absent", "put_bytes"])

@@ -121,6 +121,7 @@ def test_ranks_compute_what_one_process_does(alone: Alone, pool: Pool, loss: str
     assert newest_learner(Store(made.root)).next_batch == ROUNDS * SUB_BATCHES
 
 
+@pytest.mark.exhaustive
 def test_torchrun_starts_ranks(alone: Alone, pool: Pool) -> None:
     whole, base = alone("sigmoid")
     path = base / "recipe.toml"
