@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import pickle
 import stat
@@ -463,7 +464,7 @@ def test_one_of_several_writers_wins_that_are_held_up_until_all_are_ready(
     tmp_path: Path, writers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a file system where looking takes long: whoever looks first and then writes would see nobody before him."""
-    ready, look = threading.Barrier(writers), os.stat
+    ready, look, looks = threading.Barrier(writers), os.stat, itertools.count(1)
 
     @contextlib.contextmanager
     def prepared(target: str, data: bytes) -> Iterator[str]:
@@ -475,7 +476,7 @@ def test_one_of_several_writers_wins_that_are_held_up_until_all_are_ready(
         try:
             return look(*arguments, **named)
         finally:
-            time.sleep(0.05)
+            time.sleep(0.1 * next(looks))  # one after the other, each with what he saw at first
 
     temporary = storage._temporary
     monkeypatch.setattr(storage, "_temporary", prepared)

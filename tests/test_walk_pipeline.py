@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.embeddings import content_hash, embedding_name
+from curate.embeddings import content_hash, embedding_name, embedding_schema
 from curate.errors import UserError
 from curate.pool import Columns, Pool, Shard
 from curate.spec import EncoderSpec
@@ -55,11 +55,14 @@ def world(
             "status": pa.array([status for status, _ in rows], pa.string()),
             "error": pa.array([None] * len(rows), pa.string()),
             "content": pa.array(digests, pa.binary(16)),
+            "picture": pa.array(digests, pa.binary(16)),
+            "width": pa.nulls(len(rows), pa.int32()),
+            "height": pa.nulls(len(rows), pa.int32()),
             "zimg": vectors,
             "ztxt": vectors,
         }
         with store.local_scratch() as scratch:
-            pq.write_table(pa.table(columns), scratch / "x.parquet")
+            pq.write_table(pa.table(columns, embedding_schema(4)), scratch / "x.parquet")
             store.put_file(scratch / "x.parquet", embedding_name(SPEC.sha, shard))
     columns_used = Columns(image="jpg", caption="caption", uid="key" if uids else None)
     return store, Pool(shards=tuple(made), columns=columns_used, schema=pa.schema([]), ignored=(), skipped=())
