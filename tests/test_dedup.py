@@ -19,9 +19,9 @@ from PIL import Image
 from rich.console import Console
 
 from curate import neighbours
-from curate.dedup import Dedup, dedup_folder, read_dropped
+from curate.dedup import Dedup, dedup_folder, read_cells, read_dropped, write_cells
 from curate.embeddings import embedding_name
-from curate.errors import UserError
+from curate.errors import DamagedError, UserError
 from curate.grouping import NODE, decide
 from curate.neighbours import Places, Threshold
 from curate.pool import Columns, Pool, Shard
@@ -370,6 +370,19 @@ def test_an_embedding_file_of_an_older_version_is_refused(ray_local: None, store
     store.put_file(tmp_path / "old.parquet", name)
     with pytest.raises(UserError, match=r"expected a column picture.*delete the folder embeddings/m and run again"):
         dedup_pool(store, pool, SPEC, DedupSection())
+
+
+def test_cells_that_changed_are_refused(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    cells = np.arange(12, dtype=np.float32).reshape(3, 4)
+    write_cells(store, "dedup/a/b", cells, {"tasks": 1})
+    assert np.array_equal(read_cells(store, "dedup/a/b"), cells)
+    path = store.local_path("dedup/a/b/cells.npy")
+    whole = path.read_bytes()
+    for place in (0, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DamagedError, match=r"^dedup/a/b/cells\.npy: "):
+            read_cells(store, "dedup/a/b")
 
 
 @pytest.mark.usefixtures("without_ray")
