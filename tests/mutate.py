@@ -181,7 +181,7 @@ MUTANTS = [
         "curate/models.py",
         "if path.suffix not in NEVER_UNPICKLED and not trusted:",
         "if False:",
-        "tests/test_encoder.py -k trap",
+        "tests/test_encoder.py -k pickle_that",
     ),
     Mutant(
         "fill colour",
