@@ -213,7 +213,7 @@ def explained(where: str) -> Iterator[None]:
     """Raise what a local disk refuses as the user's mistake."""
     try:
         yield
-    except ERRORS as error:
+    except (*ERRORS, ValueError) as error:
         if mistake := refusal(error, where):
             raise mistake from error
         raise

@@ -234,7 +234,7 @@ class Store:
                 )
         finally:
             fs, path = self._locate(name)
-            with contextlib.suppress(*ERRORS):  # no permission to delete is no reason to refuse
+            with contextlib.suppress(*ERRORS, ValueError):  # no permission to delete is no reason to refuse
                 fs.rm_file(path)
 
     def _locate(self, name: str) -> tuple[Any, str]:
@@ -268,11 +268,11 @@ def _create_s3(path: str, data: bytes) -> bytes:
         try:
             fs.pipe_file(path, data, mode="create")
             return data
-        except ERRORS as error:
+        except (*ERRORS, ValueError) as error:
             failure: Exception = error
         try:
             return bytes(fs.cat_file(path))
-        except ERRORS:
+        except (*ERRORS, ValueError):
             if first and refusal(failure, path):
                 raise failure from failure.__cause__
         first = False  # an earlier try may have been stored, so that a refusal now settles nothing
