@@ -260,11 +260,13 @@ def kept_rows(store: Store, folder: str | None, shard: Shard, rows: npt.NDArray[
 
 
 def made_with(store: Store, name: str) -> list[str]:
-    """What goes with a file of a deduplication if it is to be made again, in the order in which it must go.
+    """What goes with a file if it is to be made again, in the order in which it must go: as a rule the file alone.
 
-    The account, which says that all is there; with the cells, all that was found by them; with nodes, their pairs,
-    whose file says that both are there.
+    With one of a deduplication its account, which says that all is there; with the cells, all that was found by them;
+    with nodes, their pairs, whose file says that both are there.
     """
+    if not name.startswith("dedup/"):
+        return [name]
     folder, _, own = name.rpartition("/")
     if own.startswith("nodes-"):
         return [f"{folder}/dedup.json", f"{folder}/{own.replace('nodes-', 'pairs-')}", name]

@@ -1,4 +1,4 @@
-"""Joining Ray, what to compute on, and the pattern that steps share: split by shard, join by destination."""
+"""What to compute on, what is made again, and the pattern that steps share: split by shard, join by destination."""
 
 import contextlib
 import logging
@@ -126,7 +126,7 @@ def remaking(run: Callable[[], R], store: Store, ours: Callable[[str], bool], sa
         except DamagedError as error:
             if not ours(error.name):
                 raise
-            for name in made_with(store, error.name) if error.name.startswith("dedup/") else [error.name]:
+            for name in made_with(store, error.name):
                 store.delete(name)
             say(f"{error.name}: was damaged ({error.reason}); it is deleted, and made again")
     return run()
