@@ -17,21 +17,18 @@ from curate.embeddings import (
     CONTENT_BYTES,
     EMBEDDING_NONFINITE,
     EMBEDDING_ZERO,
-    NOT_SCORED,
     embedding_schema,
-    halves,
     pair_hashes,
     uid_texts,
 )
 from curate.parquet import CHECKED
-from curate.pool import Columns, Shard, caption_bytes, image_bytes, read_batches
+from curate.pool import Columns, Shard, caption_bytes, image_bytes, read_batches, read_some
 from curate.recipe import EmbedSection
 from curate.storage import Store
 
 if TYPE_CHECKING:
     from curate.encoder import Encoder
 
-Wanted = Callable[[npt.NDArray[np.uint64]], npt.NDArray[np.bool_]]
 Decode = Callable[[Sequence[Row]], list[Decoded]]
 
 
@@ -39,6 +36,7 @@ Decode = Callable[[Sequence[Row]], list[Decoded]]
 class Pair:
     """One row on its way through the encoders."""
 
+    row: int
     uid: str | None
     content: bytes
     picture: bytes
@@ -52,7 +50,7 @@ def embed_shard(
     settings: EmbedSection,
     *,
     threads: int = 1,
-    wanted: Wanted | None = None,
+    rows: npt.NDArray[np.int64] | None = None,
     decode: Decode | None = None,
 ) -> dict[str, int]:
     """Write the embedding files of one shard.
@@ -63,7 +61,7 @@ def embed_shard(
         store: the root.
         settings: sizes.
         threads: decoding threads; the model runs meanwhile.
-        wanted: tells from contents [n, 2] which rows to score; the others get the status `not_scored`. All if None.
+        rows: numbers of the rows that are wanted, ascending; the file holds these alone. All if None.
         decode: decodes rows for all encoders; in this process, watched, if None.
 
     Returns:
@@ -78,7 +76,7 @@ def embed_shard(
         writers = {
             name: pq.ParquetWriter(
                 path,
-                embedding_schema(encoders[name].spec.embed_dim),
+                embedding_schema(encoders[name].spec.embed_dim, some=rows is not None),
                 compression="zstd",
                 use_dictionary=["status"],
                 **CHECKED,
@@ -88,13 +86,13 @@ def embed_shard(
         try:
             columns = shard.columns
             names = [columns.image, columns.caption] + ([columns.uid] if columns.uid else [])
-            batches = read_batches(shard, list(dict.fromkeys(names)), batch_rows=settings.chunk_rows)
+            batches = _batches(shard, rows, list(dict.fromkeys(names)), settings.chunk_rows)
             decode = decode or Watched(crops_of(encoders.values()))
-            read = partial(_read_pairs, columns=columns, wanted=wanted, decode=decode)
+            read = partial(_read_pairs, columns=columns, decode=decode)
             for pairs in _decoded_ahead(batches, executor, threads, read):
                 unusable: dict[int, str] = {}
                 for name, encoder in encoders.items():
-                    table, statuses = _embed_pairs(pairs, encoder, settings.batch_size)
+                    table, statuses = _embed_pairs(pairs, encoder, settings.batch_size, some=rows is not None)
                     writers[name].write_table(table)
                     unusable |= statuses
                 for row, pair in enumerate(pairs):
@@ -108,17 +106,33 @@ def embed_shard(
     return counts
 
 
+def _batches(
+    shard: Shard, rows: npt.NDArray[np.int64] | None, columns: Sequence[str], batch_rows: int
+) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
+    """Numbers of rows and these rows, in order: all of the shard, or some."""
+    if rows is not None:
+        yield from read_some(shard, rows, columns, batch_rows=batch_rows)
+        return
+    start = 0
+    for batch in read_batches(shard, columns, batch_rows=batch_rows):
+        yield np.arange(start, start + batch.num_rows), batch
+        start += batch.num_rows
+
+
 def _decoded_ahead(
-    batches: Iterator[pa.RecordBatch],
+    batches: Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]],
     executor: Executor,
     threads: int,
-    decode: Callable[[pa.RecordBatch], list[Pair]],
+    decode: Callable[[npt.NDArray[np.int64], pa.RecordBatch], list[Pair]],
 ) -> Iterator[list[Pair]]:
     """Decoded batches in order; the next one decodes while the caller works on this one."""
     pending: list[Future[list[Pair]]] = []
-    for batch in batches:
+    for numbers, batch in batches:
         step = -(-batch.num_rows // threads)
-        begun = [executor.submit(decode, batch.slice(start, step)) for start in range(0, batch.num_rows, step)]
+        begun = [
+            executor.submit(decode, numbers[start : start + step], batch.slice(start, step))
+            for start in range(0, batch.num_rows, step)
+        ]
         if pending:
             yield [pair for future in pending for pair in future.result()]
         pending = begun
@@ -131,23 +145,23 @@ def crops_of(encoders: "Iterable[Encoder]") -> dict[str, Crop]:
     return {encoder.view: encoder.crop for encoder in encoders}
 
 
-def _read_pairs(batch: pa.RecordBatch, *, columns: Columns, wanted: Wanted | None, decode: Decode) -> list[Pair]:
+def _read_pairs(
+    numbers: npt.NDArray[np.int64], batch: pa.RecordBatch, *, columns: Columns, decode: Decode
+) -> list[Pair]:
     images = image_bytes(batch.column(columns.image)).to_pylist()
     captions = caption_bytes(batch.column(columns.caption)).to_pylist()
     hashes = [pair_hashes(image, caption) for image, caption in zip(images, captions, strict=True)]
-    content = [content for _, content in hashes]
-    uids = uid_texts(batch.column(columns.uid)) if columns.uid else [c.hex() for c in content]
-    scored = wanted(halves(content)) if wanted else np.ones(len(content), bool)
-    rows = zip(images, captions, strict=True)
-    decoded = iter(decode([row for row, score in zip(rows, scored, strict=True) if score]))
-    unscored = Decoded(status=NOT_SCORED)
+    uids = uid_texts(batch.column(columns.uid)) if columns.uid else [content.hex() for _, content in hashes]
+    decoded = decode(list(zip(images, captions, strict=True)))
     return [
-        Pair(uid=uid, content=digest, picture=picture, decoded=next(decoded) if score else unscored)
-        for uid, (picture, digest), score in zip(uids, hashes, scored, strict=True)
+        Pair(row=row, uid=uid, content=content, picture=picture, decoded=found)
+        for row, uid, (picture, content), found in zip(numbers.tolist(), uids, hashes, decoded, strict=True)
     ]
 
 
-def _embed_pairs(pairs: Sequence[Pair], encoder: "Encoder", batch_size: int) -> tuple[pa.Table, dict[int, str]]:
+def _embed_pairs(
+    pairs: Sequence[Pair], encoder: "Encoder", batch_size: int, *, some: bool
+) -> tuple[pa.Table, dict[int, str]]:
     """The file's rows for these pairs, and the rows whose embedding turned out unusable."""
     usable = [row for row, pair in enumerate(pairs) if pair.decoded.status == "ok"]
     width = encoder.spec.embed_dim
@@ -165,6 +179,7 @@ def _embed_pairs(pairs: Sequence[Pair], encoder: "Encoder", batch_size: int) -> 
     null: npt.NDArray[np.bool_] = np.ones(len(pairs), bool)
     null[np.array(usable, int)[good]] = False
     arrays = [
+        *([pa.array([pair.row for pair in pairs], pa.int64())] if some else []),
         pa.array([pair.uid for pair in pairs], pa.string()),
         pa.array([failed.get(row, pair.decoded.status) for row, pair in enumerate(pairs)], pa.string()),
         pa.array([pair.decoded.error for pair in pairs], pa.string()),
@@ -174,7 +189,7 @@ def _embed_pairs(pairs: Sequence[Pair], encoder: "Encoder", batch_size: int) -> 
         _vector_column(z[0, good], null),
         _vector_column(z[1, good], null),
     ]
-    return pa.Table.from_arrays(arrays, schema=embedding_schema(width)), failed
+    return pa.Table.from_arrays(arrays, schema=embedding_schema(width, some=some)), failed
 
 
 def _vector_column(rows: npt.NDArray[np.float16], null: npt.NDArray[np.bool_]) -> pa.Array:

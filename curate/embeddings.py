@@ -3,7 +3,7 @@
 An embedding file has exactly one row per row of its shard, in order:
 
     uid      string                 the recipe's column, else `content` in hex
-    status   string                 ok, not_scored, or why the pair cannot be used
+    status   string                 ok, or why the pair cannot be used
     error    string or null         what was found, for people
     content  fixed_size_binary[16]  hash of image bytes and caption: equal pairs, equal content
     picture  fixed_size_binary[16]  hash of image bytes: equal files, equal picture
@@ -11,6 +11,10 @@ An embedding file has exactly one row per row of its shard, in order:
     height   int32 or null          likewise
     zimg     fixed_size_list<float16>[D] or null     unit rows, null unless status is ok
     ztxt     likewise
+
+That of a learner, which is asked for some rows alone, has these rows alone, and a column more in front:
+
+    row      int64                  number of the row in the shard, ascending
 """
 
 import hashlib
@@ -27,7 +31,6 @@ from curate.pool import Shard
 from curate.storage import Store
 
 CONTENT_BYTES = 16
-NOT_SCORED = "not_scored"
 EMBEDDING_NONFINITE = "embedding_nonfinite"
 EMBEDDING_ZERO = "embedding_zero"
 
@@ -63,22 +66,26 @@ def embedding_name(sha: str, shard: Shard, scope: str = "") -> str:
     return "/".join(part for part in ("embeddings", sha, scope, f"{shard.key}.parquet") if part)
 
 
-def read_embeddings(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of an embedding file.
+def read_embeddings(store: Store, name: str, columns: Sequence[str], *, numbered: bool = False) -> pa.Table:
+    """Columns of an embedding file, and `row` if they are to be numbered.
 
     Raises:
         DamagedError: it is not what was written.
     """
     with open_table(store, name) as parquet:
         check_schema(name, parquet.schema_arrow)
-        return parquet.read(list(columns))
+        some = "row" in parquet.schema_arrow.names
+        table = parquet.read([*columns, *(["row"] if numbered and some else [])])
+    if numbered and not some:
+        table = table.append_column("row", pa.array(np.arange(len(table))))
+    return table
 
 
 def check_schema(name: str, schema: pa.Schema) -> None:
     """Raise DamagedError unless an embedding file of that name has its columns, whatever D is."""
     vector = schema.field("zimg").type if "zimg" in schema.names else None
     width = vector.list_size if vector is not None and pa.types.is_fixed_size_list(vector) else 0
-    if schema != embedding_schema(width):
+    if schema != embedding_schema(width, some="row" in schema.names):
         raise DamagedError(name, "its columns are others")
 
 
@@ -93,7 +100,11 @@ def vectors(column: pa.ChunkedArray, embed_dim: int) -> npt.NDArray[np.float16]:
 
 def contents(column: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     """A content column as its two halves [n, 2]."""
-    return np.concatenate([halves(chunk.to_pylist()) for chunk in column.chunks] or [halves([])])
+    found = [np.empty((0, 2), np.uint64)]
+    for chunk in column.chunks:
+        data = chunk.buffers()[1] or b""
+        found.append(np.frombuffer(data, "<u8").reshape(-1, 2)[chunk.offset : chunk.offset + len(chunk)])
+    return np.concatenate(found)
 
 
 def halves(content: Sequence[bytes]) -> npt.NDArray[np.uint64]:
@@ -101,11 +112,12 @@ def halves(content: Sequence[bytes]) -> npt.NDArray[np.uint64]:
     return np.frombuffer(b"".join(content), "<u8").reshape(-1, 2)
 
 
-def embedding_schema(embed_dim: int) -> pa.Schema:
-    """The schema of an embedding file; D decides its last two columns."""
+def embedding_schema(embed_dim: int, *, some: bool = False) -> pa.Schema:
+    """The schema of an embedding file, or of one with some rows alone; D decides its last two columns."""
     vector = pa.list_(pa.float16(), embed_dim)
     return pa.schema(
         [
+            *([pa.field("row", pa.int64(), nullable=False)] if some else []),
             pa.field("uid", pa.string()),
             pa.field("status", pa.string(), nullable=False),
             pa.field("error", pa.string()),
@@ -116,5 +128,5 @@ def embedding_schema(embed_dim: int) -> pa.Schema:
             pa.field("zimg", vector),
             pa.field("ztxt", vector),
         ],
-        metadata={"format": json.dumps({"embeddings": 2})},
+        metadata={"format": json.dumps({"embeddings": 3})},
     )

@@ -1,7 +1,9 @@
 """Explain: what a round did, and why a pair is in or out, from what the root holds."""
 
+import functools
+import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +12,24 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from curate.dedup import why_dropped
-from curate.embeddings import contents, embedding_name, read_embeddings
+from curate.embeddings import CONTENT_BYTES, contents, embedding_name, read_embeddings
 from curate.errors import UserError
+from curate.index import Index, look_up, read_duplicates, read_index, uid_digest
 from curate.manifest import Manifest, last_round, read_manifest, steps_folder
-from curate.parquet import read_table
 from curate.pool import Pool, load_pool
 from curate.selected import read_selected, selected_name
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from curate.walk import WalkRange, read_walk, super_batch_of, walk_folder, walk_keys
+from curate.windows import (
+    EpochRange,
+    Window,
+    cut_name,
+    read_cut,
+    row_keys,
+    stretches,
+    super_batch_of,
+    windows_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +38,13 @@ class _Context:
 
     manifest: Manifest
     pool: Pool
+    index: Index
     reference: EncoderSpec
-    folder: str
-    """Of its walk."""
     steps: str
-    walk_range: WalkRange
+    windows: tuple[Window, ...]
+    taken: EpochRange
     seed: int
-    boundaries: tuple[int, ...]
-    dedup: str | None
-    """Folder of the deduplication that it went by."""
+    super_batch_size: int
     evaluation: tuple[str, ...]
 
 
@@ -103,7 +112,7 @@ def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
     Raises:
         UserError: no committed round, or no row has this uid.
     """
-    contexts = [_context(store, manifest) for manifest in _rounds(store)]
+    contexts = _contexts(store, _rounds(store))
     newest = contexts[-1]
     rows = list(_find(store, newest, uid))
     if not rows:
@@ -116,21 +125,27 @@ def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
 
 
 def _find(store: Store, context: _Context, uid: str) -> Iterator[dict[str, Any]]:
-    for shard in context.pool.shards:
-        table = read_embeddings(
-            store, embedding_name(context.reference.sha, shard), ["uid", "status", "error", "content"]
-        )
-        for row in np.flatnonzero(pc.equal(table["uid"], uid).to_numpy()):
-            there = table.slice(row, 1)
-            yield {
-                "uid": uid,
-                "shard": shard.name,
-                "row": int(row),
-                "status": there["status"][0].as_py(),
-                "error": there["error"][0].as_py(),
-                "content": contents(there["content"]),
-                "key": shard.key,
-            }
+    """The rows with this uid: one look-up in the index, one embedding file for each."""
+    pool = context.pool
+    if pool.columns.uid:
+        places = look_up(store, context.index, "uids", uid_digest(uid))
+    elif re.fullmatch(f"[0-9a-f]{{{2 * CONTENT_BYTES}}}", uid):
+        places = look_up(store, context.index, "contents", bytes.fromhex(uid))
+    else:
+        places = []
+    for index, row in sorted(places):
+        shard = pool.shards[index]
+        name = embedding_name(context.reference.sha, shard)
+        there = read_embeddings(store, name, ["uid", "status", "error", "content"]).slice(row, 1)
+        yield {
+            "uid": uid,
+            "shard": shard.name,
+            "row": row,
+            "status": there["status"][0].as_py(),
+            "error": there["error"][0].as_py(),
+            "content": contents(there["content"]),
+            "key": shard.key,
+        }
 
 
 def _follow(store: Store, context: _Context, key: str, row: int, content: npt.NDArray[np.uint64]) -> dict[str, Any]:
@@ -140,15 +155,16 @@ def _follow(store: Store, context: _Context, key: str, row: int, content: npt.ND
     if index is None:
         return {"round": number, "outcome": "not_in_pool"}
     shard = context.pool.shards[index]
-    if context.dedup is not None:
-        why = why_dropped(store, context.pool, context.dedup, context.evaluation, shard, row)
+    if context.index.dedup is not None:
+        why = why_dropped(store, context.pool, context.index.dedup, context.evaluation, shard, row)
         if why is not None:
             return {"round": number} | why
-    if (original := _original(store, context, index, row)) is not None:
-        return {"round": number, "outcome": "duplicate_exact", "duplicate_of": original}
-    walk_key = walk_keys(content, seed=context.seed, epoch=context.walk_range.epoch)
-    sub_batch = int(super_batch_of(walk_key, context.boundaries)[0])
-    if sub_batch < 0:
+    repeated = read_duplicates(store, context.index, shard)
+    for original in repeated.filter(pc.field("row") == row).to_pylist():
+        place = {"shard": context.pool.shards[original["duplicate_of_shard"]].name, "row": original["duplicate_of_row"]}
+        return {"round": number, "outcome": "duplicate_exact", "duplicate_of": place}
+    sub_batch = _sub_batch(store, context, index, content)
+    if sub_batch is None:
         return {"round": number, "outcome": "other_round"}
     table, _ = read_selected(store, selected_name(context.steps, sub_batch))
     here = table.filter((pc.field("shard") == index) & (pc.field("row") == row)).to_pylist()
@@ -158,51 +174,55 @@ def _follow(store: Store, context: _Context, key: str, row: int, content: npt.ND
     return {"round": number, "outcome": "selected"} | {name: here[0][name] for name in kept}
 
 
-def _original(store: Store, context: _Context, shard: int, row: int) -> dict[str, Any] | None:
-    """The row that this one is an exact duplicate of, or None."""
-    for name in store.list(context.folder):
-        if not name.endswith(".parquet"):
+def _sub_batch(store: Store, context: _Context, shard: int, content: npt.NDArray[np.uint64]) -> int | None:
+    """Number of the sub-batch whose super-batch held a candidate of a shard; None if it was another round's."""
+    epoch = context.taken.epoch
+    for stretch in stretches(context.windows, context.taken, context.super_batch_size):
+        if shard not in stretch.window.shards:
             continue
-        table = read_table(store, name, filters=[("shard", "=", shard), ("row", "=", row)])
-        if len(table):
-            original = table.to_pylist()[0]
-            shards = context.pool.shards
-            return {"shard": shards[original["duplicate_of_shard"]].name, "row": original["duplicate_of_row"]}
+        shards = [context.pool.shards[i] for i in stretch.window.shards]
+        name = cut_name(
+            context.index.folder, shards, seed=context.seed, epoch=epoch, super_batch_size=context.super_batch_size
+        )
+        if (cut := read_cut(store, name)) is None:
+            raise UserError(f"{name}: expected where a window of the round is cut, found nothing; restore the file")
+        inside = cut[stretch.start : stretch.start + stretch.super_batches + 1]
+        found = int(super_batch_of(row_keys(content, seed=context.seed, epoch=epoch), inside)[0])
+        return stretch.first + found if found >= 0 else None
     return None
 
 
-def _context(store: Store, manifest: Manifest) -> _Context:
-    lineage = manifest.lineage
-    pool = load_pool(store, lineage["pool"]["fingerprint"])
-    reference = EncoderSpec(**lineage["reference"])
-    walk_range = WalkRange(**lineage["walk"]["range"])
-    seed = lineage["recipe"]["seed"]
-    dedup = lineage.get("dedup") or {"folder": None, "evaluation": ()}
-    folder = walk_folder(
-        pool,
-        reference,
-        seed=seed,
-        epoch=walk_range.epoch,
-        super_batch_size=lineage["walk"]["through"][3],
-        dedup=dedup["folder"],
-    )
-    walk = read_walk(store, folder)
-    if walk is None:
-        raise UserError(
-            f"{folder}/walk.json: expected the walk of round {manifest.round}, found none; restore the file"
+def _contexts(store: Store, manifests: Sequence[Manifest]) -> list[_Context]:
+    """Of some rounds; what several of them share is read once."""
+    pool_of = functools.cache(lambda fingerprint: load_pool(store, fingerprint))
+    index_of = functools.cache(lambda folder: read_index(store, folder))
+    found = []
+    for manifest in manifests:
+        lineage = manifest.lineage
+        pool, index = pool_of(lineage["pool"]["fingerprint"]), index_of(lineage["index"])
+        if index is None:
+            raise UserError(
+                f"{lineage['index']}/index.json: expected the index of round {manifest.round}, found none; restore it"
+            )
+        _, seed, super_batch_size, window_rows = lineage["windows"]["through"]
+        taken = EpochRange(**lineage["windows"]["taken"])
+        found.append(
+            _Context(
+                manifest=manifest,
+                pool=pool,
+                index=index,
+                reference=EncoderSpec(**lineage["reference"]),
+                steps=steps_folder(manifest.round, lineage["plan"]),
+                windows=tuple(
+                    windows_of(pool.shards, index.candidates, seed=seed, epoch=taken.epoch, window_rows=window_rows)
+                ),
+                taken=taken,
+                seed=seed,
+                super_batch_size=super_batch_size,
+                evaluation=tuple((lineage["dedup"] or {"evaluation": ()})["evaluation"]),
+            )
         )
-    return _Context(
-        manifest=manifest,
-        pool=pool,
-        reference=reference,
-        folder=folder,
-        steps=steps_folder(manifest.round, lineage["plan"]),
-        walk_range=walk_range,
-        seed=seed,
-        boundaries=walk.boundaries[walk_range.start : walk_range.stop + 1],
-        dedup=dedup["folder"],
-        evaluation=tuple(dedup["evaluation"]),
-    )
+    return found
 
 
 def _rounds(store: Store) -> list[Manifest]:

@@ -15,7 +15,7 @@ from curate.sealed import seal, unseal
 from curate.storage import Store
 from curate.tally import Tally, check_chain
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 BY_SUB_BATCH = ("learnability", "uniform_learnability", "reference_loss")
 
 

@@ -6,19 +6,19 @@ import hashlib
 import json
 import re
 import shlex
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate import access, storage
-from curate.column_types import is_caption, is_image, is_uid, plain_type, united, why_unwritable
+from curate.column_types import is_caption, is_image, is_uid, plain_batch, plain_type, united, why_unwritable
 from curate.errors import CurateError, InputChangedError, UserError
 from curate.messages import one_line
 from curate.recipe import PoolSection
@@ -32,6 +32,7 @@ ADDED_COLUMN = "curate"
 """The struct column that curated files carry beside the user's own."""
 
 FOOTER_THREADS = 16
+SOME_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,23 +234,52 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
         )
 
 
+def read_some(
+    shard: Shard, rows: npt.NDArray[np.int64], columns: Sequence[str] | None, *, batch_rows: int
+) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
+    """Some rows of a shard, from the row groups that hold them and no others.
+
+    Args:
+        shard: of the pool.
+        rows: their numbers, ascending.
+        columns: all if None.
+        batch_rows: that are held at once, wanted or not.
+
+    Yields:
+        Numbers of rows, and these rows in plain types, in order.
+
+    Raises:
+        InputChangedError: as `read_batches`.
+    """
+    _check_unchanged(shard)
+    read = 0
+    with _opened(shard, lambda: read) as parquet:
+        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+        starts = np.cumsum([0, *sizes])
+        held = np.unique(np.searchsorted(starts, rows, side="right") - 1)
+        numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in held]) if len(held) else rows[:0]
+        found = 0
+        for batch in parquet.iter_batches(batch_size=batch_rows, row_groups=held.tolist(), columns=columns):
+            here = numbers[read : read + batch.num_rows]
+            read += batch.num_rows
+            wanted = np.flatnonzero(np.isin(here, rows, assume_unique=True))
+            if len(wanted):
+                found += len(wanted)
+                yield here[wanted], plain_batch(batch).take(pa.array(wanted))
+    if found != len(rows):
+        raise InputChangedError(
+            f"{shard.path}: expected rows up to {int(rows[-1])}, found {found} of {len(rows)}; replace the file"
+        )
+
+
 def read_rows(shard: Shard, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
     """Some rows of a shard, ascending, from the row groups that hold them.
 
     Raises:
         InputChangedError: as `read_batches`.
     """
-    _check_unchanged(shard)
-    with _opened(shard) as parquet:
-        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-        starts = [0, *accumulate(sizes)]
-        held = sorted({bisect_right(starts, row) - 1 for row in rows})
-        table = parquet.read_row_groups(held, columns=list(columns))
-    moved, read = {}, 0
-    for group in held:
-        moved[group] = read - starts[group]
-        read += sizes[group]
-    return table.take(pa.array([row + moved[bisect_right(starts, row) - 1] for row in rows], pa.int64()))
+    found = read_some(shard, np.array(rows, np.int64), columns, batch_rows=SOME_ROWS)
+    return pa.Table.from_batches([batch for _, batch in found])
 
 
 @contextlib.contextmanager

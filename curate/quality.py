@@ -3,13 +3,14 @@
 What each round leaves for the next ones to compare with, in its steps' folder:
 
     sample.parquet    learnability of each pair of a fixed sample under the round's learner
-    chosen.parquet    contents of the chosen pairs, each once, ascending
+    seen.parquet      the smallest contents of all pairs that this round or one before it chose
 
 After jest.py's paper these are the questions that a round made ahead of its training raises (arXiv 2406.17711 rescores
 at every step and need not ask them).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from curate.storage import Store
 
 Contents = npt.NDArray[np.uint64]
 """Half of each content hash: 64 bits tell rows well enough apart to count them."""
+SEEN_PAIRS = 2**18
+"""Of a sketch, 2 MiB: shares are exact up to so many pairs, and known from a random sample of so many beyond."""
 DIGITS = 6
 """To which a manifest rounds correlations and shares."""
 
@@ -72,17 +75,47 @@ def trained_rounds(rounds: Sequence[Manifest], batch_losses: Mapping[int, float]
     return found
 
 
-def count_known(chosen: Contents, earlier: Iterable[Contents]) -> int:
-    """How many of these contents some earlier round chose, too; holds one earlier round at a time.
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """The pairs that some rounds chose, by a sketch whose size does not grow with them.
 
-    Args:
-        chosen: ascending, each once.
-        earlier: likewise, of each round.
+    Contents are uniform hashes, so that the smallest are a random sample of all, and the same one whatever the order in
+    which they came (k minimum values: Bar-Yossef, Jayram, Kumar, Sivakumar, Trevisan: Counting distinct elements in a
+    data stream, 2002).
     """
-    known = np.zeros(len(chosen), bool)
-    for contents in earlier:
-        known |= np.isin(chosen, contents)
-    return int(known.sum())
+
+    contents: Contents
+    """The `SEEN_PAIRS` smallest, or all if they are fewer: ascending, each once."""
+
+    @property
+    def limit(self) -> int:
+        """All contents below it that were chosen are in the sketch."""
+        return int(self.contents[-1]) + 1 if len(self.contents) == SEEN_PAIRS else 2**64
+
+    def with_more(self, contents: Contents) -> "Seen":
+        """The sketch after a further round."""
+        return Seen(contents=np.union1d(self.contents, contents)[:SEEN_PAIRS])
+
+    def known(self, contents: Contents) -> tuple[int, int]:
+        """How many of some contents, each once, the sketch can tell of, and how many of these were chosen before."""
+        comparable = contents[contents < np.uint64(self.limit)] if self.limit < 2**64 else contents
+        return len(comparable), int(np.isin(comparable, self.contents).sum())
+
+
+def write_seen(store: Store, steps: str, seen: Seen) -> None:
+    """Leave the sketch for the next round."""
+    _write(store, _seen_name(steps), {"content": seen.contents})
+
+
+def read_seen(store: Store, steps: str | None) -> Seen:
+    """The inverse of `write_seen`; the sketch of no round at all if there is no folder of steps.
+
+    Raises:
+        UserError: the file is gone.
+    """
+    if steps is None:
+        return Seen(contents=np.empty(0, np.uint64))
+    return Seen(contents=np.asarray(_read(store, _seen_name(steps))["content"].to_numpy()))
 
 
 def write_sample(store: Store, steps: str, content: Contents, learnability: npt.NDArray[np.float64]) -> None:
@@ -103,24 +136,12 @@ def has_sample(store: Store, steps: str) -> bool:
     return store.exists(_sample_name(steps))
 
 
-def write_chosen(store: Store, steps: str, content: Contents) -> Contents:
-    """Leave the contents of a round's chosen pairs for later rounds; returns them ascending."""
-    content = np.unique(content)
-    _write(store, f"{steps}/chosen.parquet", {"content": content})
-    return content
-
-
-def read_chosen(store: Store, steps: str) -> Contents:
-    """The inverse of `write_chosen`.
-
-    Raises:
-        UserError: the file is gone.
-    """
-    return np.asarray(_read(store, f"{steps}/chosen.parquet")["content"].to_numpy())
-
-
 def _sample_name(steps: str) -> str:
     return f"{steps}/sample.parquet"
+
+
+def _seen_name(steps: str) -> str:
+    return f"{steps}/seen.parquet"
 
 
 def _mean_ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -211,10 +211,25 @@ class SelectionSection(Section):
         None, ge=1, description="super-batches, and so sub-batches, per round; as many as the pool holds if not given"
     )
 
+    window_rows: int | None = Field(
+        None,
+        ge=1,
+        validate_default=True,
+        description="candidates of a window, from whose shards alone its super-batches are drawn; as many as a round "
+        "takes if not given, or the whole pool if super_batches is not given either",
+    )
+
+    @property
+    def least_window_rows(self) -> int | None:
+        """Candidates of a window at least; None if it is the whole pool."""
+        if self.window_rows is None and self.super_batches is not None:
+            return self.super_batches * self.super_batch_size
+        return self.window_rows
+
     @property
     def super_batch_size(self) -> int:
-        """B, the smallest integer with 1 - b/B at least filter_ratio, computed without rounding error."""
-        return math.ceil(self.sub_batch_size / (1 - Fraction(str(self.filter_ratio))))
+        """B, candidates of each sub-batch."""
+        return _B(self.sub_batch_size, self.filter_ratio)
 
     # Of the field and not of the model: pydantic skips a model's validators once any of its fields is wrong.
     @field_validator("n_chunks")
@@ -228,6 +243,21 @@ class SelectionSection(Section):
                 {"b": sub_batch_size},
             )
         return n_chunks
+
+    @field_validator("window_rows")
+    @classmethod
+    def _window_holds_a_super_batch(cls, window_rows: int | None, info: ValidationInfo) -> int | None:
+        b, ratio = info.data.get("sub_batch_size"), info.data.get("filter_ratio")
+        if window_rows is not None and b is not None and ratio is not None and window_rows < (B := _B(b, ratio)):
+            raise PydanticCustomError(
+                "window", "must be at least the {B} candidates of a super-batch; raise it or leave it out", {"B": B}
+            )
+        return window_rows
+
+
+def _B(sub_batch_size: int, filter_ratio: float) -> int:  # noqa: N802 the paper's letter
+    """The smallest integer with 1 - b/B at least filter_ratio, computed without rounding error."""
+    return math.ceil(sub_batch_size / (1 - Fraction(str(filter_ratio))))
 
 
 class OutputSection(Section):
@@ -427,7 +457,7 @@ def _line(path: Path, details: ErrorDetails) -> str:
     known = _section(names[:-1]).model_fields
     found = "" if kind == "missing" or value is None or isinstance(value, dict) else f" = {value!r}"
     where = f"{path}: {name}{found}"
-    if kind in {"chunks", "steps", "templates", "expanded"}:
+    if kind in {"chunks", "window", "steps", "templates", "expanded"}:
         return f"{where}: {details['msg']}"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], known, n=1)

@@ -14,7 +14,7 @@ from curate.recipe import SelectionSection
 from curate.seeds import derive_seed
 from curate.selected import SELECTED_SCHEMA, SubBatchStats
 from curate.tally import Tally
-from curate.walk import Rows, in_walk_order
+from curate.windows import Rows, key_order
 
 Vectors = npt.NDArray[np.float16]
 
@@ -84,7 +84,7 @@ def select_sub_batch(
     """Draw one sub-batch from one super-batch.
 
     Args:
-        candidates: of the super-batch in any order, equal pairs included; B of them are distinct.
+        candidates: of the super-batch, B of them, in any order.
         selection: sizes, criterion and method.
         learner: None where `needs_learner` says no.
         reference: always.
@@ -99,12 +99,11 @@ def select_sub_batch(
     Raises:
         UserError: if fewer than b candidates have finite embeddings, or a model's scale is not finite.
     """
-    order, representative = in_walk_order(candidates.rows)
-    distinct = candidates.take(order[representative == np.arange(len(order))])
-    B, b = len(distinct.rows), selection.sub_batch_size
+    ordered = candidates.take(key_order(candidates.rows))
+    B, b = len(ordered.rows), selection.sub_batch_size
     assert selection.super_batch_size == B, (B, selection.super_batch_size)
     # Whatever the criterion looks at: the sub-batch is reported, and later trained on, by both models.
-    pool = distinct.take(distinct.finite_rows())
+    pool = ordered.take(ordered.finite_rows())
     where = f"round {round_number}, sub-batch {sub_batch}"
     if len(pool.rows) < b:
         raise UserError(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from curate.parquet import damage_told, read_table, write_table
+from curate.parquet import damage_told, open_table, read_table, write_table
 from curate.sealed import seal, unseal
 from curate.storage import Store
 from curate.tally import Tally
@@ -75,3 +75,9 @@ def read_selected(store: Store, name: str) -> tuple[pa.Table, SubBatchStats]:
     table = read_table(store, name, schema=SELECTED_SCHEMA)
     with damage_told(name):
         return table, SubBatchStats.from_bytes(table.schema.metadata[b"stats"], name)
+
+
+def read_stats(store: Store, name: str) -> SubBatchStats:
+    """The statistics of a selected file; its rows are not read. Raises as `read_selected`."""
+    with open_table(store, name) as parquet:
+        return SubBatchStats.from_bytes((parquet.schema_arrow.metadata or {})[b"stats"], name)

@@ -108,6 +108,18 @@ class Store:
         fs, path = self._locate(name)
         return bytes(persist(self.url, lambda: fs.cat_file(path)))
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """Return the bytes from `start` on, before `stop` or the end; FileNotFoundError if the name is absent."""
+        fs, path = self._locate(name)
+
+        def act() -> bytes:
+            data = bytes(fs.cat_file(path, start=start, end=stop)) if stop > start else b""
+            if len(data) < stop - start and int(fs.info(path)["size"]) >= stop:
+                raise OSError(f"{len(data)} of {stop - start} bytes came")  # an answer that was cut off
+            return data
+
+        return persist(self.url, act)
+
     def size(self, name: str) -> int | None:
         """Return the size in bytes, or None if there is no such file."""
         fs, path = self._locate(name)

@@ -11,12 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.column_types import plain_batch
 from curate.embeddings import content_hash, uid_texts
 from curate.errors import InputChangedError
 from curate.manifest import CuratedFile
 from curate.parquet import CHECKED
-from curate.pool import ADDED_COLUMN, Columns, Pool, Shard, caption_bytes, image_bytes, read_batches
+from curate.pool import ADDED_COLUMN, Columns, Pool, Shard, caption_bytes, image_bytes, read_some
 from curate.sealed import seal, unseal
 from curate.storage import Store
 
@@ -51,31 +50,26 @@ def row_group_rows(sub_batch_size: int) -> int:
     return divisor if 2 * divisor >= min(64, sub_batch_size) else most
 
 
-def chosen_rows(shard: Shard, pool: Pool, picks: pa.Table, round_number: int) -> pa.Table:
+def chosen_rows(shard: Shard, picks: pa.Table, *, columns: Columns, schema: pa.Schema, round_number: int) -> pa.Table:
     """The rows of one shard that were chosen, with the user's columns and ours, in the order of the shard.
 
     Args:
         shard: of the pool.
-        pool: tells columns and schema.
-        picks: of the schema of selected files, rows of this shard only.
+        picks: of the schema of selected files, rows of this shard only, at least one.
+        columns: of the pool.
+        schema: of curated files.
         round_number: for the added column.
 
     Raises:
         InputChangedError: if a row is not the pair that was embedded.
     """
     picks = picks.sort_by("row")
-    wanted = picks["row"].to_numpy()
-    schema = curated_schema(pool)
-    pieces = []
-    start = 0
-    for batch in read_batches(shard, None, batch_rows=READ_ROWS):
-        first, last = np.searchsorted(wanted, [start, start + batch.num_rows])
-        if last > first:
-            rows = plain_batch(batch).take(pa.array(wanted[first:last] - start))
-            there = picks.slice(first, last - first)
-            pieces.append(_with_added(rows, there, shard=shard, pool=pool, round_number=round_number, schema=schema))
-        start += batch.num_rows
-    return pa.concat_tables(pieces) if pieces else schema.empty_table()
+    pieces, done = [], 0
+    for rows, batch in read_some(shard, picks["row"].to_numpy(), None, batch_rows=READ_ROWS):
+        there = picks.slice(done, len(rows))
+        done += len(rows)
+        pieces.append(_with_added(batch, there, shard=shard, columns=columns, schema=schema, round_number=round_number))
+    return pa.concat_tables(pieces)
 
 
 def curated_schema(pool: Pool) -> pa.Schema:
@@ -191,11 +185,11 @@ def _take(batches: Sequence[pa.RecordBatch], order: npt.NDArray[np.int64]) -> pa
 
 
 def _with_added(
-    rows: pa.RecordBatch, picks: pa.Table, *, shard: Shard, pool: Pool, round_number: int, schema: pa.Schema
+    rows: pa.RecordBatch, picks: pa.Table, *, shard: Shard, columns: Columns, schema: pa.Schema, round_number: int
 ) -> pa.Table:
     """The chosen rows of one batch in the schema of curated files, checked against what was embedded."""
-    images = image_bytes(rows.column(pool.columns.image)).to_pylist()
-    captions = caption_bytes(rows.column(pool.columns.caption)).to_pylist()
+    images = image_bytes(rows.column(columns.image)).to_pylist()
+    captions = caption_bytes(rows.column(columns.caption)).to_pylist()
     found = [content_hash(image, caption) for image, caption in zip(images, captions, strict=True)]
     expected = np.stack([picks["content_low"].to_numpy(), picks["content_high"].to_numpy()], axis=1).tobytes()
     if b"".join(found) != expected:
@@ -204,7 +198,7 @@ def _with_added(
             f"{shard.path}: row {picks['row'][bad]} is not the pair that was embedded; the shard changed but kept its "
             "size and date: touch the shard, and delete the round's folder to begin it anew"
         )
-    uid = pool.columns.uid
+    uid = columns.uid
     added = {
         "round": np.full(len(picks), round_number),
         "uid": uid_texts(rows.column(uid)) if uid else [digest.hex() for digest in found],
@@ -212,11 +206,11 @@ def _with_added(
         "source_row": picks["row"].combine_chunks(),
     } | {name: picks[name].combine_chunks() for name in picks.column_names if ADDED_TYPE.get_field_index(name) >= 0}
     fields = [pa.array(added[field.name]).cast(field.type) for field in ADDED_TYPE]
-    columns = [
+    own = [
         rows.column(field.name).cast(field.type)
         if field.name in rows.schema.names
         else pa.nulls(len(picks), field.type)
         for field in schema
         if field.name != ADDED_COLUMN
     ]
-    return pa.Table.from_arrays([*columns, pa.StructArray.from_arrays(fields, fields=list(ADDED_TYPE))], schema=schema)
+    return pa.Table.from_arrays([*own, pa.StructArray.from_arrays(fields, fields=list(ADDED_TYPE))], schema=schema)

@@ -1,4 +1,4 @@
-"""What to compute on, what is made again, and the pattern that steps share: split by shard, join by destination."""
+"""What to compute on, what is made again, and how the steps run their tasks."""
 
 import contextlib
 import logging
@@ -16,8 +16,8 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from tqdm import tqdm
 
-from curate.dedup import made_with
 from curate.errors import CurateError, DamagedError, UserError
+from curate.index import made_with
 from curate.messages import counted
 from curate.pool import Shard
 from curate.recipe import DeviceType, ResourcesSection
@@ -27,14 +27,11 @@ from pipelines.joining import join, meant, start
 if TYPE_CHECKING:
     import torch
 
-P = TypeVar("P")
-S = TypeVar("S")
-D = TypeVar("D")
 R = TypeVar("R")
 
-GROUP_ROWS = 65_536
-"""Rows of the shards that one splitting task reads: bounds its memory, whatever the size of the pool."""
 POLL_S = 0.5
+AT_ONCE = 16
+"""Finished tasks that are waited for together: each look at the waiting ones takes as long as there are such."""
 MOST_REMADE = 20
 STDERR = 2
 CORE_LOG = re.compile(rb"\[\d{4}-\d\d-\d\d [^\]]*\] \w+\.cc:\d+: ")
@@ -253,12 +250,12 @@ def restarted() -> bool:
     return context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
 
 
-def groups(shards: Sequence[Shard]) -> list[list[Shard]]:
-    """Consecutive shards in groups of at most `GROUP_ROWS` rows, or of one shard that alone has more."""
+def groups(shards: Sequence[Shard], most_rows: int) -> list[list[Shard]]:
+    """Consecutive shards in groups of at most so many rows, or of one shard that alone has more."""
     found: list[list[Shard]] = []
     rows = 0
     for shard in shards:
-        if not found or rows + shard.rows > GROUP_ROWS:
+        if not found or rows + shard.rows > most_rows:
             found.append([])
             rows = 0
         found[-1].append(shard)
@@ -281,82 +278,71 @@ def own_errors() -> Iterator[None]:
         raise cause from None
 
 
-def exchange(
-    sources: Sequence[P],
-    split: Callable[[P], Sequence[S]],
-    destinations: Sequence[D],
-    join: Callable[[D, Sequence[S]], R],
+def run_tasks(
+    task: Callable[..., R],
+    items: Sequence[Any],
+    shared: Any,
     *,
     title: str,
-    devices: Devices | None = None,
-    split_memory: int = 0,
-    join_memory: int = 0,
-) -> list[ray.ObjectRef]:
-    """Move what lies by source to where it is wanted by destination, through Ray's object store.
+    memory: int = 0,
+    devices: Devices = CPUS,
+) -> list[R]:
+    """Call `task(item, shared)` for each item, on the cluster; what the tasks hold stays with them.
 
     Args:
-        sources: what each splitting task reads.
-        split: from a source to one part for each destination, in their order; may run more than once.
-        destinations: what each joining task makes.
-        join: from a destination and its parts, in the order of the sources; may run more than once.
+        task: a function of a module; may run more than once for an item.
+        items: small: the driver sends each with its task.
+        shared: what all tasks are given; put into the object store once.
         title: of the progress bar.
-        devices: whose GPUs, if there are any, join; a GPU's actor lives through all its destinations, so that imports
-            and CUDA's context are made once.
-        split_memory: bytes that a splitting task holds, where that may be gigabytes: Ray then runs fewer at a time.
-        join_memory: likewise of a joining task.
+        memory: bytes that a task holds, where that may be gigabytes: Ray then runs fewer at a time.
+        devices: whose GPUs, if there are any, compute; a GPU's actor lives through all its items, so that imports and
+            CUDA's context are made once.
 
     Returns:
-        References to what `join` returned, in the order of the destinations; what a task raised, `fetch` raises.
+        What the tasks returned, in the order of the items. Small, for the driver holds it.
 
     Raises:
         UserError: no node has the memory that a task needs.
+        CurateError: as the first task that failed raised it; the others are stopped.
     """
-    if not destinations:
+    if not items:
         return []
-    count = len(destinations)
-    require_memory(max(split_memory, join_memory), title)
-
-    def split_all(source: P) -> Any:
-        parts = split(source)
-        return parts[0] if count == 1 else tuple(parts)
-
-    def join_all(destination: D, *parts: S) -> R:
-        return join(destination, parts)
-
-    splitting = ray.remote(split_all).options(num_returns=count, memory=split_memory or None)
-    parts = [refs if isinstance(refs := splitting.remote(source), list) else [refs] for source in sources]
-    if devices is not None and devices.gpus:
-        actor = ray.remote(_Joiner).options(num_gpus=1, memory=join_memory or None, **RETRIES)
-        actors = [actor.remote(join_all) for _ in range(min(devices.gpus, count, places_for(join_memory or 1)))]
-        # In turn: joins of one step are alike.
-        joining = [actors[i % len(actors)].join for i in range(count)]
+    require_memory(memory, title)
+    constant = ray.put(shared)
+    if devices.gpus:
+        actor = ray.remote(_Computer).options(num_gpus=1, memory=memory or None, **RETRIES)
+        actors = [actor.remote(task) for _ in range(min(devices.gpus, len(items), places_for(memory or 1)))]
+        # In turn: the items of one step are alike.
+        calls = [actors[i % len(actors)].compute for i in range(len(items))]
     else:
-        joining = [ray.remote(join_all).options(memory=join_memory or None)] * count
-    joined = [
-        join.remote(destination, *(refs[i] for refs in parts))
-        for i, (join, destination) in enumerate(zip(joining, destinations, strict=True))
-    ]
-    waiting = [refs[0] for refs in parts] + joined
-    del parts  # or every part would stay in the object store until the last one is joined
-    with tqdm(total=len(waiting), desc=title, unit="task", disable=None) as bar:
-        while waiting:
-            done, waiting = ray.wait(waiting, fetch_local=False)
-            bar.update(len(done))
-    return joined
+        calls = [ray.remote(task).options(memory=memory or None)] * len(items)
+    refs = [call.remote(item, constant) for call, item in zip(calls, items, strict=True)]
+    found: dict[Any, R] = {}
+    waiting = list(refs)
+    try:
+        with tqdm(total=len(refs), desc=title, unit="task", disable=None) as bar, own_errors():
+            while waiting:
+                done, waiting = ray.wait(waiting, num_returns=min(len(waiting), AT_ONCE), timeout=POLL_S)
+                found |= zip(done, ray.get(done), strict=True)
+                bar.update(len(done))
+    finally:
+        for ref in waiting:
+            ray.cancel(ref)
+    return [found[ref] for ref in refs]
 
 
-class _Joiner:
-    """The actor that joins on one GPU.
+class _Computer:
+    """The actor that computes on one GPU.
 
     A task would do, but for its worker: Ray lends one process to many tasks, and with them device 0, then 1, while it
     still holds context and memory of the other.
     """
 
-    def __init__(self, join: Callable[..., Any]) -> None:
-        self._join = join
+    def __init__(self, task: Callable[..., Any]) -> None:
+        self._task = task
 
-    def join(self, destination: Any, *parts: Any) -> Any:
-        return self._join(destination, *parts)
+    def compute(self, item: Any, shared: Any) -> Any:
+        return self._task(item, shared)
 
 
 def require_memory(needed: int, title: str) -> None:
@@ -370,13 +356,3 @@ def require_memory(needed: int, title: str) -> None:
             f"{title}: a task needs {needed / 2**30:.1f} GiB, the largest node has {most / 2**30:.1f} GiB for tasks; "
             "take larger nodes, or start Ray there with more --memory"
         )
-
-
-def fetch(refs: Sequence[ray.ObjectRef]) -> list[Any]:
-    """The values behind references.
-
-    Raises:
-        CurateError: as a task raised it.
-    """
-    with own_errors():
-        return list(ray.get(list(refs)))

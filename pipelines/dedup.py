@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray
 
 from curate.dedup import (
     DROPPED_SCHEMA,
@@ -56,11 +55,9 @@ from pipelines.cluster import (
     CPUS,
     Devices,
     connect,
-    exchange,
-    fetch,
     footers_bar,
     remaking,
-    require_memory,
+    run_tasks,
     take_devices,
 )
 from pipelines.embed import embed_pool
@@ -109,10 +106,8 @@ def dedup_pool(
 
     threshold = Threshold(image=section.threshold, caption=section.caption_threshold)
     find_pairs(store, folder, reference, threshold, compared, devices)
-    memory = _grouping_bytes(store, chain)
-    require_memory(memory, "groups of near-duplicates")
-    grouping = ray.remote(_group).options(memory=memory)
-    found: _Found = fetch([grouping.remote(store, folder, chain, compared, section.groups)])[0]
+    grouping = (store, folder, chain, compared, section.groups)
+    (found,) = run_tasks(_group, [None], grouping, title="groups", memory=_grouping_bytes(store, chain))
     largest = _measure(store, reference, compared, found.largest)
 
     counts = read_counts(store, folder)
@@ -225,8 +220,9 @@ class _Found:
     beyond: int
 
 
-def _group(store: Store, folder: str, chain: Sequence[str], compared: Compared, rule: Rule) -> _Found:
+def _group(_: None, shared: tuple[Store, str, Sequence[str], Compared, Rule]) -> _Found:
     """Decide which rows leave, by the pairs of the whole chain, and write them."""
+    store, folder, chain, compared, rule = shared
     pairs, nodes, largest_cell, beyond = _read_pairs(store, chain, compared)
     tiers = compared.tiers(nodes["id"])
     order = in_rank_order(nodes, tiers)
@@ -309,32 +305,27 @@ def _measure(
     """Cosines within the largest groups: read the rows that are measured, and no others."""
     if not largest:
         return ()
+    return run_tasks(_cosines, [largest], (store, reference, compared), title="largest groups")[0]
+
+
+def _cosines(largest: Sequence[_Group], shared: tuple[Store, EncoderSpec, Compared]) -> tuple[LargeGroup, ...]:
+    """One task: there are at most `LARGEST` groups, of which `MEASURED` rows are read."""
+    store, reference, compared = shared
     ids = np.unique(np.concatenate([group.ids for group in largest]))
-    place = compared.places(ids)
-    sources = [ids[np.isin(place, places)] for places in compared.sources() if np.isin(place, places).any()]
-
-    def split(some: Ints) -> list[npt.NDArray[np.float32]]:
-        return [load_images(store, reference, compared, some)]
-
-    def join(_: None, parts: Sequence[npt.NDArray[np.float32]]) -> tuple[LargeGroup, ...]:
-        z = np.concatenate(parts)
-        found = []
-        for group in largest:
-            own = z[np.searchsorted(ids, group.ids)]
-            cosines = own @ own.T
-            head = group.ids[:1]
-            found.append(
-                LargeGroup(
-                    size=group.size,
-                    measured=len(own),
-                    lowest_cosine=round(float(cosines.min()), 4),
-                    lowest_to_representative=round(float(cosines[0].min()), 4),
-                    shard=int(compared.places(head)[0]),
-                    row=int(head[0] - compared.starts[compared.places(head)[0]]),
-                )
+    z = load_images(store, reference, compared, ids)
+    found = []
+    for group in largest:
+        own = z[np.searchsorted(ids, group.ids)]
+        cosines = own @ own.T
+        head = group.ids[:1]
+        found.append(
+            LargeGroup(
+                size=group.size,
+                measured=len(own),
+                lowest_cosine=round(float(cosines.min()), 4),
+                lowest_to_representative=round(float(cosines[0].min()), 4),
+                shard=int(compared.places(head)[0]),
+                row=int(head[0] - compared.starts[compared.places(head)[0]]),
             )
-        return tuple(found)
-
-    measured: tuple[LargeGroup, ...]
-    (measured,) = fetch(exchange(sources, split, [None], join, title="largest groups"))
-    return measured
+        )
+    return tuple(found)

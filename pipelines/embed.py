@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray
 import ray.data
@@ -20,9 +18,8 @@ from ray.data import ActorPoolStrategy, DataContext
 from tqdm import tqdm
 
 from curate.decode import Apart, Watched
-from curate.dedup import kept_rows
-from curate.embed import Wanted, crops_of, embed_shard
-from curate.embeddings import NOT_SCORED, contents, embedding_name, read_embeddings
+from curate.embed import crops_of, embed_shard
+from curate.embeddings import embedding_name
 from curate.errors import UserError
 from curate.pool import Columns, Pool, Shard
 from curate.recipe import EmbedSection, ResourcesSection
@@ -39,7 +36,7 @@ from pipelines.cluster import (
     require_memory,
     restarted,
 )
-from pipelines.keys import KeyRange, Sample
+from pipelines.wanted import Wanted
 
 # A shard is one task. A slow CPU may spend hours on one, so Ray's guard of 30 minutes would stop healthy work.
 NO_PROGRESS_S = 6 * 3600
@@ -50,11 +47,16 @@ ACTOR_BYTES = 3 * 2**29
 """What an actor holds beside its weights: `import open_clip` alone leaves a process at 1.3 GB."""
 
 
-def missing_shards(store: Store, pool: Pool, spec: EncoderSpec, scope: str = "") -> set[int]:
-    """Indices of the shards that lack an embedding file by this encoder, found by listing."""
-    folder = embedding_name(spec.sha, pool.shards[0], scope).rpartition("/")[0]
+def missing_shards(store: Store, shards: Sequence[Shard], spec: EncoderSpec, scope: str = "") -> set[int]:
+    """Indices of those of some shards that lack an embedding file by this encoder, found by listing.
+
+    For a reference the listing names every shard of the pool: a file that was lost is to be made again.
+    """
+    if not shards:
+        return set()
+    folder = embedding_name(spec.sha, shards[0], scope).rpartition("/")[0]
     there = set(store.list(folder))
-    return {shard.index for shard in pool.shards if embedding_name(spec.sha, shard, scope) not in there}
+    return {shard.index for shard in shards if embedding_name(spec.sha, shard, scope) not in there}
 
 
 def embed_pool(
@@ -64,12 +66,8 @@ def embed_pool(
     settings: EmbedSection,
     resources: ResourcesSection,
     devices: Devices,
-    *,
-    key_range: KeyRange | None = None,
-    sample: Sample | None = None,
-    reference: EncoderSpec | None = None,
 ) -> None:
-    """Write every embedding file that is missing; a pair that several encoders want is decoded once.
+    """Write every embedding file of a pool that is missing; a pair that several encoders want is decoded once.
 
     Args:
         store: the root.
@@ -78,26 +76,51 @@ def embed_pool(
         settings: sizes.
         resources: number of actors and their threads.
         devices: what the actors compute on.
-        key_range: score only these rows, into files of their own.
-        sample: and these, with a `key_range`.
-        reference: whose files a deduplication went by, if the `key_range` leaves out what it dropped.
 
     Raises:
         UserError: a worker asks for more CPUs or memory than any node has.
         InputChangedError: a shard is not the file that was inventoried.
     """
-    scope = key_range.scope if key_range else ""
-    missing = {spec.sha: missing_shards(store, pool, spec, scope) for spec in encoders}
-    todo = [shard for shard in pool.shards if any(shard.index in left for left in missing.values())]
-    if not todo:
-        return
+    missing = {spec.sha: missing_shards(store, pool.shards, spec) for spec in encoders}
+    items = []
+    for shard in pool.shards:
+        if asked := [spec.sha for spec in encoders if shard.index in missing[spec.sha]]:
+            items.append({"shard": asdict(shard), "encoders": asked, "wanted": None, "rows": shard.rows})
+    _embed(store, items, encoders, (), settings, resources, devices)
+
+
+def embed_some(
+    store: Store,
+    pool: Pool,
+    encoder: EncoderSpec,
+    wanted: Sequence[Wanted],
+    settings: EmbedSection,
+    resources: ResourcesSection,
+    devices: Devices,
+) -> None:
+    """Write an encoder's embeddings of some rows of some shards, where they are missing: as `embed_pool`."""
     items = [
-        {"shard": asdict(shard), "encoders": [spec.sha for spec in encoders if shard.index in missing[spec.sha]]}
-        for shard in todo
+        {"shard": asdict(pool.shards[i]), "encoders": [encoder.sha], "wanted": number, "rows": some.expected(i)}
+        for number, some in enumerate(wanted)
+        for i in sorted(missing_shards(store, [pool.shards[i] for i in some.shards], encoder, some.scope))
     ]
+    _embed(store, items, [encoder], wanted, settings, resources, devices)
+
+
+def _embed(
+    store: Store,
+    items: Sequence[dict[str, Any]],
+    encoders: Sequence[EncoderSpec],
+    wanted: Sequence[Wanted],
+    settings: EmbedSection,
+    resources: ResourcesSection,
+    devices: Devices,
+) -> None:
+    if not items:
+        return
     # Twice: while a model is loaded it is there, and its checkpoint as well.
     memory = ACTOR_BYTES + 2 * sum(store.size(f"{spec.folder}/{WEIGHTS_NAME}") or 0 for spec in encoders)
-    workers = min(_workers(resources, devices, memory), len(todo))
+    workers = min(_workers(resources, devices, memory), len(items))
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
@@ -107,7 +130,7 @@ def embed_pool(
         warnings.filterwarnings("ignore", message="`ray_remote_args`")
         receipts = blocks.map_batches(
             EmbedShards,
-            fn_constructor_args=(store, list(encoders), settings, resources.threads, key_range, sample, reference),
+            fn_constructor_args=(store, list(encoders), list(wanted), settings, resources.threads),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=workers),
@@ -117,7 +140,7 @@ def embed_pool(
             **RETRIES,
         )
     names = " and ".join(spec.source for spec in encoders)
-    rows = sum(shard.rows for shard in todo)
+    rows = sum(item["rows"] for item in items)
     with tqdm(total=rows, desc=f"embed with {names}", unit="row", disable=None) as bar, own_errors():
         dropped = 0
         for receipt in receipts.iter_rows():
@@ -151,11 +174,9 @@ class EmbedShards:
         self,
         store: Store,
         encoders: Sequence[EncoderSpec],
+        wanted: Sequence[Wanted],
         settings: EmbedSection,
         threads: int,
-        key_range: KeyRange | None,
-        sample: Sample | None,
-        reference: EncoderSpec | None,
     ) -> None:
         # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
         from curate.encoder import load_encoder  # noqa: PLC0415
@@ -165,10 +186,7 @@ class EmbedShards:
         self.store = store
         self.settings = settings
         self.threads = threads
-        self.scope = key_range.scope if key_range else ""
-        self.key_range = key_range
-        self.sample = sample
-        self.reference = reference
+        self.wanted = wanted
         self.encoders = {spec.sha: load_encoder(store, spec, device()) for spec in encoders}
         # Ray starts an actor again that died, and gives it the shards that it died of.
         self.decode = (Apart if restarted() else Watched)(crops_of(self.encoders.values()))
@@ -177,45 +195,20 @@ class EmbedShards:
         """Embed the shards of a batch; yields one receipt per shard."""
         for item in batch.to_pylist():
             shard = Shard(**item["shard"] | {"columns": Columns(**item["shard"]["columns"])})
-            names = {sha: embedding_name(sha, shard, self.scope) for sha in item["encoders"]}
+            some = None if item["wanted"] is None else self.wanted[item["wanted"]]
+            names = {sha: embedding_name(sha, shard, some.scope if some else "") for sha in item["encoders"]}
             # A block holds many shards of a large pool, and Ray gives all of them again to the actor that takes over
             # from one that died.
             encoders = {name: self.encoders[sha] for sha, name in names.items() if not self.store.exists(name)}
-            if not encoders:
-                yield {"rows": [shard.rows], "dropped": [0]}
-                continue
-            counts = embed_shard(
-                shard,
-                encoders,
-                self.store,
-                self.settings,
-                threads=self.threads,
-                wanted=self._wanted(shard),
-                decode=self.decode,
-            )
-            dropped = sum(rows for status, rows in counts.items() if status not in ("ok", NOT_SCORED))
-            yield {"rows": [shard.rows], "dropped": [dropped]}
-
-    def _wanted(self, shard: Shard) -> Wanted | None:
-        """Which rows of a shard to score; all if None."""
-        key_range, sample = self.key_range, self.sample
-        if key_range is None:
-            return None
-        ranges = [key_range] if sample is None or shard.index not in sample.shards else [key_range, sample.keys]
-        dropped = self._dropped(shard, key_range.dedup)
-
-        def wanted(content: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-            inside = np.logical_or.reduce([keys.wanted(content) for keys in ranges])
-            return np.asarray(inside & ~np.isin(content[:, 0], dropped))
-
-        return wanted
-
-    def _dropped(self, shard: Shard, dedup: str | None) -> npt.NDArray[np.uint64]:
-        """Contents, their first halves, of which no row of the shard was left by a deduplication."""
-        if dedup is None:
-            return np.empty(0, np.uint64)
-        assert self.reference is not None, dedup
-        table = read_embeddings(self.store, embedding_name(self.reference.sha, shard), ["content"])
-        content = contents(table["content"])[:, 0]
-        left = kept_rows(self.store, dedup, shard, np.arange(len(content)))
-        return np.setdiff1d(content, content[left])
+            counts = {}
+            if encoders:
+                counts = embed_shard(
+                    shard,
+                    encoders,
+                    self.store,
+                    self.settings,
+                    threads=self.threads,
+                    rows=some.rows(self.store, shard) if some else None,
+                    decode=self.decode,
+                )
+            yield {"rows": [item["rows"]], "dropped": [sum(n for status, n in counts.items() if status != "ok")]}

@@ -8,7 +8,7 @@ before its rows are so many that tasks must take more of them.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import blake2b
 from itertools import accumulate
@@ -25,13 +25,16 @@ from curate.errors import UserError
 from curate.grouping import EVALUATION, NODE, PAIR, Nodes, Pairs, collapse, each_once, in_rank_order, nodes_once, thin
 from curate.neighbours import Cells, Places, Threshold, cell_count, near_pairs, sample_share, train_cells, unit_rows
 from curate.parquet import open_table
+from curate.parts import pack_arrays, read_parts, remove_parts, unpack_arrays, write_parts
 from curate.pool import Shard
 from curate.seeds import derive_seed
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from curate.walk import END, walk_keys
-from pipelines.cluster import Devices, device, exchange, fetch, groups
+from curate.windows import END, row_keys
+from pipelines.cluster import Devices, device, groups, run_tasks
 
+GROUP_ROWS = 65_536
+"""Rows of the shards that one task reads."""
 ROWS_PER_TASK = 65_536
 """Rows of the cells that one task searches."""
 MOST_TASKS = 1024
@@ -81,7 +84,7 @@ class Compared:
 
     def sources(self) -> list[list[int]]:
         """Places of the shards that each splitting task reads."""
-        sizes = [len(group) for group in groups(self.shards)]
+        sizes = [len(group) for group in groups(self.shards, GROUP_ROWS)]
         return [list(range(stop - size, stop)) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
 
 
@@ -98,15 +101,33 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What a group of shards sends to a group of cells."""
+class _Search:
+    """What all tasks are given."""
 
-    rows: Rows
-    places: Places
-    pairs: Pairs
-    """Copies within the shards, by id."""
-    nodes: Nodes
-    """Of these."""
+    store: Store
+    folder: str
+    reference: EncoderSpec
+    threshold: Threshold
+    compared: Compared
+    tasks: int = 0
+    """That search cells."""
+    cells: int = 0
+    sample: float = 0.0
+    """Share of the rows that cells are trained on."""
+
+    @property
+    def captions(self) -> bool:
+        """Whether captions matter."""
+        return self.threshold.caption is not None
+
+    @property
+    def sources(self) -> int:
+        """Groups of shards."""
+        return len(self.compared.sources())
+
+    def part_names(self, kind: str) -> list[str]:
+        """Of the files of parts, by group of shards."""
+        return [f"{self.folder}/{kind}-{number:06d}" for number in range(self.sources)]
 
 
 def find_pairs(
@@ -126,56 +147,81 @@ def find_pairs(
         UserError: an embedding file was written by a version that did not hash pictures.
     """
     rows = int(compared.starts[-1])
+    search = _Search(store=store, folder=folder, reference=reference, threshold=threshold, compared=compared)
+    sources = list(enumerate(compared.sources()))
     if read_cells(store, folder) is None:
-        _make_cells(store, folder, reference, compared, cell_count(rows), devices)
-    count = len(_cells(store, folder).centroids)
-    tasks = read_counts(store, folder)["tasks"]
+        cells = cell_count(rows)
+        search = replace(search, cells=cells, sample=sample_share(rows, cells))
+        found = run_tasks(_sample, sources, search, title="sample")
+        # The sample in float16 twice, and in float32, which k-means copies.
+        memory = int(search.sample * rows) * reference.embed_dim * (2 * 2 + 2 * 4)
+        run_tasks(_train, [_summed(found)], search, title="cells", memory=memory, devices=devices)
+    remove_parts(store, f"{folder}/sample")
+    search = replace(search, tasks=read_counts(store, folder)["tasks"])
     there = set(store.list(folder))
-    todo = [task for task in range(tasks) if pairs_name(folder, task) not in there]
-    captions = threshold.caption is not None
+    if todo := [task for task in range(search.tasks) if pairs_name(folder, task) not in there]:
+        run_tasks(_place, sources, search, title="cells of rows")
+        # Vectors as they come, all of them, and those of a cell in float32; home rows and about half as many that
+        # border on them. And the pairs, before and after they are thinned.
+        memory = (3 * rows // (2 * search.tasks)) * reference.embed_dim * 2 * 4 + 3 * MOST_PAIRS * PAIR.itemsize
+        run_tasks(_search, todo, search, title="near-duplicates", memory=memory, devices=devices)
+    remove_parts(store, f"{folder}/places")
 
-    def split(places: list[int]) -> Iterator[_Part]:
-        rows = concatenate([_load(store, reference, compared, place, captions=captions) for place in places])
-        order = in_rank_order(rows.nodes, compared.tiers(rows.nodes["id"]))
-        kept, copies = collapse(rows.content[order], None if captions else rows.picture[order])
-        pairs, nodes = _by_id(copies, rows.nodes[order], compared)
-        rows = take(rows, order[kept])
-        places_of = _cells(store, folder).place(rows.zimg, threshold.image, device())
-        near = np.column_stack([places_of.home, places_of.border])
-        for task in todo:
-            meant = ((near % tasks == task) & (near >= 0)).any(axis=1)
-            mine = pairs[pairs["better"] % tasks == task]
+
+def _place(item: tuple[int, Sequence[int]], search: _Search) -> None:
+    """Write the rows of a group of shards for the tasks that search the cells which they lie in or border on."""
+    number, places = item
+    name, compared = search.part_names("places")[number], search.compared
+    if search.store.exists(name):
+        return
+    loaded = [_load(search.store, search.reference, compared, place, captions=search.captions) for place in places]
+    rows = concatenate(loaded)
+    order = in_rank_order(rows.nodes, compared.tiers(rows.nodes["id"]))
+    kept, copies = collapse(rows.content[order], None if search.captions else rows.picture[order])
+    pairs, nodes = _by_id(copies, rows.nodes[order], compared)  # copies within the shards
+    rows = take(rows, order[kept])
+    places_of = _cells(search.store, search.folder).place(rows.zimg, search.threshold.image, device())
+    near = np.column_stack([places_of.home, places_of.border])
+
+    def parts() -> Iterator[bytes]:
+        for task in range(search.tasks):
+            meant = ((near % search.tasks == task) & (near >= 0)).any(axis=1)
+            mine = pairs[pairs["better"] % search.tasks == task]
             used = np.isin(nodes["id"], np.concatenate([mine["better"], mine["worse"]]))
-            yield _Part(rows=take(rows, meant), places=take(places_of, meant), pairs=mine, nodes=nodes[used])
+            sent = (take(rows, meant), take(places_of, meant))
+            yield pack_arrays(*(array for record in sent for array in arrays_of(record)), mine, nodes[used])
 
-    def join(task: int, parts: Sequence[_Part]) -> None:
-        rows, places_of = (concatenate([getattr(part, name) for part in parts]) for name in ("rows", "places"))
-        mine = range(task, count, tasks)
-        pairs, nodes = _by_id(*search_cells(rows, places_of, mine, threshold, compared), compared)
-        at_home = np.isin(places_of.home, mine)
-        write_records(store, nodes_name(folder, task), nodes_once(np.concatenate([nodes, *(p.nodes for p in parts)])))
-        # Last, for it says that the task is done.
-        write_records(
-            store,
-            pairs_name(folder, task),
-            each_once(np.concatenate([pairs, *(part.pairs for part in parts)])),
-            largest_cell=int(np.bincount(places_of.home[at_home], minlength=1).max()),
-            beyond=int(places_of.beyond[at_home].sum()),
-        )
+    write_parts(search.store, name, parts(), count=search.tasks)
 
-    fetch(
-        exchange(
-            compared.sources(),
-            lambda places: list(split(places)),
-            todo,
-            join,
-            title="near-duplicates",
-            devices=devices,
-            # Vectors as they come, all of them, and those of a cell in float32; home rows and about half as many that
-            # border on them. And the pairs, before and after they are thinned.
-            join_memory=(3 * rows // (2 * tasks)) * reference.embed_dim * 2 * 4 + 3 * MOST_PAIRS * PAIR.itemsize,
-        )
+
+def _search(task: int, search: _Search) -> None:
+    """Write the pairs of the cells that one task searches."""
+    parts = [unpack_arrays(part) for part in read_parts(search.store, search.part_names("places"), task)]
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    width = len(fields(Rows))
+    rows, places_of = record_of(Rows, columns[:width]), record_of(Places, columns[width:-2])
+    mine = range(task, len(_cells(search.store, search.folder).centroids), search.tasks)
+    pairs, nodes = _by_id(*search_cells(rows, places_of, mine, search.threshold, search.compared), search.compared)
+    at_home = np.isin(places_of.home, mine)
+    write_records(search.store, nodes_name(search.folder, task), nodes_once(np.concatenate([nodes, columns[-1]])))
+    # Last, for it says that the task is done.
+    write_records(
+        search.store,
+        pairs_name(search.folder, task),
+        each_once(np.concatenate([pairs, columns[-2]])),
+        largest_cell=int(np.bincount(places_of.home[at_home], minlength=1).max()),
+        beyond=int(places_of.beyond[at_home].sum()),
     )
+
+
+def record_of(kind: type[R], arrays: Sequence[npt.NDArray[Any]]) -> R:
+    """The inverse of `arrays_of`."""
+    return kind(**{field.name: array for field, array in zip(fields(kind), arrays, strict=True)})  # type: ignore[arg-type]
+
+
+def arrays_of(record: Any) -> list[npt.NDArray[np.generic]]:
+    """The arrays of a record, in the order of its fields."""
+    return [getattr(record, field.name) for field in fields(record)]
 
 
 def take(record: R, rows: Any) -> R:
@@ -206,44 +252,50 @@ def _cells(store: Store, folder: str) -> Cells:
     return Cells.from_array(array)
 
 
-def _make_cells(
-    store: Store, folder: str, reference: EncoderSpec, compared: Compared, cells: int, devices: Devices
-) -> None:
-    """Train the cells on a sample that depends on nothing but the contents of the rows; count the rows on the way."""
-    seed = derive_seed(0, "cells")
-    share = sample_share(int(compared.starts[-1]), cells)
-    high = int(END * share)
+def _sample(item: tuple[int, Sequence[int]], search: _Search) -> tuple[Counter[str], Counter[str], int]:
+    """Write a group's rows of the sample, which depends on nothing but their contents; returns all rows counted.
 
-    def split(places: list[int]) -> list[tuple[Halves, Vectors, Counter[str], Counter[str], int]]:
-        sampled, statuses, held_out, unsound = [], Counter[str](), Counter[str](), 0
-        for place in places:
-            table, zimg, _, found, bad = _read_sound(store, reference, compared.shards[place])
-            if compared.generations[place] == EVALUATION:
-                held_out += found
-            else:
-                statuses += found
-                unsound += bad
-            content = contents(table["content"])
-            keys = walk_keys(content, seed=seed, epoch=0)
-            chosen = keys < np.uint64(high) if high < END else np.ones(len(keys), bool)
-            sampled.append((content[chosen], zimg[chosen]))
-        return [(*_distinct(sampled), statuses, held_out, unsound)]
+    Returns:
+        Rows of the pool and of evaluation sets by status, and rows of the pool whose vectors are unsound.
+    """
+    number, places = item
+    seed, high = derive_seed(0, "cells"), int(END * search.sample)
+    sampled, statuses, held_out, unsound = [], Counter[str](), Counter[str](), 0
+    for place in places:
+        table, zimg, _, found, bad = _read_sound(search.store, search.reference, search.compared.shards[place])
+        if search.compared.generations[place] == EVALUATION:
+            held_out += found
+        else:
+            statuses += found
+            unsound += bad
+        content = contents(table["content"])
+        keys = row_keys(content, seed=seed, epoch=0)
+        chosen = keys < np.uint64(high) if high < END else np.ones(len(keys), bool)
+        sampled.append((content[chosen], zimg[chosen]))
+    write_parts(search.store, search.part_names("sample")[number], [pack_arrays(*_distinct(sampled))], count=1)
+    return statuses, held_out, unsound
 
-    def join(_: None, parts: Sequence[tuple[Halves, Vectors, Counter[str], Counter[str], int]]) -> None:
-        trained = train_cells(unit_rows(_distinct([part[:2] for part in parts])[1]), cells, device())
-        statuses, held_out = (sum((part[i] for part in parts), Counter[str]()) for i in (2, 3))
-        tasks = max(1, min(len(trained.centroids), MOST_TASKS, int(compared.starts[-1]) // ROWS_PER_TASK))
-        counts = {
-            "statuses": statuses,
-            "evaluation_statuses": held_out,
-            "unsound": sum(part[4] for part in parts),
-            "tasks": tasks,
-        }
-        write_cells(store, folder, trained.to_array(), counts)
 
-    # The sample in float16 twice, and in float32, which k-means copies.
-    sample_bytes = int(share * compared.starts[-1]) * reference.embed_dim * (2 * 2 + 2 * 4)
-    fetch(exchange(compared.sources(), split, [None], join, title="cells", devices=devices, join_memory=sample_bytes))
+def _summed(found: Sequence[tuple[Counter[str], Counter[str], int]]) -> tuple[Counter[str], Counter[str], int]:
+    statuses = sum((one[0] for one in found), Counter[str]())
+    held_out = sum((one[1] for one in found), Counter[str]())
+    return statuses, held_out, sum(one[2] for one in found)
+
+
+def _train(counted: tuple[Counter[str], Counter[str], int], search: _Search) -> None:
+    """Train the cells on the sample, and pin them."""
+    parts = [unpack_arrays(part) for part in read_parts(search.store, search.part_names("sample"), 0)]
+    sample = _distinct([(content, zimg) for content, zimg in parts])[1]
+    trained = train_cells(unit_rows(sample), search.cells, device())
+    statuses, held_out, unsound = counted
+    rows = int(search.compared.starts[-1])
+    counts = {
+        "statuses": statuses,
+        "evaluation_statuses": held_out,
+        "unsound": unsound,
+        "tasks": max(1, min(len(trained.centroids), MOST_TASKS, rows // ROWS_PER_TASK)),
+    }
+    write_cells(search.store, search.folder, trained.to_array(), counts)
 
 
 def _distinct(parts: Sequence[tuple[Halves, Vectors]]) -> tuple[Halves, Vectors]:
@@ -290,7 +342,7 @@ def _load(store: Store, reference: EncoderSpec, compared: Compared, place: int, 
     nodes["score"] = _scores(zimg, ztxt)
     nodes["pixels"] = np.multiply(*(table[side].to_numpy().astype(np.int64) for side in ("width", "height")))
     nodes["uid"] = [_hash(uid or "") for uid in table["uid"].to_pylist()]
-    nodes["place"] = walk_keys(
+    nodes["place"] = row_keys(
         np.column_stack([np.full(len(row), _hash(shard.key), np.uint64), row.astype(np.uint64)]), seed=0, epoch=0
     )
     return Rows(

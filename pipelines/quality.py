@@ -1,172 +1,141 @@
 """Round quality, measured each round: see curate/quality.py for what it means."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from curate.embeddings import contents, embedding_name, read_embeddings
 from curate.jest import diagonal_losses
 from curate.learner import read_learner
 from curate.manifest import Manifest, read_manifest, steps_folder
-from curate.plan import Plan
-from curate.pool import Pool
 from curate.quality import (
     DIGITS,
+    SEEN_PAIRS,
     Contents,
     correlate_samples,
-    count_known,
     has_sample,
-    read_chosen,
+    read_seen,
     trained_rounds,
-    write_chosen,
     write_sample,
+    write_seen,
 )
-from curate.recipe import Recipe
 from curate.select import Candidates, Scale, embeddings_of
 from curate.selected import read_selected, selected_name
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from pipelines.cluster import device
-from pipelines.keys import fixed_sample
-from pipelines.select import load_candidates
+from curate.windows import keyed_rows
+from pipelines.cluster import device, run_tasks
+from pipelines.records import Placed, Round, Site
+from pipelines.select import load_vectors
+from pipelines.wanted import fixed_sample
+
+BLOCK_ROWS = 1_000_000
+"""Chosen rows whose contents one task reads."""
 
 
-def measure_round(
-    store: Store,
-    pool: Pool,
-    plan: Plan,
-    recipe: Recipe,
-    *,
-    parent: Manifest | None,
-    scope: str,
-    steps: str,
-    sub_batches: int,
-    through: list[Any],
-    epoch: int,
-    dedup: str | None,
-) -> dict[str, Any]:
-    """What this round's manifest says about its quality and that of the rounds that its learner was trained on.
+def measure_round(site: Site, round_: Round, placed: Placed) -> dict[str, Any]:
+    """What a round's manifest says about its quality and that of the rounds that its learner was trained on.
 
     Args:
-        store: the root.
-        pool: the inventory.
-        plan: of the round.
-        recipe: the whole recipe.
-        parent: manifest of the round before.
-        scope: of the learner's embedding files.
-        steps: folder of the round's steps, selection finished.
-        sub_batches: of the round.
-        through: what the round's walk depends on.
-        epoch: of its walk.
-        dedup: folder of the deduplication whose dropped rows are no candidates.
+        site: where it runs.
+        round_: what was decided; its selected files are complete.
+        placed: where in the pool it is.
     """
-    chosen = write_chosen(store, steps, _contents(store, steps, sub_batches))
-    earlier = _rounds_before(store, parent)
-    known = count_known(
-        chosen,
-        # Rounds of one epoch of one walk are disjoint.
-        (
-            read_chosen(store, steps_folder(manifest.round, manifest.lineage["plan"]))
-            for manifest in earlier
-            if (manifest.lineage["walk"]["through"], manifest.lineage["walk"]["range"]["epoch"]) != (through, epoch)
-        ),
-    )
-    before = parent.quality["unique_examples"] if parent else 0
+    parent = round_.parent[0] if round_.parent else None
+    chosen_again, unique = _seen_before(site.store, round_, placed, parent)
+    losses = _batch_losses(site.store, round_, parent)
     return {
-        "learner": plan.learner_number,
-        "staleness_batches": _staleness(store, plan, parent),
-        "rank_correlation": _rank_correlation(store, pool, plan, recipe, parent, scope, steps, dedup),
-        "trained": trained_rounds(earlier, _batch_losses(store, plan, parent)),
-        "chosen_again": round(known / len(chosen), DIGITS),
-        "unique_examples": before + len(chosen) - known,
+        "learner": round_.plan.learner_number,
+        "staleness_batches": _staleness(site.store, round_, parent),
+        "rank_correlation": _rank_correlation(site.store, round_, parent) if round_.plan.learner else None,
+        "trained": trained_rounds(_rounds_with(site.store, parent, losses), losses),
+        "chosen_again": chosen_again,
+        "unique_examples": unique,
     }
 
 
-def _contents(store: Store, steps: str, sub_batches: int) -> Contents:
-    """Contents of the pairs that the round chose."""
-    return np.concatenate(
-        [read_selected(store, selected_name(steps, i))[0]["content_low"].to_numpy() for i in range(sub_batches)]
-    )
+def _seen_before(store: Store, round_: Round, placed: Placed, parent: Manifest | None) -> tuple[float, int]:
+    """Which share of the round's pairs an earlier round chose, and how many different ones all have chosen."""
+    b, count = round_.recipe.selection.sub_batch_size, placed.taken.super_batches
+    per_block = max(1, BLOCK_ROWS // b)
+    blocks = [range(i, min(i + per_block, count)) for i in range(0, count, per_block)]
+    seen = read_seen(store, steps_folder(parent.round, parent.lineage["plan"]) if parent else None)
+    found = run_tasks(_known, blocks, (store, round_.steps, seen), title="chosen before")
+    compared = sum(rows for rows, _, _ in found)
+    share = sum(known for _, known, _ in found) / max(1, compared)
+    for _, _, smallest in found:
+        seen = seen.with_more(smallest)
+    write_seen(store, round_.steps, seen)
+    before = parent.quality["unique_examples"] if parent else 0
+    return round(share, DIGITS), before + round((1 - share) * count * b)
 
 
-def _rounds_before(store: Store, parent: Manifest | None) -> list[Manifest]:
-    found = [read_manifest(store, number) for number in range(parent.round + 1 if parent else 0)]
-    return [read[0] for read in found if read is not None]
+def _known(block: range, shared: tuple[Store, str, Any]) -> tuple[int, int, Contents]:
+    """Of some sub-batches the rows that can be compared, those known, and the contents that a sketch keeps."""
+    store, steps, seen = shared
+    found = [read_selected(store, selected_name(steps, i))[0]["content_low"].to_numpy() for i in block]
+    chosen = np.unique(np.concatenate(found))
+    return *seen.known(chosen), chosen[:SEEN_PAIRS]
 
 
-def _staleness(store: Store, plan: Plan, parent: Manifest | None) -> int | None:
+def _rounds_with(store: Store, parent: Manifest | None, batches: dict[int, float]) -> Sequence[Manifest]:
+    """The rounds that hold some batches, back from the newest: as many as were trained on since the last one."""
+    found: list[Manifest] = []
+    while batches and parent is not None and parent.stop_batch > min(batches):
+        found.insert(0, parent)
+        before = read_manifest(store, parent.round - 1)
+        parent = before[0] if before else None
+    return found
+
+
+def _staleness(store: Store, round_: Round, parent: Manifest | None) -> int | None:
     """Committed batches that the learner had not been trained on when this round was begun."""
-    if plan.learner_number is None:
+    if round_.plan.learner_number is None:
         return None
     committed = parent.stop_batch if parent else 0
-    return committed - read_learner(store, plan.learner_number).next_batch
+    return committed - read_learner(store, round_.plan.learner_number).next_batch
 
 
-def _batch_losses(store: Store, plan: Plan, parent: Manifest | None) -> dict[int, float]:
+def _batch_losses(store: Store, round_: Round, parent: Manifest | None) -> dict[int, float]:
     """Losses in training of the batches between the parent's learner and this round's, when first trained on."""
     before = parent.quality["learner"] if parent else None
     losses: dict[int, float] = {}
-    if plan.learner_number is not None:
-        for number in range(0 if before is None else before + 1, plan.learner_number + 1):
+    if round_.plan.learner_number is not None:
+        for number in range(0 if before is None else before + 1, round_.plan.learner_number + 1):
             with contextlib.suppress(FileNotFoundError):  # a trainer may pass over numbers
                 losses = read_learner(store, number).batch_losses | losses
     return losses
 
 
-def _rank_correlation(
-    store: Store,
-    pool: Pool,
-    plan: Plan,
-    recipe: Recipe,
-    parent: Manifest | None,
-    scope: str,
-    steps: str,
-    dedup: str | None,
-) -> dict[str, Any] | None:
+def _rank_correlation(store: Store, round_: Round, parent: Manifest | None) -> dict[str, Any] | None:
     """Rank correlation of the sample's learnability under this learner and under the parent's."""
-    if plan.learner is None:
-        return None
-    _write_sample(store, pool, recipe, plan.reference, plan.learner, scope, steps, dedup)
+    assert round_.plan.learner is not None
+    _write_sample(store, round_, round_.plan.reference, round_.plan.learner)
     # Under another reference or loss learnability is another thing.
-    same = (plan.reference.to_json(), recipe.selection.loss)
+    same = (round_.plan.reference.to_json(), round_.recipe.selection.loss)
     if parent is None or same != (parent.lineage["reference"], parent.lineage["recipe"]["selection"]["loss"]):
         return None
     parent_steps = steps_folder(parent.round, parent.lineage["plan"])
     if not has_sample(store, parent_steps):
         return None
-    value, pairs = correlate_samples(store, steps, parent_steps)
+    value, pairs = correlate_samples(store, round_.steps, parent_steps)
     return {"value": value, "pairs": pairs, "learner": parent.quality["learner"]}
 
 
-def _write_sample(
-    store: Store,
-    pool: Pool,
-    recipe: Recipe,
-    reference: EncoderSpec,
-    learner: EncoderSpec,
-    scope: str,
-    steps: str,
-    dedup: str | None,
-) -> None:
+def _write_sample(store: Store, round_: Round, reference: EncoderSpec, learner: EncoderSpec) -> None:
     """Measure the learnability, each pair by itself, of the fixed sample."""
-    sample = fixed_sample(pool, recipe.seed)
-    keys = sample.keys
-    loaded = Candidates.concatenate(
-        [
-            load_candidates(
-                store,
-                pool.shards[index],
-                reference,
-                learner,
-                scope,
-                (keys.low, keys.high),
-                seed=keys.seed,
-                epoch=keys.epoch,
-                dedup=dedup,
-            )
-            for index in sorted(sample.shards)
-        ]
-    )
+    sample = fixed_sample(round_.pool, round_.recipe.seed)
+    scope = "" if round_.in_one_pass else sample.scope
+    found = []
+    for index in sample.shards:
+        shard = round_.pool.shards[index]
+        at = sample.rows(store, shard)
+        table = read_embeddings(store, embedding_name(reference.sha, shard), ["content"])
+        rows = keyed_rows(contents(table["content"])[at], index, at, seed=0, epoch=0)
+        found.append(load_vectors(store, shard, rows, reference, learner, scope))
+    loaded = Candidates.concatenate(found)
     sound = loaded.take(loaded.finite_rows())
     _, first = np.unique(sound.rows["low"], return_index=True)
     sound = sound.take(first)
@@ -174,5 +143,7 @@ def _write_sample(
     for vectors, spec in ((sound.learner, learner), (sound.reference, reference)):
         assert vectors is not None
         scale = Scale(logit_scale=spec.logit_scale, logit_bias=spec.logit_bias)
-        losses.append(diagonal_losses(embeddings_of(vectors, scale, device()), recipe.selection.loss).cpu().numpy())
-    write_sample(store, steps, sound.rows["low"], (losses[0] - losses[1]).astype(np.float64))
+        losses.append(
+            diagonal_losses(embeddings_of(vectors, scale, device()), round_.recipe.selection.loss).cpu().numpy()
+        )
+    write_sample(store, round_.steps, sound.rows["low"], (losses[0] - losses[1]).astype(np.float64))

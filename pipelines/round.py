@@ -3,27 +3,34 @@
 import importlib.metadata
 import platform
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from curate.dedup import Dedup
 from curate.errors import UserError
-from curate.manifest import Manifest, commit, last_round, read_manifest, round_folder, steps_folder
-from curate.plan import Plan, pin_plan
-from curate.pool import Pool, load_pool
+from curate.index import DUPLICATE_EXACT
+from curate.manifest import CuratedFile, Manifest, commit, last_round, read_manifest
+from curate.plan import pin_plan
+from curate.pool import load_pool
 from curate.recipe import Recipe
+from curate.selected import SubBatchStats
 from curate.storage import Store
 from curate.stream import END_NAME, stream_end
 from curate.tally import Tally
-from curate.walk import DUPLICATE_EXACT, Walk, WalkRange, next_range
-from pipelines.cluster import Devices, connect, footers_bar, remaking, take_devices
+from curate.windows import EpochRange, Stretch, next_range, stretches, windows_of
+from curate.write import curated_schema
+from pipelines.cluster import connect, footers_bar, remaking, take_devices
 from pipelines.dedup import dedup_pool
-from pipelines.embed import embed_pool
-from pipelines.keys import KeyRange, fixed_sample
+from pipelines.embed import embed_pool, embed_some
+from pipelines.index import index_pool
 from pipelines.quality import measure_round
-from pipelines.select import select_round
-from pipelines.walk import lay_walk
-from pipelines.write import write_round
+from pipelines.records import Drawn, Placed, Round, Site
+from pipelines.select import Selection, select_window
+from pipelines.wanted import Wanted, WindowRows, fixed_sample
+from pipelines.windows import cut_window
+from pipelines.write import Writing, write_window
 
 RECORDED_LIBRARIES = ("curate-clip", "torch", "open_clip_torch", "pyarrow", "ray", "pillow", "numpy")
 
@@ -59,193 +66,221 @@ def run_round(
     devices = take_devices(recipe.resources, say)
 
     plan = pin_plan(store, recipe, base=base, number=number, device_type=devices.type, progress=footers_bar)
-    steps = steps_folder(number, plan.digest)
-    made_here = ("embeddings/", "walks/", f"{steps}/", f"{round_folder(number)}/curated-")
+    round_ = Round(
+        number=number,
+        recipe=recipe,
+        plan=plan,
+        pool=load_pool(store, plan.pool),
+        parent=read_manifest(store, number - 1),
+    )
+    made_here = ("embeddings/", "index/", "windows/", f"{round_.steps}/", f"{round_.folder}/curated-")
     return remaking(
-        lambda: _run_planned(store, recipe, plan, devices, number, steps),
+        lambda: _run_planned(Site(store=store, devices=devices), round_),
         store,
         lambda name: name.startswith(made_here) or (name.startswith("dedup/") and f"/{plan.pool}/" in name),
         say,
     )
 
 
-def _run_planned(store: Store, recipe: Recipe, plan: Plan, devices: Devices, number: int, steps: str) -> Manifest:
+def _run_planned(site: Site, round_: Round) -> Manifest:
     """A round from its plan to its manifest; what is there of it is found, and not made again."""
-    folder = round_folder(number)
-    pool = load_pool(store, plan.pool)
-    parent = read_manifest(store, number - 1)
-    selection = recipe.selection
-
-    embed_all(store, pool, plan, recipe, devices)
-    dedup = dedup_all(store, pool, plan, recipe, devices)
-    dropped = dedup.folder if dedup else None
-    through = _through(plan, recipe, dropped)
-    walk, walk_range = place_round(store, pool, plan, recipe, dedup, through, parent[0] if parent else None)
-    boundaries = walk.boundaries[walk_range.start : walk_range.stop + 1]
-    scope = embed_learner(store, pool, plan, recipe, devices, dropped, walk.epoch, boundaries)
-    stats = select_round(
-        store,
-        pool,
-        selection=selection,
-        reference=plan.reference,
-        learner=plan.learner,
-        learner_scope=scope,
-        walk_range=walk_range,
-        boundaries=boundaries,
-        seed=recipe.seed,
-        round_number=number,
-        steps=steps,
-        devices=devices,
-        dedup=dropped,
-    )
-    files = write_round(
-        store,
-        pool,
-        sub_batches=walk_range.super_batches,
-        sub_batch_size=selection.sub_batch_size,
-        file_rows=recipe.output.file_rows,
-        round_number=number,
-        folder=folder,
-        steps=steps,
-    )
-    quality = measure_round(
-        store,
-        pool,
-        plan,
-        recipe,
-        parent=parent[0] if parent else None,
-        scope=scope,
-        steps=steps,
-        sub_batches=walk_range.super_batches,
-        through=through,
-        epoch=walk_range.epoch,
-        dedup=dropped,
-    )
-
-    taken = walk_range.super_batches * selection.super_batch_size
-    waiting = Tally(
-        step="walk",
-        rows_in=walk.candidates,
-        kept=taken,
-        dropped={"other_round": walk.candidates - taken},
-    )
-    selected = sum((s.tally for s in stats[1:]), stats[0].tally)
-    manifest = Manifest(
-        round=number,
-        parent=parent[1] if parent else None,
-        first_batch=parent[0].stop_batch if parent else 0,
-        sub_batch_size=selection.sub_batch_size,
-        sub_batches=walk_range.super_batches,
-        columns=pool.columns.__dict__,
-        files=tuple(files),
-        pool_rows=pool.rows,
-        tallies=(walk.embedded, walk.deduplicated, waiting, selected),
-        learnability=tuple(s.learnability for s in stats),
-        uniform_learnability=tuple(s.uniform_learnability for s in stats),
-        reference_loss=tuple(s.reference_loss for s in stats),
-        quality=quality,
-        lineage=lineage(plan, pool, walk_range, through, dedup),
-    )
-    commit(store, manifest)
+    embed_all(site, round_)
+    placed = place_round(site, round_, dedup_all(site, round_))
+    done = draw_windows(site, round_, placed)
+    quality = measure_round(site, round_, placed)
+    manifest = account(round_, placed, done, quality)
+    commit(site.store, manifest)
     return manifest
 
 
-def embed_all(store: Store, pool: Pool, plan: Plan, recipe: Recipe, devices: Devices) -> None:
+def embed_all(site: Site, round_: Round) -> None:
     """The reference's embeddings of the whole pool, and the learner's in the same pass where that pays.
 
     A round over at least half of the pool decodes each picture once for both models and keeps the few learner's
     embeddings that it does not need; a smaller one, or one that is told which rows are no candidates, runs the learner
     on its own candidates alone, later.
     """
+    plan, recipe = round_.plan, round_.recipe
     encoders = [plan.reference]
-    if plan.learner is not None and _in_one_pass(pool, recipe):
+    if plan.learner is not None and round_.in_one_pass:
         encoders.append(plan.learner)
-    embed_pool(store, pool, encoders, recipe.embed, recipe.resources, devices)
+    embed_pool(site.store, round_.pool, encoders, recipe.embed, recipe.resources, site.devices)
 
 
-def dedup_all(store: Store, pool: Pool, plan: Plan, recipe: Recipe, devices: Devices) -> Dedup | None:
+def dedup_all(site: Site, round_: Round) -> Dedup | None:
     """Which rows of the pool are near-duplicates that leave, if the recipe asks."""
+    plan, recipe = round_.plan, round_.recipe
     if recipe.dedup is None:
         return None
-    evaluation = [load_pool(store, fingerprint) for fingerprint in plan.evaluation]
+    evaluation = [load_pool(site.store, fingerprint) for fingerprint in plan.evaluation]
     for held_out in evaluation:
-        embed_pool(store, held_out, [plan.reference], recipe.embed, recipe.resources, devices)
-    return dedup_pool(store, pool, plan.reference, recipe.dedup, evaluation, devices=devices)
+        embed_pool(site.store, held_out, [plan.reference], recipe.embed, recipe.resources, site.devices)
+    return dedup_pool(site.store, round_.pool, plan.reference, recipe.dedup, evaluation, devices=site.devices)
 
 
-def embed_learner(
-    store: Store,
-    pool: Pool,
-    plan: Plan,
-    recipe: Recipe,
-    devices: Devices,
-    dropped: str | None,
-    epoch: int,
-    boundaries: tuple[int, ...],
-) -> str:
-    """The learner's embeddings of this round's candidates, unless `embed_all` made them; returns their scope."""
-    if plan.learner is None or _in_one_pass(pool, recipe):
-        return ""
-    keys = KeyRange(seed=recipe.seed, epoch=epoch, low=boundaries[0], high=boundaries[-1], dedup=dropped)
-    embed_pool(
-        store,
-        pool,
-        [plan.learner],
-        recipe.embed,
-        recipe.resources,
-        devices,
-        key_range=keys,
-        sample=fixed_sample(pool, recipe.seed),
-        reference=plan.reference,
-    )
-    return keys.scope
-
-
-def place_round(
-    store: Store,
-    pool: Pool,
-    plan: Plan,
-    recipe: Recipe,
-    dedup: Dedup | None,
-    through: list[Any],
-    parent: Manifest | None,
-) -> tuple[Walk, WalkRange]:
-    """Where this round walks: on from its parent, or into a new epoch.
+def place_round(site: Site, round_: Round, dedup: Dedup | None) -> Placed:
+    """Where a round is: on from its parent, or in a new epoch.
 
     Raises:
-        UserError: the pool holds too few candidates, or too many of its rows cannot be used.
+        UserError: the pool holds too few candidates, too many of its rows cannot be used, or its uids repeat.
     """
-    selection = recipe.selection
-    size = selection.super_batch_size
-    previous = WalkRange(**parent.lineage["walk"]["range"]) if parent else None
-    same_pool = parent is not None and parent.lineage["walk"]["through"] == through
-    epoch = 0 if previous is None else previous.epoch if same_pool else previous.epoch + 1
+    recipe, pool, selection = round_.recipe, round_.pool, round_.recipe.selection
+    B, wanted = selection.super_batch_size, selection.super_batches
+    index = index_pool(site.store, pool, round_.plan.reference, dedup.folder if dedup else None)
+    placed = Placed(index=index, dedup=dedup)
+    _check_dropped(placed.embedded, recipe)
+    _check_near_duplicates(placed.deduplicated, recipe)
+
+    # Another pool, reference, seed, B or size of windows: other windows, so that the next round begins a new epoch.
+    through = [index.folder, recipe.seed, B, selection.least_window_rows]
+    before = round_.parent[0].lineage["windows"] if round_.parent else None
+    previous = EpochRange(**before["taken"]) if before else None
+    same = before is not None and before["through"] == through
+    epoch = 0 if previous is None else previous.epoch if same else previous.epoch + 1
     while True:
-        walk = lay_walk(store, pool, plan.reference, seed=recipe.seed, epoch=epoch, super_batch_size=size, dedup=dedup)
-        _check_dropped(walk.embedded, recipe)
-        _check_near_duplicates(walk.deduplicated, recipe)
-        walk_range = next_range(
-            previous,
-            candidates=walk.candidates,
-            super_batch_size=size,
-            super_batches=selection.super_batches,
-            same_pool=same_pool,
+        windows = windows_of(
+            pool.shards, index.candidates, seed=recipe.seed, epoch=epoch, window_rows=selection.least_window_rows
         )
-        if walk_range is None:
-            wanted = selection.super_batches or 1
+        held = sum(window.candidates // B for window in windows)
+        taken = next_range(previous, held=held, super_batches=wanted, same=same)
+        if taken is None:
             raise UserError(
-                f"selection: a round wants {wanted * size:,} candidates ({wanted} super-batches of {size:,}), the "
-                f"pool holds {walk.candidates:,} distinct usable pairs of {walk.embedded.rows_in:,} rows (the others: "
-                f"{_reasons(walk.embedded, walk.deduplicated)}); lower sub_batch_size, filter_ratio or super_batches, "
-                "or add shards, and delete the round's folder to begin it anew"
+                f"selection: a round wants {(wanted or 1) * B:,} candidates ({wanted or 1} super-batches of {B:,}), "
+                f"the pool holds {sum(index.candidates):,} distinct usable pairs of {pool.rows:,} rows (the others: "
+                f"{_reasons(placed.embedded, placed.deduplicated)}); lower sub_batch_size, filter_ratio or "
+                "super_batches, or add shards, and delete the round's folder to begin it anew"
             )
-        if walk_range.epoch == epoch:
-            return walk, walk_range
-        epoch = walk_range.epoch
+        if taken.epoch == epoch:
+            return replace(placed, windows=tuple(windows), taken=taken, through=through)
+        epoch = taken.epoch
 
 
-def lineage(plan: Plan, pool: Pool, walk_range: WalkRange, through: list[Any], dedup: Dedup | None) -> dict[str, Any]:
+def draw_windows(site: Site, round_: Round, placed: Placed) -> Drawn:
+    """Embed, select and write, window by window: one is embedded by the learner while that before is drawn."""
+    found = stretches(placed.windows, placed.taken, round_.recipe.selection.super_batch_size)
+    with ThreadPoolExecutor(1) as behind:
+        drawn: list[Future[tuple[list[SubBatchStats], list[CuratedFile]]]] = []
+        for stretch in found:
+            rows = cut_stretch(site, round_, placed, stretch)
+            embed_learner(site, round_, rows)
+            for earlier in drawn:
+                if earlier.done():
+                    earlier.result()  # raises what stopped it
+            drawn.append(behind.submit(draw_stretch, site, round_, rows, stretch))
+        results = [stretch.result() for stretch in drawn]
+    return Drawn(
+        stats=tuple(stats for found, _ in results for stats in found),
+        files=tuple(file for _, found in results for file in found),
+    )
+
+
+def cut_stretch(site: Site, round_: Round, placed: Placed, stretch: Stretch) -> WindowRows:
+    """Which rows a round looks at in one window, by the keys between which its super-batches lie."""
+    selection = round_.recipe.selection
+    boundaries = cut_window(
+        site.store,
+        round_.pool,
+        round_.plan.reference,
+        placed.index,
+        stretch.window,
+        seed=round_.recipe.seed,
+        epoch=placed.taken.epoch,
+        super_batch_size=selection.super_batch_size,
+    )
+    return WindowRows(
+        index=placed.index,
+        reference=round_.plan.reference,
+        seed=round_.recipe.seed,
+        epoch=placed.taken.epoch,
+        shards=stretch.window.shards,
+        share=stretch.super_batches * selection.super_batch_size / stretch.window.candidates,
+        boundaries=boundaries[stretch.start : stretch.start + stretch.super_batches + 1],
+    )
+
+
+def embed_learner(site: Site, round_: Round, rows: WindowRows) -> None:
+    """The learner's embeddings of a window's rows and of the fixed sample, unless `embed_all` made them."""
+    plan, recipe = round_.plan, round_.recipe
+    if plan.learner is not None and not round_.in_one_pass:
+        wanted: list[Wanted] = [rows, fixed_sample(round_.pool, recipe.seed)]
+        embed_some(site.store, round_.pool, plan.learner, wanted, recipe.embed, recipe.resources, site.devices)
+
+
+def draw_stretch(
+    site: Site, round_: Round, rows: WindowRows, stretch: Stretch
+) -> tuple[list[SubBatchStats], list[CuratedFile]]:
+    """Draw the sub-batches of one window, and write them."""
+    plan, recipe = round_.plan, round_.recipe
+    shards = [round_.pool.shards[i] for i in stretch.window.shards]
+    selection = Selection(
+        store=site.store,
+        section=recipe.selection,
+        reference=plan.reference,
+        learner=plan.learner,
+        scope="" if round_.in_one_pass else rows.scope,
+        index=rows.index,
+        seed=rows.seed,
+        epoch=rows.epoch,
+        round=round_.number,
+        steps=round_.steps,
+        first=stretch.first,
+        boundaries=rows.boundaries,
+    )
+    stats = select_window(selection, shards, site.devices)
+    writing = Writing(
+        store=site.store,
+        columns=round_.pool.columns,
+        schema=curated_schema(round_.pool),
+        round=round_.number,
+        folder=round_.folder,
+        steps=round_.steps,
+        first=stretch.first,
+        sub_batches=stretch.super_batches,
+        sub_batch_size=recipe.selection.sub_batch_size,
+        per_file=max(1, recipe.output.file_rows // recipe.selection.sub_batch_size),
+    )
+    return stats, write_window(writing, shards)
+
+
+def account(round_: Round, placed: Placed, drawn: Drawn, quality: dict[str, Any]) -> Manifest:
+    """The manifest: what a round holds, where every row of the pool went, and all that made it."""
+    selection = round_.recipe.selection
+    B, candidates = selection.super_batch_size, sum(placed.index.candidates)
+    held = sum(window.candidates // B for window in placed.windows)
+    taken = placed.taken.super_batches
+    waiting = Tally(
+        step="window",
+        rows_in=candidates,
+        kept=taken * B,
+        dropped={"other_round": (held - taken) * B, "window_end": candidates - held * B},
+    )
+    parent, parent_sha256 = round_.parent or (None, None)
+    return Manifest(
+        round=round_.number,
+        parent=parent_sha256,
+        first_batch=parent.stop_batch if parent else 0,
+        sub_batch_size=selection.sub_batch_size,
+        sub_batches=taken,
+        columns=round_.pool.columns.__dict__,
+        files=drawn.files,
+        pool_rows=round_.pool.rows,
+        tallies=(
+            placed.embedded,
+            placed.deduplicated,
+            waiting,
+            sum((s.tally for s in drawn.stats[1:]), drawn.stats[0].tally),
+        ),
+        learnability=tuple(s.learnability for s in drawn.stats),
+        uniform_learnability=tuple(s.uniform_learnability for s in drawn.stats),
+        reference_loss=tuple(s.reference_loss for s in drawn.stats),
+        quality=quality,
+        lineage=lineage(round_, placed),
+    )
+
+
+def lineage(round_: Round, placed: Placed) -> dict[str, Any]:
     """All that made this round, from the manifest alone."""
+    plan, pool, dedup = round_.plan, round_.pool, placed.dedup
     return {
         "plan": plan.digest,
         "recipe": plan.recipe,
@@ -253,28 +288,12 @@ def lineage(plan: Plan, pool: Pool, walk_range: WalkRange, through: list[Any], d
         "pool": {"fingerprint": pool.fingerprint, "shards": len(pool.shards), "skipped_shards": list(pool.skipped)},
         "reference": plan.reference.to_json(),
         "learner": plan.learner.to_json() | {"number": plan.learner_number} if plan.learner else None,
-        "walk": {
-            "range": walk_range.to_json(),
-            "through": through,
-        },
+        "windows": {"taken": placed.taken.to_json(), "through": placed.through, "of": len(placed.windows)},
+        "index": placed.index.folder,
         "dedup": {"folder": dedup.folder, "evaluation": list(dedup.evaluation)} if dedup else None,
         "python": platform.python_version(),
         "libraries": {name: importlib.metadata.version(name) for name in RECORDED_LIBRARIES},
     }
-
-
-def _in_one_pass(pool: Pool, recipe: Recipe) -> bool:
-    """Whether one pass for both models is cheaper than a second one over this round's candidates."""
-    if recipe.dedup is not None:
-        return False  # which rows are candidates is known after the reference has seen them
-    wanted = recipe.selection.super_batches
-    return wanted is None or 2 * wanted * recipe.selection.super_batch_size >= pool.rows
-
-
-def _through(plan: Plan, recipe: Recipe, dropped: str | None) -> list[Any]:
-    """What a walk depends on: a round that differs in it from its parent begins a new epoch."""
-    through = [plan.pool, plan.reference.sha, recipe.seed, recipe.selection.super_batch_size]
-    return through if dropped is None else [*through, dropped]
 
 
 def _check_dropped(embedded: Tally, recipe: Recipe) -> None:

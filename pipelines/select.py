@@ -1,128 +1,188 @@
-"""Select, scaled out: embeddings travel from shards to super-batches, one Ray task draws each sub-batch."""
+"""Select, scaled out: each shard of a window is read once, and one task draws each sub-batch.
+
+shards of the window, in groups    one task each    vectors of their candidates, a part for each super-batch
+super-batches                      one task each    its parts in, a selected file out
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
-from curate.embeddings import embedding_name, read_embeddings, vectors
-from curate.pool import Pool, Shard
+from curate.embeddings import contents, embedding_name, read_embeddings, vectors
+from curate.errors import InputChangedError
+from curate.index import Index, candidate_rows
+from curate.parts import by_destination, pack_arrays, read_parts, remove_parts, unpack_arrays, write_parts
+from curate.pool import Shard
 from curate.recipe import SelectionSection
 from curate.select import Candidates, Scale, Vectors, select_sub_batch
-from curate.selected import SubBatchStats, read_selected, selected_name, write_selected
+from curate.selected import SubBatchStats, read_stats, selected_name, write_selected
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from curate.walk import WalkRange, super_batch_of
-from pipelines.cluster import Devices, device, exchange, fetch, groups
-from pipelines.walk import candidate_rows
+from curate.windows import Rows, super_batch_of
+from pipelines.cluster import Devices, device, groups, run_tasks
+
+GROUP_BYTES = 2**28
+"""Vectors that one task reads and parts by super-batch, which takes twice as much."""
 
 
-def select_round(
-    store: Store,
-    pool: Pool,
-    *,
-    selection: SelectionSection,
-    reference: EncoderSpec,
-    learner: EncoderSpec | None,
-    learner_scope: str,
-    walk_range: WalkRange,
-    boundaries: Sequence[int],
-    seed: int,
-    round_number: int,
-    steps: str,
-    devices: Devices,
-    dedup: str | None = None,
-) -> list[SubBatchStats]:
-    """Draw every sub-batch of a round that has not been drawn yet.
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """What the tasks of a window are given: the whole of what decides its sub-batches."""
+
+    store: Store
+    section: SelectionSection
+    reference: EncoderSpec
+    learner: EncoderSpec | None
+    """None if selection does not look at it."""
+    scope: str
+    """Of the learner's embedding files."""
+    index: Index
+    seed: int
+    epoch: int
+    round: int
+    steps: str
+    """Folder of the round's steps."""
+    first: int
+    """Number, within the round, of the window's first sub-batch."""
+    boundaries: tuple[int, ...]
+    """Of its super-batches, one more than there are."""
+    sources: int = 0
+    """Groups of shards."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the vectors of a candidate."""
+        return 4 * (self.reference.embed_dim + (self.learner.embed_dim if self.learner else 0))
+
+    @property
+    def parts(self) -> str:
+        """How the names of all files of parts begin."""
+        return f"{self.steps}/vectors-{self.first:06d}"
+
+    def part_name(self, source: int) -> str:
+        """Name of the file of parts of one group of shards."""
+        return f"{self.parts}-{source:06d}"
+
+
+def select_window(selection: Selection, shards: Sequence[Shard], devices: Devices) -> list[SubBatchStats]:
+    """Draw every sub-batch of a window that has not been drawn yet.
 
     Args:
-        store: the root.
-        pool: the inventory.
-        selection: sizes, criterion and method.
-        reference: its embedding files are complete.
-        learner: likewise for the rows of this round; None if selection does not look at it.
-        learner_scope: of the learner's files.
-        walk_range: the round's place in the walk.
-        boundaries: of the round's super-batches, one more than there are.
-        seed: of the recipe.
-        round_number: of the round.
-        steps: folder of the round's steps.
+        selection: what decides them.
+        shards: of the window.
         devices: what draws.
-        dedup: folder of the deduplication whose dropped rows are no candidates.
 
     Returns:
         Statistics by sub-batch, those of sub-batches drawn before included.
     """
-    names = [selected_name(steps, i) for i in range(walk_range.super_batches)]
-    there = set(store.list(steps))
-    todo = [i for i, name in enumerate(names) if name not in there]
-
-    def split(shards: list[Shard]) -> list[Candidates]:
-        loaded = Candidates.concatenate(
-            [
-                load_candidates(
-                    store,
-                    shard,
-                    reference,
-                    learner,
-                    learner_scope,
-                    boundaries,
-                    seed=seed,
-                    epoch=walk_range.epoch,
-                    dedup=dedup,
-                )
-                for shard in shards
-            ]
-        )
-        number = super_batch_of(loaded.rows["key"], boundaries)
-        return [loaded.take(np.flatnonzero(number == i)) for i in todo]
-
-    def join(sub_batch: int, parts: Sequence[Candidates]) -> None:
-        table, stats = select_sub_batch(
-            Candidates.concatenate(parts),
-            selection,
-            learner=Scale(logit_scale=learner.logit_scale, logit_bias=learner.logit_bias) if learner else None,
-            reference=Scale(logit_scale=reference.logit_scale, logit_bias=reference.logit_bias),
-            seed=seed,
-            round_number=round_number,
-            sub_batch=sub_batch,
-            device=device(),
-        )
-        write_selected(store, names[sub_batch], table, stats)
-
-    # A joining task holds the vectors of a super-batch three times in float16 (its parts, all of them, the distinct
-    # ones) and, on a CPU, once in float32.
-    width = 2 * (reference.embed_dim + (learner.embed_dim if learner else 0))
-    vector_bytes = selection.super_batch_size * width * (3 * 2 + 4)
-    sources = groups(pool.shards)
-    fetch(exchange(sources, split, todo, join, title="select", devices=devices, join_memory=vector_bytes))
-    return [read_selected(store, name)[1] for name in names]
+    store, first, count = selection.store, selection.first, len(selection.boundaries) - 1
+    there = set(store.list(selection.steps))
+    numbers = range(first, first + count)
+    todo = [i for i in numbers if selected_name(selection.steps, i) not in there]
+    drawn: dict[int, SubBatchStats] = {}
+    if todo:
+        sources = groups(shards, max(1, GROUP_BYTES // selection.row_bytes))
+        selection = replace(selection, sources=len(sources))
+        run_tasks(_part_vectors, list(enumerate(sources)), selection, title="candidates", memory=3 * GROUP_BYTES)
+        # A drawing task holds the vectors of a super-batch three times in float16 (its parts, all of them, the sound
+        # ones) and, on a CPU, once in float32.
+        memory = selection.section.super_batch_size * selection.row_bytes * (3 + 2)
+        found = run_tasks(_draw, todo, selection, title="select", memory=memory, devices=devices)
+        drawn = dict(zip(todo, found, strict=True))
+    remove_parts(store, selection.parts)
+    return [drawn[i] if i in drawn else read_stats(store, selected_name(selection.steps, i)) for i in numbers]
 
 
-def load_candidates(
-    store: Store,
-    shard: Shard,
-    reference: EncoderSpec,
-    learner: EncoderSpec | None,
-    learner_scope: str,
-    boundaries: Sequence[int],
-    *,
-    seed: int,
-    epoch: int,
-    dedup: str | None,
+def _part_vectors(item: tuple[int, Sequence[Shard]], selection: Selection) -> None:
+    """Write the candidates of a group of shards with their vectors, a part for each super-batch of the window."""
+    number, shards = item
+    name, count = selection.part_name(number), len(selection.boundaries) - 1
+    if selection.store.exists(name):
+        return
+    found = Candidates.concatenate([_load(selection, shard) for shard in shards])
+    parts = by_destination(
+        super_batch_of(found.rows["key"], selection.boundaries), count, lambda at: pack_candidates(found.take(at))
+    )
+    write_parts(selection.store, name, parts, count=count)
+
+
+def _draw(sub_batch: int, selection: Selection) -> SubBatchStats:
+    """Draw one sub-batch from the parts of its super-batch."""
+    names = [selection.part_name(number) for number in range(selection.sources)]
+    parts = [unpack_candidates(part) for part in read_parts(selection.store, names, sub_batch - selection.first)]
+    learner, reference = selection.learner, selection.reference
+    table, stats = select_sub_batch(
+        Candidates.concatenate(parts),
+        selection.section,
+        learner=Scale(logit_scale=learner.logit_scale, logit_bias=learner.logit_bias) if learner else None,
+        reference=Scale(logit_scale=reference.logit_scale, logit_bias=reference.logit_bias),
+        seed=selection.seed,
+        round_number=selection.round,
+        sub_batch=sub_batch,
+        device=device(),
+    )
+    write_selected(selection.store, selected_name(selection.steps, sub_batch), table, stats)
+    return stats
+
+
+def _load(selection: Selection, shard: Shard) -> Candidates:
+    """The candidates of a shard that some super-batch of the window holds, with their vectors."""
+    rows = candidate_rows(
+        selection.store, shard, selection.reference, selection.index, seed=selection.seed, epoch=selection.epoch
+    )
+    rows = rows[super_batch_of(rows["key"], selection.boundaries) >= 0]
+    return load_vectors(selection.store, shard, rows, selection.reference, selection.learner, selection.scope)
+
+
+def load_vectors(
+    store: Store, shard: Shard, rows: Rows, reference: EncoderSpec, learner: EncoderSpec | None, scope: str
 ) -> Candidates:
-    """The candidates of a shard that some super-batch of the round holds, with their vectors."""
-    columns = ["status", "content", "zimg", "ztxt"]
-    table = read_embeddings(store, embedding_name(reference.sha, shard), columns)
-    rows = candidate_rows(store, shard, table, dedup, seed=seed, epoch=epoch)
-    rows = rows[super_batch_of(rows["key"], boundaries) >= 0]
-    wanted = pa.array(rows["row"])
+    """Some rows of a shard with their vectors.
 
-    def towers(embedded: pa.Table, width: int) -> tuple[Vectors, Vectors]:
-        return vectors(embedded["zimg"].take(wanted), width), vectors(embedded["ztxt"].take(wanted), width)
+    Args:
+        store: the root.
+        shard: of the pool.
+        rows: of dtype `ROW`, by row.
+        reference: its embedding files are complete.
+        learner: likewise for these rows; None if its vectors are not wanted.
+        scope: of its files.
 
+    Raises:
+        InputChangedError: a learner embedded another pair than the reference.
+    """
     own = None
     if learner is not None:
-        name = embedding_name(learner.sha, shard, learner_scope)
-        own = towers(read_embeddings(store, name, columns[2:]), learner.embed_dim)
-    return Candidates(rows=rows, reference=towers(table, reference.embed_dim), learner=own)
+        own = _towers(store, embedding_name(learner.sha, shard, scope), rows, learner.embed_dim, shard)
+    return Candidates(
+        rows=rows,
+        reference=_towers(store, embedding_name(reference.sha, shard), rows, reference.embed_dim, shard),
+        learner=own,
+    )
+
+
+def _towers(store: Store, name: str, rows: Rows, width: int, shard: Shard) -> tuple[Vectors, Vectors]:
+    """`zimg` and `ztxt` of some rows of an embedding file that holds all rows of its shard, or these and others."""
+    table = read_embeddings(store, name, ["content", "zimg", "ztxt"], numbered=True)
+    at = np.searchsorted(table["row"].to_numpy(), rows["row"])
+    taken = table.take(pa.array(at[at < len(table)]))
+    expected = np.column_stack([rows["low"], rows["high"]])
+    if not np.array_equal(taken["row"], rows["row"]) or not np.array_equal(contents(taken["content"]), expected):
+        raise InputChangedError(
+            f"{name}: expected the pairs of {shard.path} as the reference saw them, found others; the shard changed "
+            "but kept its size and date: touch the shard, and delete the round's folder to begin it anew"
+        )
+    return vectors(taken["zimg"], width), vectors(taken["ztxt"], width)
+
+
+def pack_candidates(candidates: Candidates) -> bytes:
+    """Candidates as bytes."""
+    return pack_arrays(candidates.rows, *candidates.reference, *(candidates.learner or ()))
+
+
+def unpack_candidates(part: bytes) -> Candidates:
+    """The inverse of `pack_candidates`."""
+    rows, *found = unpack_arrays(part)
+    zimg, ztxt, *own = (z.astype(np.float16, copy=False) for z in found)
+    return Candidates(rows=rows, reference=(zimg, ztxt), learner=(own[0], own[1]) if own else None)

@@ -1,44 +1,81 @@
-"""Write, scaled out: source shards are read once more and only chosen rows travel, to the file that wants them."""
+"""Write, scaled out: each chosen row is read once more from its shard, and travels to the file that wants it.
+
+sub-batches, in blocks     one task each    their rows, a part for each group of shards
+groups of shards           one task each    the chosen rows, with images, a part for each file
+files                      one task each    their parts in, a curated file out
+"""
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray
 
 from curate.errors import DamagedError
 from curate.manifest import CuratedFile
-from curate.pool import ADDED_COLUMN, Pool, Shard
+from curate.parts import by_destination, pack_table, read_parts, remove_parts, unpack_table, write_parts
+from curate.pool import ADDED_COLUMN, Columns, Shard
 from curate.selected import read_selected, selected_name
 from curate.storage import Store
 from curate.write import chosen_rows, read_written, record_written, write_curated, written_name
-from pipelines.cluster import exchange, fetch, groups
+from pipelines.cluster import groups, run_tasks
+
+GROUP_BYTES = 2**29
+"""Of the shards that one task reads, were all of their rows chosen."""
+BLOCK_ROWS = 1_000_000
+"""Chosen rows, without images, that one task parts by shard."""
 
 
-def write_round(
-    store: Store,
-    pool: Pool,
-    *,
-    sub_batches: int,
-    sub_batch_size: int,
-    file_rows: int,
-    round_number: int,
-    folder: str,
-    steps: str,
-) -> list[CuratedFile]:
-    """Write every curated file of a round that is not in place yet.
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """What the tasks of a window are given."""
+
+    store: Store
+    columns: Columns
+    schema: pa.Schema
+    """Of curated files."""
+    round: int
+    folder: str
+    """The round's."""
+    steps: str
+    """Of the round's steps."""
+    first: int
+    """Number, within the round, of the window's first sub-batch."""
+    sub_batches: int
+    """Of the window."""
+    sub_batch_size: int
+    per_file: int
+    """Sub-batches of a file."""
+    first_shards: tuple[int, ...] = ()
+    """Of each group of the window's shards: the index of its first."""
+    blocks: int = 0
+
+    @property
+    def files(self) -> int:
+        """Of the window."""
+        return -(-self.sub_batches // self.per_file)
+
+    def receipt(self, file: int) -> str:
+        """Name of the record of one of the window's files: called after its first sub-batch."""
+        return written_name(self.steps, self.first + file * self.per_file)
+
+    def parts(self, kind: str) -> str:
+        """How the names of all files of parts of one kind begin."""
+        return f"{self.steps}/{kind}-{self.first:06d}"
+
+    def part_name(self, kind: str, number: int) -> str:
+        """Name of a file of parts."""
+        return f"{self.parts(kind)}-{number:06d}"
+
+
+def write_window(writing: Writing, shards: Sequence[Shard]) -> list[CuratedFile]:
+    """Write every curated file of a window that is not in place yet.
 
     Args:
-        store: the root.
-        pool: the inventory.
-        sub_batches: of the round; their selected files are complete.
-        sub_batch_size: b.
-        file_rows: rows per file, rounded to whole sub-batches.
-        round_number: of the round.
-        folder: the round's.
-        steps: folder of its steps.
+        writing: what decides them; the window's selected files are complete.
+        shards: of the window.
 
     Returns:
         The files in the order of their sub-batches.
@@ -47,72 +84,94 @@ def write_round(
         InputChangedError: a shard is not the file that was inventoried.
         DamagedError: a file is not in the store as it was written.
     """
-    per_file = max(1, file_rows // sub_batch_size)
-    names = [written_name(steps, i) for i in range(-(-sub_batches // per_file))]
-    there = set(store.list(steps))
-    todo = [i for i, name in enumerate(names) if name not in there]
-    wanted = [i for i in range(sub_batches) if i // per_file in todo]
-
-    def split(shards: list[Shard]) -> list[pa.Table]:
-        picks = _picks_of(store, shards, [selected_name(steps, i) for i in wanted])
-        rows = [
-            chosen_rows(shard, pool, here, round_number)
-            for shard in shards
-            if len(here := picks.filter(pc.equal(picks["shard"], shard.index)))
-        ]
-        if not rows:
-            return [None] * len(todo)
-        # Batch by batch: `Table.take` would join all images first, copying them and overflowing 32-bit offsets.
-        batches = [batch for table in rows for batch in table.to_batches()]
-        numbers = [batch.column(ADDED_COLUMN).field("sub_batch").to_numpy() // per_file for batch in batches]
-        return [
-            pa.Table.from_batches(
-                [
-                    batch.take(pa.array(np.flatnonzero(number == i)))
-                    for batch, number in zip(batches, numbers, strict=True)
-                    if (number == i).any()
-                ],
-                batches[0].schema,
-            )
-            for i in todo
-        ]
-
-    def join(number: int, parts: Sequence[pa.Table | None]) -> None:
-        pieces = [part for part in parts if part is not None]
-        file = write_curated(pieces, store, folder, columns=pool.columns, sub_batch_size=sub_batch_size)
-        record_written(store, names[number], file)
-
-    # A file is put together in memory: its rows as they come, and in order.
-    file_bytes = 2 * per_file * sub_batch_size * sum(shard.size for shard in pool.shards) // max(1, pool.rows)
-    fetch(exchange(groups(pool.shards), split, todo, join, title="write", join_memory=file_bytes))
-    files = [read_written(store, name) for name in names]
-    fetch([_read_back.remote(store, folder, file, name) for file, name in zip(files, names, strict=True)])
-    return files
+    store = writing.store
+    there = set(store.list(writing.steps))
+    todo = [i for i in range(writing.files) if writing.receipt(i) not in there]
+    if todo:
+        rows = max(1, sum(shard.rows for shard in shards))
+        row_bytes = max(1, sum(shard.size for shard in shards) // rows)
+        sources = groups(shards, max(1, GROUP_BYTES // row_bytes))
+        per_block = max(1, BLOCK_ROWS // writing.sub_batch_size)
+        blocks = [range(i, min(i + per_block, writing.sub_batches)) for i in range(0, writing.sub_batches, per_block)]
+        writing = replace(writing, first_shards=tuple(group[0].index for group in sources), blocks=len(blocks))
+        run_tasks(_part_picks, list(enumerate(blocks)), writing, title="chosen rows")
+        run_tasks(_part_rows, list(enumerate(sources)), writing, title="read", memory=2 * GROUP_BYTES)
+        # A file is put together in memory: its rows as they come, and in order.
+        file_bytes = 2 * writing.per_file * writing.sub_batch_size * row_bytes
+        run_tasks(_write_file, [(i, len(sources)) for i in todo], writing, title="write", memory=file_bytes)
+    for kind in ("picks", "rows"):
+        remove_parts(store, writing.parts(kind))
+    return run_tasks(_read_back, range(writing.files), writing, title="read back")
 
 
-@ray.remote
-def _read_back(store: Store, folder: str, file: CuratedFile, receipt: str) -> None:
+def _part_picks(item: tuple[int, range], writing: Writing) -> None:
+    """Write the chosen rows of some sub-batches, without images, a part for each group of shards."""
+    number, block = item
+    name, count = writing.part_name("picks", number), len(writing.first_shards)
+    if writing.store.exists(name):
+        return
+    names = [selected_name(writing.steps, writing.first + i) for i in block]
+    picks = pa.concat_tables([read_selected(writing.store, name)[0] for name in names])
+    picks = picks.replace_schema_metadata(None).combine_chunks()
+    group = np.searchsorted(np.array(writing.first_shards), picks["shard"].to_numpy(), side="right") - 1
+    parts = by_destination(group, count, lambda at: pack_table(picks.take(pa.array(at))))
+    write_parts(writing.store, name, parts, count=count)
+
+
+def _part_rows(item: tuple[int, Sequence[Shard]], writing: Writing) -> None:
+    """Write the chosen rows of a group of shards, with images, a part for each file."""
+    number, shards = item
+    name = writing.part_name("rows", number)
+    if writing.store.exists(name):
+        return
+    names = [writing.part_name("picks", i) for i in range(writing.blocks)]
+    parts = [unpack_table(part) for part in read_parts(writing.store, names, number)]
+    batches: list[pa.RecordBatch] = []
+    if parts:
+        picks = pa.concat_tables(parts)
+        for shard in shards:
+            if len(here := picks.filter(pc.equal(picks["shard"], shard.index))):
+                batches += chosen_rows(
+                    shard, here, columns=writing.columns, schema=writing.schema, round_number=writing.round
+                ).to_batches()
+    # Batch by batch: `Table.take` would join all images first, copying them and overflowing 32-bit offsets.
+    numbers = [
+        (batch.column(ADDED_COLUMN).field("sub_batch").to_numpy() - writing.first) // writing.per_file
+        for batch in batches
+    ]
+    files = (
+        [batch.take(pa.array(np.flatnonzero(at == i))) for batch, at in zip(batches, numbers, strict=True) if i in at]
+        for i in range(writing.files)
+    )
+    parts_of = (pack_table(pa.Table.from_batches(found)) if found else b"" for found in files)
+    write_parts(writing.store, name, parts_of, count=writing.files)
+
+
+def _write_file(item: tuple[int, int], writing: Writing) -> None:
+    """Write one curated file from the parts of all groups of shards, and its receipt."""
+    number, sources = item
+    names = [writing.part_name("rows", i) for i in range(sources)]
+    pieces = [unpack_table(part) for part in read_parts(writing.store, names, number)]
+    file = write_curated(
+        pieces, writing.store, writing.folder, columns=writing.columns, sub_batch_size=writing.sub_batch_size
+    )
+    record_written(writing.store, writing.receipt(number), file)
+
+
+def _read_back(number: int, writing: Writing) -> CuratedFile:
     """Hash what is about to be published, as it lies in the store.
 
     Raises:
         DamagedError: it is not what was written; its receipt is gone then, so that it is written again.
     """
-    name = f"{folder}/{file.name}"
+    file = read_written(writing.store, writing.receipt(number))
+    name = f"{writing.folder}/{file.name}"
     try:
-        with store.open_input(name) as handle:
+        with writing.store.open_input(name) as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
     except FileNotFoundError:
         found = "no file"
     if found != file.sha256:
-        store.delete(receipt)
+        writing.store.delete(writing.receipt(number))
         raise DamagedError(name, f"sha256 {found[:12]} and not {file.sha256[:12]}")
-
-
-def _picks_of(store: Store, shards: Sequence[Shard], names: Sequence[str]) -> pa.Table:
-    """The selected rows of these shards, one file after the other: all of a round's may be too many to hold."""
-    first, last = shards[0].index, shards[-1].index
-    parts = []
-    for name in names:
-        table, _ = read_selected(store, name)
-        parts.append(table.filter((pc.field("shard") >= first) & (pc.field("shard") <= last)))
-    return pa.concat_tables(parts)
+    return file

@@ -12,13 +12,10 @@ import pytest
 import torch
 
 import pipelines.cluster
-import pipelines.dedup
 import pipelines.embed
 import pipelines.neighbours
 import pipelines.quality
 import pipelines.select
-import pipelines.walk
-import pipelines.write
 from curate.encoder import Encoder, load_encoder
 from curate.spec import EncoderSpec
 from curate.storage import Store
@@ -39,16 +36,14 @@ class Ref:
 class Remote:
     """A remote function."""
 
-    def __init__(self, function: Callable[..., Any], returns: int = 1) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.returns = returns
 
-    def options(self, *, num_returns: int = 1, **_: Any) -> "Remote":
-        return Remote(self.function, num_returns)
+    def options(self, **_: Any) -> "Remote":
+        return self
 
     def remote(self, *arguments: Any) -> Any:
-        found = self.function(*(value.get() if isinstance(value, Ref) else value for value in arguments))
-        return Ref(found) if self.returns == 1 else [Ref(part) for part in found]
+        return Ref(self.function(*(value.get() if isinstance(value, Ref) else value for value in arguments)))
 
 
 class Blocks:
@@ -85,6 +80,7 @@ class StandIn:
 
     data = Data
     remote = staticmethod(Remote)
+    put = staticmethod(Ref)
 
     class exceptions:  # noqa: N801
         class RayError(Exception):
@@ -120,10 +116,8 @@ def loaded(url: str, spec: EncoderSpec) -> Encoder:
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds run in this process."""
-    for module in (pipelines.cluster, pipelines.dedup, pipelines.embed, pipelines.walk, pipelines.write):
+    for module in (pipelines.cluster, pipelines.embed):
         monkeypatch.setattr(module, "ray", StandIn)
-    for module, name in ((pipelines.walk, "_summary"), (pipelines.walk, "_keys_at"), (pipelines.write, "_read_back")):
-        monkeypatch.setattr(module, name, Remote(getattr(module, name)._function))
     monkeypatch.setattr(pipelines.embed, "restarted", lambda: False)
     for module in (pipelines.embed, pipelines.neighbours, pipelines.quality, pipelines.select):
         monkeypatch.setattr(module, "device", lambda: CPU)

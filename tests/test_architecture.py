@@ -45,7 +45,9 @@ ORDER = [
     "dedup",
     "grouping",
     "neighbours",
-    "walk",
+    "windows",
+    "index",
+    "parts",
     "selected",
     "select",
     "manifest",
@@ -146,7 +148,7 @@ def test_a_library_is_imported_where_it_belongs(library: str) -> None:
     assert not [module for module in users if not module.startswith(tuple(ONLY_IN[library]) or ("nowhere",))]
 
 
-@pytest.mark.parametrize("name", ["recipe", "pool", "reshard", "manifest", "learner", "walk", "dedup", "explain"])
+@pytest.mark.parametrize("name", ["recipe", "pool", "reshard", "manifest", "learner", "windows", "dedup", "explain"])
 def test_what_answers_at_once_does_not_load_torch(name: str) -> None:
     seen, todo = set[str](), [f"curate/{name}.py"]
     while todo:

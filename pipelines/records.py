@@ -1,0 +1,91 @@
+"""What the steps of a round are given: what was decided, where in the pool it is, and what there is to do it with."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from curate.dedup import Dedup
+from curate.index import DUPLICATE_EXACT, Index
+from curate.manifest import CuratedFile, Manifest, round_folder, steps_folder
+from curate.plan import Plan
+from curate.pool import Pool
+from curate.recipe import Recipe
+from curate.selected import SubBatchStats
+from curate.storage import Store
+from curate.tally import Tally
+from curate.windows import EpochRange, Window
+from pipelines.cluster import Devices
+
+NOWHERE = EpochRange(epoch=0, start=0, super_batches=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """What exists while a round runs."""
+
+    store: Store
+    devices: Devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What a round was begun with."""
+
+    number: int
+    recipe: Recipe
+    plan: Plan
+    pool: Pool
+    parent: tuple[Manifest, str] | None
+    """The round before, and the sha256 of its manifest."""
+
+    @property
+    def folder(self) -> str:
+        """Within the root."""
+        return round_folder(self.number)
+
+    @property
+    def steps(self) -> str:
+        """Folder of what its steps leave for each other."""
+        return steps_folder(self.number, self.plan.digest)
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether one pass for both models is cheaper than a second one over this round's candidates."""
+        if self.recipe.dedup is not None:
+            return False  # which rows are candidates is known after the reference has seen them
+        wanted = self.recipe.selection.super_batches
+        return wanted is None or 2 * wanted * self.recipe.selection.super_batch_size >= self.pool.rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Where in the pool a round is."""
+
+    index: Index
+    dedup: Dedup | None
+    windows: tuple[Window, ...] = ()
+    """Of the epoch."""
+    taken: EpochRange = NOWHERE
+    through: Sequence[Any] = ()
+    """What the windows depend on: a round that differs in it from its parent begins a new epoch."""
+
+    @property
+    def embedded(self) -> Tally:
+        """Rows of the pool by what became of them when they were embedded."""
+        return Tally.of("embed", self.index.statuses.items())
+
+    @property
+    def deduplicated(self) -> Tally:
+        """And of those, by what became of them as duplicates."""
+        dropped = Counter(self.dedup.dropped if self.dedup else {})
+        dropped[DUPLICATE_EXACT] += sum(self.index.duplicates)
+        return Tally(step="dedup", rows_in=self.embedded.kept, kept=sum(self.index.candidates), dropped=dropped)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What a round chose."""
+
+    stats: tuple[SubBatchStats, ...]
+    files: tuple[CuratedFile, ...]

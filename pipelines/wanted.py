@@ -1,0 +1,118 @@
+"""Which rows of the pool a learner is asked for: a round's candidates, and a fixed sample."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from curate.index import Index, candidate_rows
+from curate.pool import Pool, Shard
+from curate.seeds import derive_seed
+from curate.spec import EncoderSpec
+from curate.storage import Store
+from curate.windows import super_batch_of
+
+Ints = npt.NDArray[np.int64]
+
+SAMPLE_ROWS = 1024
+"""About so many rows are in the sample: the correlation of ranks is then known to 0.03."""
+SAMPLE_SHARDS = 8
+"""From so many shards, a run of each: a run lies in one row group or two."""
+SAMPLE_SHARE = 16
+"""One of so many rows of these shards at most: a small round must not have a small pool scored whole."""
+
+
+class Wanted(Protocol):
+    """Some rows of some shards."""
+
+    @property
+    def scope(self) -> str:
+        """Names the folder of the files that hold these rows only."""
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Indices of the shards that the rows lie in."""
+
+    def expected(self, shard: int) -> int:
+        """About how many rows are wanted of a shard."""
+
+    def rows(self, store: Store, shard: Shard) -> Ints:
+        """Their numbers in a shard, ascending."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowRows:
+    """The candidates of some consecutive super-batches of a window."""
+
+    index: Index
+    reference: EncoderSpec
+    seed: int
+    epoch: int
+    shards: tuple[int, ...]
+    share: float
+    """Of the window's candidates."""
+    boundaries: tuple[int, ...]
+    """Keys at which the super-batches begin, and at which the last one ends."""
+
+    @property
+    def scope(self) -> str:
+        """Named by all that decides which rows of a shard these are."""
+        identity = json.dumps([self.index.folder, self.seed, self.epoch, self.boundaries[0], self.boundaries[-1]])
+        return f"window-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+
+    def expected(self, shard: int) -> int:
+        """The same share of each shard: keys are uniform."""
+        return round(self.share * self.index.candidates[shard])
+
+    def rows(self, store: Store, shard: Shard) -> Ints:
+        """By the reference's file; no picture is read."""
+        rows = candidate_rows(store, shard, self.reference, self.index, seed=self.seed, epoch=self.epoch)
+        inside = super_batch_of(rows["key"], (self.boundaries[0], self.boundaries[-1])) >= 0
+        return rows["row"][inside].astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRows:
+    """The pairs on which one round's learner is compared with the next one's: a run of rows of each of some shards."""
+
+    seed: int
+    runs: Mapping[int, tuple[int, int]]
+    """By shard the first row, and the one after the last."""
+
+    @property
+    def scope(self) -> str:
+        """A shard's run depends on nothing but the shard and the seed."""
+        return f"sample-{self.seed}"
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """In the order of the pool."""
+        return tuple(sorted(self.runs))
+
+    def expected(self, shard: int) -> int:
+        """Exactly."""
+        start, stop = self.runs[shard]
+        return stop - start
+
+    def rows(self, store: Store, shard: Shard) -> Ints:
+        """Known beforehand."""
+        return np.arange(*self.runs[shard.index])
+
+
+def fixed_sample(pool: Pool, seed: int) -> SampleRows:
+    """The same sample in every round, as long as the pool stays; much the same when the pool grows."""
+    own = derive_seed(seed, "sample")
+
+    def digest(shard: Shard) -> bytes:
+        return hashlib.sha256(f"{own}/{shard.key}".encode()).digest()
+
+    runs = {}
+    for shard in sorted(pool.shards, key=digest)[:SAMPLE_SHARDS]:
+        length = min(SAMPLE_ROWS // SAMPLE_SHARDS, -(-shard.rows // SAMPLE_SHARE))
+        start = int.from_bytes(digest(shard)[:8], "little") % max(1, shard.rows - length)
+        runs[shard.index] = (start, start + length)
+    return SampleRows(seed=seed, runs=runs)
