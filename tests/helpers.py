@@ -19,7 +19,7 @@ from curate.selected import SELECTED_SCHEMA
 from curate.spec import EncoderSpec
 from curate.storage import Store
 from curate.tally import Tally
-from curate.write import chosen_rows, write_curated
+from curate.write import chosen_rows, curated_schema, write_curated
 from jobs.drawn_pool import draw_pool
 
 CPU = torch.device("cpu")
@@ -143,7 +143,8 @@ def pieces_of(pool: Pool, picks: pa.Table, round_number: int = 0) -> list[pa.Tab
     """The chosen rows of each shard, as the round's tasks pass them on."""
     shards = picks["shard"].to_numpy()
     here = [(shard, np.flatnonzero(shards == shard.index)) for shard in pool.shards]
-    return [chosen_rows(shard, pool, picks.take(pa.array(rows)), round_number) for shard, rows in here if len(rows)]
+    how = {"columns": pool.columns, "schema": curated_schema(pool), "round_number": round_number}
+    return [chosen_rows(shard, picks.take(pa.array(rows)), **how) for shard, rows in here if len(rows)]
 
 
 def commit_round(

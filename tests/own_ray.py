@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,30 @@ from ray.cluster_utils import Cluster
 
 from curate.errors import UserError
 from curate.recipe import ResourcesSection
-from pipelines.cluster import CPUS, Devices, connect, device, exchange, fetch, take_devices
+from pipelines.cluster import CPUS, Devices, connect, device, run_tasks, take_devices
+
+
+def found(*_: Any) -> tuple[int, list[str], str]:
+    """Of a task: its process, the GPUs that it was given, and where it computes."""
+    torch.cuda.is_available = lambda: True
+    return os.getpid(), ray.get_runtime_context().get_accelerator_ids()["GPU"], str(device())
+
+
+def compute(*_: Any) -> str:
+    """Where a task computes whose torch finds no CUDA."""
+    torch.cuda.is_available = lambda: False
+    return str(device())
+
+
+def late(i: int, _: Any) -> tuple[int, list[str]]:
+    """A task that takes its time."""
+    time.sleep(0.2 * i)
+    return os.getpid(), ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+
+def die(*_: Any) -> None:
+    """A task that takes its process with it."""
+    os._exit(1)
 
 
 def pretended_gpus() -> None:
@@ -22,50 +45,36 @@ def pretended_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = "0,1"
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
 
-    def found(_: Any) -> list[Any]:
-        torch.cuda.is_available = lambda: True
-        return [(os.getpid(), ray.get_runtime_context().get_accelerator_ids()["GPU"], str(device()))]
-
     # The driver and tasks that were given no GPU.
     torch.cuda.is_available = lambda: True
     assert device() == torch.device("cpu")
-    (parts,) = fetch(exchange(range(4), found, [None], lambda _, parts: list(parts), title="splits"))
-    assert {where for _, _, where in parts} == {"cpu"}
+    assert {where for _, _, where in run_tasks(found, range(4), None, title="tasks")} == {"cpu"}
 
     two = Devices(gpus=2)
-    # Joins on GPUs: a process has one of them from the first to the last.
-    joined = fetch(exchange([0], lambda _: [0] * 6, range(6), lambda i, _: found(i)[0], title="joins", devices=two))
-    assert {where for _, _, where in joined} == {"cuda:0"}
-    assert sorted({(pid, *ids) for pid, ids, _ in joined}, key=lambda seen: seen[1]) == [
-        (pid, number) for number in ("0", "1") for pid in {pid for pid, ids, _ in joined if ids == [number]}
+    # Tasks on GPUs: a process has one of them from the first to the last.
+    seen = run_tasks(found, range(6), None, title="tasks", devices=two)
+    assert {where for _, _, where in seen} == {"cuda:0"}
+    assert sorted({(pid, *ids) for pid, ids, _ in seen}, key=lambda seen: seen[1]) == [
+        (pid, number) for number in ("0", "1") for pid in {pid for pid, ids, _ in seen if ids == [number]}
     ]
-    assert len({pid for pid, _, _ in joined}) == 2
+    assert len({pid for pid, _, _ in seen}) == 2
 
     # And none where the recipe says CPUs.
-    joined = fetch(exchange([0], lambda _: [0, 0], range(2), lambda i, _: found(i)[0], title="joins", devices=CPUS))
-    assert {where for _, _, where in joined} == {"cpu"}
+    seen = run_tasks(found, range(2), None, title="tasks", devices=CPUS)
+    assert {where for _, _, where in seen} == {"cpu"}
 
     # A GPU that Ray counts and torch cannot use.
-    def compute(_: Any, parts: Sequence[Any]) -> str:
-        torch.cuda.is_available = lambda: False
-        return str(device())
-
     with pytest.raises(UserError, match=r"^node .*: Ray gave GPU [01] to a worker whose torch .* finds no CUDA"):
-        fetch(exchange([0], lambda _: [0], [0], compute, title="joins", devices=Devices(gpus=2)))
+        run_tasks(compute, [0], None, title="tasks", devices=Devices(gpus=2))
 
 
 def gpus_of_several_steps() -> None:
     """A process of one step has no other GPU in a later one. Who finishes first decides what Ray lends to whom."""
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
 
-    def late(i: int, _: Any) -> tuple[int, list[str]]:
-        time.sleep(0.2 * i)
-        return os.getpid(), ray.get_runtime_context().get_accelerator_ids()["GPU"]
-
     seen: dict[int, set[str]] = {}
     for order in ([0, 1], [1, 0], [1, 0]):
-        joined = exchange([0], lambda _: [0, 0], order, late, title="joins", devices=Devices(gpus=2))
-        for pid, ids in fetch(joined):
+        for pid, ids in run_tasks(late, order, None, title="tasks", devices=Devices(gpus=2)):
             seen.setdefault(pid, set()).update(ids)
     assert {len(ids) for ids in seen.values()} == {1}, seen
 
@@ -122,7 +131,7 @@ def a_worker_that_dies() -> None:
     """Again and again: nothing of it is told but what is raised."""
     connect("local")
     with pytest.raises(ray.exceptions.RayError):
-        fetch(exchange([0], lambda _: [0], [0], lambda *_: os._exit(1), title="joins"))
+        run_tasks(die, [0], None, title="tasks")
 
 
 RUNS: tuple[Callable[[], None], ...] = (pretended_gpus, a_laptop_that_is_told_to_use_gpus)

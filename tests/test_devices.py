@@ -17,7 +17,7 @@ from curate.jest import Embeddings, jointly_sample_batch
 from curate.recipe import EncoderSection, ResourcesSection
 from curate.select import Scale, embeddings_of
 from pipelines import cluster
-from pipelines.cluster import Devices, exchange, fetch
+from pipelines.cluster import Devices, run_tasks
 from pipelines.embed import ACTOR_BYTES, _workers
 from tests import own_ray
 
@@ -52,21 +52,19 @@ def test_cpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatc
     assert asked["num_cpus"] == max(2, loky.cpu_count()) + 2 < 64
 
 
+def asked(*_: object) -> float:
+    """Of the lease that Ray runs this task under."""
+    return float(ray.get_runtime_context().get_assigned_resources().get("memory", 0))
+
+
 @pytest.mark.usefixtures("ray_local")
 def test_tasks_that_hold_much_ask_for_it() -> None:
-    def asked(*_: object) -> list[float]:
-        # Of the lease that Ray runs this task under.
-        return [ray.get_runtime_context().get_assigned_resources().get("memory", 0)]
-
     many = 2**30
-    (parts,) = fetch(exchange([0], asked, [0], lambda _, parts: list(parts), title="t", split_memory=many))
-    assert parts == [many]
-    (found,) = fetch(exchange([0], lambda _: [0], [0], lambda *_: asked()[0], title="t", join_memory=2 * many))
-    assert found == 2 * many
+    assert run_tasks(asked, [0], None, title="t", memory=many) == [many]
     with pytest.raises(
         UserError, match=r"^select: a task needs 1024\.0 GiB, the largest node has [\d.]+ GiB for tasks;"
     ):
-        exchange([0], asked, [0], lambda _, parts: parts, title="select", join_memory=2**40)
+        run_tasks(asked, [0], None, title="select", memory=2**40)
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -18,7 +18,6 @@ from curate.embed import embed_shard
 from curate.embeddings import (
     EMBEDDING_NONFINITE,
     EMBEDDING_ZERO,
-    NOT_SCORED,
     content_hash,
     contents,
     embedding_name,
@@ -27,8 +26,8 @@ from curate.embeddings import (
 )
 from curate.encoder import Encoder, load_encoder
 from curate.errors import InputChangedError
-from curate.pool import Pool
-from curate.recipe import EmbedSection
+from curate.pool import Pool, take_inventory
+from curate.recipe import EmbedSection, PoolSection
 from curate.storage import Store
 from jobs.drawn_pool import draw_pair
 from tests.helpers import CPU, drawn_pool, tiny_encoder, write_pool
@@ -62,7 +61,7 @@ def pool(tmp_path: Path) -> Pool:
 def embedded(
     store: Store, pool: Pool, encoder: Encoder, *, shard: int = 0, name: str = "embeddings/x", **how: Any
 ) -> pa.Table:
-    """The embedding file of one shard; `how` is threads, wanted, or sizes."""
+    """The embedding file of one shard; `how` is threads, rows, or sizes."""
     sizes = {key: how.pop(key) for key in ("batch_size", "chunk_rows") if key in how}
     embed_shard(pool.shards[shard], {name: encoder}, store, EmbedSection(**sizes), **how)
     with store.open_input(name) as file:
@@ -280,17 +279,35 @@ def test_rows_that_nobody_wants_are_not_even_decoded(store: Store, pool: Pool, e
     decoded = []
     decode = curate.decode.decode_image
     monkeypatch.setattr(curate.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
-    some = embedded(store, pool, encoder, name="some/x", wanted=lambda c: c[:, 0] % np.uint64(3) == 0, chunk_rows=7)
-    wanted = contents(whole["content"])[:, 0] % 3 == 0
-    assert 5 < wanted.sum() < 55
-    expected = np.where(wanted, whole["status"].to_pylist(), NOT_SCORED)
-    assert some["status"].to_pylist() == expected.tolist()
-    assert some["content"].equals(whole["content"])
-    assert some["uid"].equals(whole["uid"])
-    assert len(decoded) == sum(wanted & (np.array(whole["status"].to_pylist()) != "caption_empty"))
-    scored = expected == "ok"
-    np.testing.assert_allclose(vectors(some["zimg"], 16)[scored], vectors(whole["zimg"], 16)[scored], atol=2e-3)
-    assert np.isnan(vectors(some["zimg"], 16)[~scored]).all()
+    rows = np.flatnonzero(contents(whole["content"])[:, 0] % np.uint64(3) == 0)
+    assert 5 < len(rows) < 55
+    some = embedded(store, pool, encoder, name="some/x", rows=rows, chunk_rows=7)
+    expected = whole.take(pa.array(rows))
+    assert some["row"].to_pylist() == rows.tolist()
+    for column in ("uid", "status", "error", "content", "picture", "width", "height"):
+        assert some[column].to_pylist() == expected[column].to_pylist()
+    assert len(decoded) == sum(status != "caption_empty" for status in expected["status"].to_pylist())
+    scored = [status == "ok" for status in expected["status"].to_pylist()]
+    found = vectors(some["zimg"], 16)
+    np.testing.assert_allclose(found[scored], vectors(expected["zimg"], 16)[scored], atol=2e-3)
+    assert np.isnan(found[np.logical_not(scored)]).all()
+
+
+def test_row_groups_without_wanted_rows_are_not_read(store: Store, pool: Pool, encoder: Encoder, monkeypatch):
+    path = pool.shards[0].path
+    pq.write_table(pq.read_table(path), path, row_group_size=10)
+    shard = take_inventory(PoolSection(path=path, uid="key")).shards[0]
+    asked = []
+    whole = pq.ParquetFile.iter_batches
+
+    def iter_batches(self: pq.ParquetFile, *, row_groups: list[int], **how: Any) -> Any:
+        asked.extend(row_groups)
+        return whole(self, row_groups=row_groups, **how)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    embed_shard(shard, {"some/x": encoder}, store, EmbedSection(), rows=np.array([3, 20, 29]))
+    assert asked == [0, 2]
+    assert read_embeddings(store, "some/x", ["uid"], numbered=True)["row"].to_pylist() == [3, 20, 29]
 
 
 # --- embeddings that are none ------------------------------------------------------------------------------------

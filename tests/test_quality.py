@@ -8,21 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curate import quality
 from curate.errors import UserError
 from curate.manifest import read_manifest
 from curate.pool import Pool
 from curate.quality import (
+    Seen,
     correlate_samples,
-    count_known,
     has_sample,
     rank_correlation,
-    read_chosen,
+    read_seen,
     trained_rounds,
-    write_chosen,
     write_sample,
+    write_seen,
 )
 from curate.storage import Store
-from pipelines.keys import SAMPLE_ROWS, SAMPLE_SHARDS, fixed_sample
+from pipelines.wanted import SAMPLE_ROWS, SAMPLE_SHARDS, fixed_sample
 from tests.helpers import commit_rounds, drawn_pool
 
 
@@ -61,20 +62,36 @@ def test_rank_correlation_of_hardly_anything():
     assert rank_correlation(np.array([1.0]), np.array([2.0])) is None
 
 
+HASHES = st.sets(st.integers(0, 2**64 - 1), min_size=1, max_size=60)
+
+
 @settings(deadline=None)
-@given(st.sets(st.integers(0, 40), min_size=1), st.lists(st.sets(st.integers(0, 40)), max_size=4))
-def test_examples_that_were_chosen_before(chosen: set[int], earlier: list[set[int]]):
-    known = count_known(contents(sorted(chosen)), [contents(sorted(values)) for values in earlier])
-    assert known == len(chosen & set().union(*earlier))
+@given(chosen=HASHES, earlier=st.lists(HASHES, max_size=4), again=st.data(), size=st.sampled_from([8, 10**6]))
+def test_examples_that_were_chosen_before(
+    chosen: set[int], earlier: list[set[int]], again: st.DataObject, size: int
+) -> None:
+    """A small sketch is a sample of what was seen, a large one is all of it."""
+    everything = sorted(set().union(*earlier))
+    if everything:
+        chosen |= again.draw(st.sets(st.sampled_from(everything)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "SEEN_PAIRS", size)
+        seen = Seen(contents=contents([]))
+        for values in earlier:
+            seen = seen.with_more(contents(sorted(values)))
+        compared, known = seen.known(contents(sorted(chosen)))
+    assert seen.contents.tolist() == everything[:size]
+    below = {value for value in chosen if len(everything) < size or value <= everything[size - 1]}
+    assert (compared, known) == (len(below), len(below & set(everything)))
 
 
-def test_what_a_round_leaves_comes_back(root: str):
+def test_what_was_seen_comes_back(root: str):
     store = Store(root)
-    left = write_chosen(store, "steps", contents([5, 3, 9, 3]))
-    assert left.tolist() == [3, 5, 9]
-    assert read_chosen(store, "steps").tolist() == left.tolist()
-    with pytest.raises(UserError, match=r"^other/chosen\.parquet: expected .* restore it$"):
-        read_chosen(store, "other")
+    assert read_seen(store, None).contents.tolist() == []
+    write_seen(store, "steps", Seen(contents=contents([3, 5, 9])))
+    assert read_seen(store, "steps").contents.tolist() == [3, 5, 9]
+    with pytest.raises(UserError, match=r"^other/seen\.parquet: expected .* restore it$"):
+        read_seen(store, "other")
 
 
 def test_samples_meet_on_the_pairs_that_both_hold(store: Store):
@@ -104,8 +121,12 @@ def test_the_sample_is_the_same_in_every_round_and_of_bounded_size(tmp_path: Pat
     assert sample == fixed_sample(pool, seed=3) != fixed_sample(pool, seed=4)
     assert len(sample.shards) == SAMPLE_SHARDS
     large = Pool(**pool.__dict__ | {"shards": tuple(replace(shard, rows=10**6) for shard in pool.shards)})
-    share = fixed_sample(large, seed=3).keys.high / 2**64
-    assert share * 10**6 * SAMPLE_SHARDS == pytest.approx(SAMPLE_ROWS, abs=1)
+    found = fixed_sample(large, seed=3)
+    assert sum(found.expected(index) for index in found.shards) == SAMPLE_ROWS
+    # Of small shards a part, in runs that lie within them.
+    assert {stop - start for start, stop in sample.runs.values()} == {1}
+    assert all(0 <= start < stop <= pool.shards[i].rows for i, (start, stop) in sample.runs.items())
     # A pool that grows keeps most of the shards that it is taken from.
     smaller = Pool(**pool.__dict__ | {"shards": pool.shards[:-1]})
-    assert len(sample.shards & fixed_sample(smaller, seed=3).shards) >= SAMPLE_SHARDS - 1
+    kept = sample.runs.items() & fixed_sample(smaller, seed=3).runs.items()
+    assert len(kept) >= SAMPLE_SHARDS - 1

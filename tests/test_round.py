@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.dedup import read_dropped
-from curate.embeddings import contents, embedding_name, read_embeddings
+from curate.embeddings import embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.explain import describe_round, explain_uid, summarize_rounds
 from curate.learner import newest_learner
@@ -26,7 +26,6 @@ from curate.spec import EncoderSpec
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool
 from jobs.train import train
-from pipelines.keys import KeyRange
 from pipelines.round import run_round
 from tests.helpers import write_tiny
 
@@ -104,14 +103,14 @@ def truth(world: Path) -> pa.Table:
 
 def test_every_row_of_the_pool_is_accounted_for(world: Path, committed: tuple[Recipe, Manifest]) -> None:
     _, manifest = committed
-    embed, dedup, walk, select = manifest.tallies
+    embed, dedup, window, select = manifest.tallies
     rows = truth(world)
     reasons = {r["values"]: r["counts"] for r in pc.value_counts(rows["broken"].drop_null()).to_pylist()}
     assert (embed.rows_in, embed.dropped) == (ROWS, reasons)
     assert dedup.dropped == {"duplicate_exact": ROWS - rows["duplicate_of"].null_count}
     candidates = ROWS - sum(reasons.values()) - dedup.dropped["duplicate_exact"]
     super_batches = candidates // (5 * B_SMALL)
-    assert (walk.rows_in, walk.kept) == (candidates, super_batches * 5 * B_SMALL)
+    assert (window.rows_in, window.kept) == (candidates, super_batches * 5 * B_SMALL)
     assert select.dropped["not_selected"] == 4 * select.kept == 4 * super_batches * B_SMALL
     assert manifest.sub_batches == super_batches > 3
 
@@ -157,8 +156,8 @@ def test_the_loop_goes_on_with_the_learner_that_was_trained(world: Path, committ
     assert (newest.number, newest.next_batch) == (1, first.sub_batches)
     assert second.lineage["learner"]["model"] == newest.encoder.model != first.lineage["learner"]["model"]
     assert second.parent == hashlib.sha256(manifest_bytes(recipe)).hexdigest()
-    # The pool was used up, so the second round walks it in a new order; the reference was not run again.
-    assert second.lineage["walk"]["range"]["epoch"] == first.lineage["walk"]["range"]["epoch"] + 1
+    # The pool was used up, so the second round is of a new epoch; the reference was not run again.
+    assert second.lineage["windows"]["taken"]["epoch"] == first.lineage["windows"]["taken"]["epoch"] + 1
     batches = list(CuratedReader(recipe.root))
     assert [(batch.round, batch.sub_batch) for batch in batches] == [
         (manifest.round, i) for manifest in (first, second) for i in range(manifest.sub_batches)
@@ -223,12 +222,22 @@ def test_why_a_pair_is_in_or_out(world: Path, committed: tuple[Recipe, Manifest]
 def test_describe_round_is_json_and_complete(committed: tuple[Recipe, Manifest]) -> None:
     found = describe_round(Store(committed[0].root), 0)
     assert json.loads(json.dumps(found)) == found
-    for key in ("recipe", "recipe_fingerprint", "reference", "learner", "pool", "walk", "libraries", "python"):
+    for key in (
+        "recipe",
+        "recipe_fingerprint",
+        "reference",
+        "learner",
+        "pool",
+        "windows",
+        "index",
+        "libraries",
+        "python",
+    ):
         assert found["lineage"][key]
     assert found["learnability"] > found["uniform_learnability"]
 
 
-def test_small_rounds_walk_through_the_pool_without_replacement(world: Path, warm: Path) -> None:
+def test_small_rounds_take_each_row_of_an_epoch_once(world: Path, warm: Path) -> None:
     """Rounds of one super-batch score only their own candidates; an epoch of them never offers a row twice."""
     recipe = recipe_of(world, warm, selection__super_batches=1)
     store = Store(recipe.root)
@@ -237,16 +246,15 @@ def test_small_rounds_walk_through_the_pool_without_replacement(world: Path, war
     scopes: list[str] = []
     for number in range(2):
         manifest = run_round(recipe, base=world)
-        assert manifest.lineage["walk"]["range"] == {"epoch": 0, "start": number, "super_batches": 1}
+        assert manifest.lineage["windows"]["taken"] == {"epoch": 0, "start": number, "super_batches": 1}
         learner = manifest.lineage["learner"]["model"]
-        (scope,) = {name for name in store.list(f"embeddings/{learner}") if "/walk-" in name} - set(scopes)
+        (scope,) = {name for name in store.list(f"embeddings/{learner}") if "/window-" in name} - set(scopes)
         scopes.append(scope)
         tables = [read_embeddings(store, name, ["uid", "status", "content"]) for name in store.list(scope)]
-        scored = pa.concat_tables(tables).filter(pc.field("status") == "ok")
-        low, high = (int(bound, 16) for bound in scope.rsplit("-", 2)[1:])
-        candidates = KeyRange(seed=0, epoch=0, low=low, high=high).wanted(contents(scored["content"]))
-        offered.append({originals[uid] for uid in scored.filter(pa.array(candidates))["uid"].to_pylist()})
-        assert len(scored) - candidates.sum() < 0.15 * ROWS  # the sample, by which learners are compared
+        scored = pa.concat_tables(tables)
+        assert set(scored["status"].to_pylist()) == {"ok"}
+        offered.append({originals[uid] for uid in scored["uid"].to_pylist()})
+        assert len(scored) == len(offered[-1])
         assert manifest.quality["staleness_batches"] == number
         assert (manifest.quality["unique_examples"], manifest.quality["chosen_again"]) == (B_SMALL * (number + 1), 0)
         assert (manifest.quality["rank_correlation"] or {}).get("value") == (1.0 if number else None)
@@ -339,9 +347,9 @@ def test_near_duplicates_leave_before_any_is_chosen(world: Path, warm: Path, tmp
     recipe = recipe_of(world, warm, dedup=near, selection__sub_batch_size=8)
     manifest = run_round(recipe, base=world)
     store = Store(str(warm))
-    embed, dedup, walk, _ = manifest.tallies
+    embed, dedup, window, _ = manifest.tallies
     assert dedup.rows_in == embed.kept
-    assert dedup.kept == walk.rows_in
+    assert dedup.kept == window.rows_in
     assert min(dedup.dropped[reason] for reason in ("duplicate_exact", "near_duplicate", "contaminated")) >= 3
 
     # The learner looked at no row that was dropped, and at all that were candidates of the round.
@@ -351,13 +359,10 @@ def test_near_duplicates_leave_before_any_is_chosen(world: Path, warm: Path, tmp
     dropped = {(index, row["row"]): row for index, rows in tables.items() for row in rows}
     learner = EncoderSpec(**{k: v for k, v in manifest.lineage["learner"].items() if k != "number"})
     names = [Path(name).name for name in store.list(f"embeddings/{learner.sha}")]
-    (scope,) = [name for name in names if not name.endswith(".parquet")]
+    (scope,) = [name for name in names if name.startswith("window-")]
     for shard in pool.shards:
-        scored = read_embeddings(store, embedding_name(learner.sha, shard, scope), ["status"])["status"].to_pylist()
-        for row, status in enumerate(scored):
-            if (shard.index, row) in dropped:
-                # Unless a row of the shard that stays is the same pair.
-                assert status != "ok" or dropped[shard.index, row]["reason"] == "duplicate_exact"
+        rows = read_embeddings(store, embedding_name(learner.sha, shard, scope), ["status"], numbered=True)["row"]
+        assert not {(shard.index, row) for row in rows.to_pylist()} & dropped.keys()
     taken = curated(recipe, manifest)["curate"].combine_chunks().field("uid").to_pylist()
     assert len(taken) == manifest.sub_batches * 8 > 0
 
@@ -380,10 +385,10 @@ def test_near_duplicates_leave_before_any_is_chosen(world: Path, warm: Path, tmp
     (stays,) = explain_uid(store, keys[place][other["row"]])
     assert stays["rounds"][0]["outcome"] in ("selected", "not_selected", "other_round")
 
-    # The next round walks on; with other settings it begins a new epoch of another walk.
+    # The next round goes on; with other settings it begins a new epoch.
     later = run_round(recipe, base=world)
-    assert later.lineage["walk"]["through"] == manifest.lineage["walk"]["through"]
+    assert later.lineage["windows"]["through"] == manifest.lineage["windows"]["through"]
     without = run_round(recipe_of(world, warm, selection__sub_batch_size=8), base=world)
-    assert without.lineage["walk"]["through"] != later.lineage["walk"]["through"]
+    assert without.lineage["windows"]["through"] != later.lineage["windows"]["through"]
     assert without.lineage["dedup"] is None
     assert without.tallies[1].dropped.keys() == {"duplicate_exact"}

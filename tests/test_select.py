@@ -18,7 +18,7 @@ from curate.seeds import derive_seed
 from curate.select import Candidates, Scale, needs_learner, select_sub_batch
 from curate.selected import SELECTED_SCHEMA, SubBatchStats, read_selected, selected_name, write_selected
 from curate.storage import Store
-from curate.walk import in_walk_order, walk_rows
+from curate.windows import key_order, keyed_rows
 from tests.helpers import CPU
 
 torch.set_num_threads(1)
@@ -39,7 +39,7 @@ def candidates(count: int = B, *, seed: int = 0, width: int = D, learner_width: 
     content = rng.integers(0, 2**64, (count, 2), np.uint64)
     shards = np.sort(rng.integers(0, 3, count))
     rows = np.concatenate(
-        [walk_rows(content[shards == s], s, np.arange((shards == s).sum()), seed=0, epoch=0) for s in range(3)]
+        [keyed_rows(content[shards == s], s, np.arange((shards == s).sum()), seed=0, epoch=0) for s in range(3)]
     )
     common, other = unit(rng, count, width), unit(rng, count, width)
     ztxt = (0.7 * common + 0.3 * other).astype(np.float32)
@@ -107,9 +107,9 @@ def test_seed_round_and_sub_batch_decide_the_draw():
     assert places(drawn(pool)[0]) == first
 
 
-def test_the_draw_is_that_of_jest_on_the_candidates_in_walk_order():
+def test_the_draw_is_that_of_jest_on_the_candidates_in_the_order_of_keys():
     pool = candidates()
-    order, _ = in_walk_order(pool.rows)
+    order = key_order(pool.rows)
     assert (np.diff(pool.rows["key"][order].astype(object)) > 0).all()
     ordered = pool.take(order)
     expected = jointly_sample_batch(
@@ -129,16 +129,10 @@ def test_the_draw_is_that_of_jest_on_the_candidates_in_walk_order():
         assert (row["content_low"], row["content_high"]) == (int(own["low"]), int(own["high"]))
 
 
-def test_equal_pairs_count_once_and_the_first_stands_for_all():
+def test_the_order_in_which_candidates_come_changes_nothing():
     pool = candidates()
-    repeats = pool.take(np.arange(40))
-    repeats.rows["shard"] += 3  # the same pairs again, later in the inventory
-    doubled = Candidates.concatenate([repeats, pool])
-    assert len(doubled.rows) == B + 40
-    rows, stats, _ = drawn(doubled)
-    assert rows == drawn(pool)[0]
-    assert stats.tally.rows_in == B
-    assert max(row["shard"] for row in rows) < 3
+    mixed = pool.take(np.random.default_rng(1).permutation(B))
+    assert drawn(mixed)[0] == drawn(pool)[0]
 
 
 # --- what is recorded --------------------------------------------------------------------------------------------

@@ -55,6 +55,10 @@ def written(
     return file, pq.ParquetFile(path_of(store, file))
 
 
+def chosen(pool: Pool, shard: Shard, picks: pa.Table) -> pa.Table:
+    return chosen_rows(shard, picks, columns=pool.columns, schema=curated_schema(pool), round_number=0)
+
+
 def path_of(store: Store, file: CuratedFile) -> Path:
     path = store.local_path(f"{FOLDER}/{file.name}")
     assert path is not None
@@ -157,17 +161,6 @@ def test_a_shard_with_no_pick_in_a_stretch_of_it(store: Store, tmp_path: Path, m
     chosen = [[(0, row) for row in (37, 3, 20, 4, 39, 0)]]
     _, parquet = written(store, pool, chosen)
     assert [row["source_row"] for row in parquet.read()[ADDED_COLUMN].to_pylist()] == [37, 3, 20, 4, 39, 0]
-    nothing = picks_of(pool, chosen).slice(0, 0)
-    empty = chosen_rows(pool.shards[0], pool, nothing, 0)
-    assert empty.num_rows == 0
-    assert empty.schema == curated_schema(pool)
-
-
-def test_a_pair_that_was_picked_twice_by_two_sub_batches(store: Store, tmp_path: Path):
-    pool = drawn_pool(tmp_path / "pool", rows=10)
-    chosen = [[(0, 1), (0, 2)], [(0, 2), (0, 1)]]
-    _, parquet = written(store, pool, chosen)
-    assert [row["source_row"] for row in parquet.read()[ADDED_COLUMN].to_pylist()] == [1, 2, 2, 1]
 
 
 # --- the file ----------------------------------------------------------------------------------------------------
@@ -270,14 +263,14 @@ def test_a_row_that_changed_while_its_file_did_not(tmp_path: Path, monkeypatch):
     changed = table.set_column(table.column_names.index("caption"), "caption", pa.array(captions))
     pq.write_table(changed, pool.shards[0].path)
     with pytest.raises(InputChangedError, match=r"expected \d+ bytes"):
-        chosen_rows(pool.shards[0], pool, picks, 0)
+        chosen(pool, pool.shards[0], picks)
     path = Path(pool.shards[0].path)
     now = {"size": path.stat().st_size, "version": str(path.stat().st_mtime_ns)}
     disguised = Shard(**pool.shards[0].__dict__ | now)
     with pytest.raises(InputChangedError, match=re.escape(f"{path}: row 12 is not the pair that was embedded")):
-        chosen_rows(disguised, pool, picks, 0)
+        chosen(pool, disguised, picks)
     kept = picks.filter(pc.not_equal(picks["row"], 12))
-    assert chosen_rows(disguised, pool, kept, 0).num_rows == 3
+    assert chosen(pool, disguised, kept).num_rows == 3
 
 
 # --- who opens it ------------------------------------------------------------------------------------------------

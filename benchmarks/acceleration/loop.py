@@ -1,4 +1,4 @@
-"""The loop of curation and training in one process: the product's walk, selection and training step, on arrays.
+"""The loop of curation and training in one process: the product's windows, selection and training step, on arrays.
 
 What `curate round` and `curate train` do through files is done here in memory, so that a run takes minutes:
 `tests/test_acceleration.py` holds that the batches are the same.
@@ -27,7 +27,7 @@ from curate.recipe import Section, SelectionSection, TrainSection
 from curate.seeds import derive_seed
 from curate.select import Candidates, Scale, Vectors, embeddings_of, needs_learner, select_sub_batch
 from curate.spec import EncoderSpec
-from curate.walk import WalkRange, in_walk_order, next_range, walk_rows
+from curate.windows import EpochRange, key_order, keyed_rows, next_range
 from jobs.optimize import learning_rate, make_criterion, make_optimizer, take_step
 from jobs.ranks import Ranks
 
@@ -95,16 +95,16 @@ class Loop:
         self.step = 0
         self.optimizer = make_optimizer(self.model, training)
         self.criterion = make_criterion(arm.selection.loss, self.ranks)
-        records = walk_rows(np.asarray(pairs.content[rows]), 0, rows, seed=0, epoch=0)
-        order, representative = in_walk_order(records)
-        self.rows = np.sort(records["row"][order[representative == np.arange(len(order))]])
+        # Of equal pairs the first.
+        _, first = np.unique(np.asarray(pairs.content[rows]), axis=0, return_index=True)
+        self.rows = np.sort(rows[first])
         self._own: tuple[Vectors, Vectors] | None = None
         self._scale = Scale(logit_scale=spec.logit_scale, logit_bias=spec.logit_bias)
         self._normalize = Encoder(spec, copy.deepcopy(learner), tokenizer, device).normalize
 
     def batches(self) -> Iterator[npt.NDArray[np.int64]]:
         """Rows [b] of the pool, batch after batch; ask for the next one once the learner was trained on the last."""
-        previous: WalkRange | None = None
+        previous: EpochRange | None = None
         number = count = 0
         selection = self.arm.selection
         B = selection.super_batch_size
@@ -116,14 +116,14 @@ class Loop:
             if aged >= self.arm.round_steps:
                 aged = 0
             wanted = min(self.arm.round_steps - aged, held)
-            found = next_range(previous, candidates=len(self.rows), super_batch_size=B, super_batches=wanted)
+            found = next_range(previous, held=held, super_batches=wanted)
             assert found is not None, "no more is wanted than an epoch holds"
             if previous is None or found.epoch != previous.epoch:
                 content = np.asarray(self.pairs.content[self.rows])
-                walk = walk_rows(content, 0, self.rows, seed=self.seed, epoch=found.epoch)
-                walk = walk[in_walk_order(walk)[0]]
+                keyed = keyed_rows(content, 0, self.rows, seed=self.seed, epoch=found.epoch)
+                keyed = keyed[key_order(keyed)]
             previous = found
-            supers = [walk[i * B : (i + 1) * B] for i in range(found.start, found.stop)]
+            supers = [keyed[i * B : (i + 1) * B] for i in range(found.start, found.stop)]
             if needs_learner(selection) and aged == 0:
                 # A round longer than an epoch comes back to the same rows, so that all of them are scored at once.
                 whole = self.arm.round_steps > held
