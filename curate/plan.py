@@ -10,7 +10,7 @@ from curate.errors import UserError
 from curate.learner import newest_learner
 from curate.manifest import last_round, read_manifest, round_folder
 from curate.messages import gathered
-from curate.pool import Pool, take_inventory
+from curate.pool import Pool, load_pool, take_inventory
 from curate.recipe import DeviceType, PoolSection, Recipe
 from curate.sealed import seal, unseal
 from curate.select import needs_learner
@@ -115,7 +115,7 @@ def _make(
     pool = reference = learner = None
     evaluation: list[Pool] = []
     with gathered(mistakes):
-        pool = take_inventory(recipe.pool, progress=progress)
+        pool = take_inventory(recipe.pool, progress=progress, known=known_inventory(store))
     with gathered(mistakes):
         evaluation = evaluation_sets(recipe)
     with gathered(mistakes):
@@ -137,6 +137,12 @@ def _make(
         learner_number=newest.number if newest else None,
         evaluation=tuple(seen.fingerprint for seen in evaluation),
     )
+
+
+def known_inventory(store: Store) -> Pool | None:
+    """The inventory of the newest round: footers that it tells of need not be read again."""
+    newest = read_manifest(store, last_round(store))
+    return load_pool(store, newest[0].lineage["pool"]["fingerprint"]) if newest else None
 
 
 def store_reference(store: Store, recipe: Recipe, *, base: Path, device_type: DeviceType) -> EncoderSpec:

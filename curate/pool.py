@@ -57,6 +57,10 @@ class Shard:
     """etag on an object store, modification time in ns on a local disk."""
     rows: int
     columns: Columns
+    schema: int = 0
+    """Which of the pool's schemas the file has."""
+    largest_row_group: int = 0
+    """Bytes, uncompressed."""
 
     @property
     def key(self) -> str:
@@ -79,6 +83,8 @@ class Pool:
     """Files in the pool's folders that are not shards (hidden, temporary, other suffix)."""
     skipped: tuple[str, ...]
     """One line per bad shard that `on_bad_shard = "skip"` left out."""
+    schemas: tuple[pa.Schema, ...] = ()
+    """Of the shards, each once: what is known of a file whose footer need not be read again."""
 
     @property
     def rows(self) -> int:
@@ -96,7 +102,8 @@ class Pool:
         record = {
             "shards": [{k: v for k, v in asdict(shard).items() if k != "columns"} for shard in self.shards],
             "columns": asdict(self.columns),
-            "schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
+            "schema": _schema_text(self.schema),
+            "schemas": [_schema_text(schema) for schema in self.schemas],
             "ignored": self.ignored,
             "skipped": self.skipped,
         }
@@ -110,10 +117,19 @@ class Pool:
         return cls(
             shards=tuple(Shard(columns=columns, **shard) for shard in record["shards"]),
             columns=columns,
-            schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["schema"]))),
+            schema=_schema_of(record["schema"]),
+            schemas=tuple(map(_schema_of, record["schemas"])),
             ignored=tuple(record["ignored"]),
             skipped=tuple(record["skipped"]),
         )
+
+
+def _schema_text(schema: pa.Schema) -> str:
+    return base64.b64encode(schema.serialize().to_pybytes()).decode()
+
+
+def _schema_of(text: str) -> pa.Schema:
+    return pa.ipc.read_schema(pa.py_buffer(base64.b64decode(text)))
 
 
 def load_pool(store: Store, fingerprint: str) -> Pool:
@@ -132,13 +148,15 @@ def take_inventory(
     *,
     section_name: str = "pool",
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+    known: Pool | None = None,
 ) -> Pool:
-    """List the pool, read every footer once, and check every shard.
+    """List the pool, read every footer that is not known, and check every shard.
 
     Args:
         section: where the pool is and what its columns are called.
         section_name: what the recipe calls the section, for messages.
         progress: wraps the iteration over footers, given it and its length.
+        known: an earlier inventory: the footer of a file that is still the same is not read again.
 
     Raises:
         UserError: one line per bad shard or other mistake, all at once.
@@ -158,9 +176,14 @@ def take_inventory(
         raise UserError(*mistakes)
 
     ordered = [files[path] for path in sorted(files)]
+    read = _footers_of(known)
+    unread = [file for file in ordered if file not in read]
     with ThreadPoolExecutor(FOOTER_THREADS) as threads:
-        footers: Iterable[_Footer] = threads.map(_read_footer, ordered)
-        footers = list(progress(footers, len(ordered)) if progress else footers)
+        new: Iterable[_Footer] = threads.map(_read_footer, unread)
+        if progress and unread:
+            new = progress(new, len(unread))
+        read |= zip(unread, new, strict=True)
+    footers = [read[file] for file in ordered]
 
     good = [(file, footer) for file, footer in zip(ordered, footers, strict=True) if footer.schema is not None]
     bad = [footer.error for footer in footers if footer.schema is None]
@@ -194,6 +217,8 @@ def take_inventory(
             *bad, f"{section_name}.path = {section.path!r}: no shard of the pool can be used; mend the files above"
         )
     names = _relative_names([file.path for file, _ in usable])
+    texts = [_schema_text(footer.schema) for _, footer in usable]
+    schemas = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     return Pool(
         shards=tuple(
             Shard(
@@ -204,11 +229,14 @@ def take_inventory(
                 version=file.version,
                 rows=footer.rows,
                 columns=columns,
+                schema=schemas[text],
+                largest_row_group=footer.largest_row_group,
             )
-            for i, (name, (file, footer)) in enumerate(zip(names, usable, strict=True))
+            for i, (name, (file, footer), text) in enumerate(zip(names, usable, texts, strict=True))
         ),
         columns=columns,
         schema=schema,
+        schemas=tuple(map(_schema_of, schemas)),
         ignored=tuple(ignored),
         skipped=tuple(bad),
     )
@@ -339,6 +367,18 @@ class _Footer:
     schema: pa.Schema | None = None
     largest_row_group: int = 0
     error: str = ""
+
+
+def _footers_of(known: Pool | None) -> dict[FileInfo, _Footer]:
+    """What an inventory says of the footers of its files."""
+    if known is None:
+        return {}
+    return {
+        FileInfo(path=shard.path, size=shard.size, version=shard.version): _Footer(
+            rows=shard.rows, schema=known.schemas[shard.schema], largest_row_group=shard.largest_row_group
+        )
+        for shard in known.shards
+    }
 
 
 def _read_footer(file: FileInfo) -> _Footer:

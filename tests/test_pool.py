@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import curate.pool as pool_module
 from curate.errors import InputChangedError, UserError
 from curate.pool import Pool, Shard, caption_bytes, image_bytes, load_pool, read_batches, read_rows, take_inventory
 from curate.recipe import PoolSection
@@ -518,6 +519,25 @@ def test_a_name_that_no_message_could_carry_is_refused(folder: Path, name: bytes
     line = line_about(folder)
     assert "expected a name in UTF-8 without control characters; rename the file" in line
     line.encode()
+
+
+def test_footers_that_an_earlier_inventory_tells_of_are_not_read_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wider = PAIRS.append_column("more", pa.array([1, 2]))
+    for name in "abc":
+        write(folder / f"{name}.parquet", wider if name == "b" else PAIRS)
+    first = Pool.from_bytes(inventory(folder).to_bytes(), "pool.json")
+    assert len(first.schemas) == 2
+    (folder / "b.parquet").unlink()
+    write(folder / "a.parquet", PAIRS.slice(0, 1))  # another file by this name
+    write(folder / "d.parquet", wider)
+    read: list[str] = []
+    whole = pool_module._read_footer
+    monkeypatch.setattr(pool_module, "_read_footer", lambda file: read.append(Path(file.path).name) or whole(file))
+    found = take_inventory(PoolSection(path=str(folder)), known=first)
+    assert sorted(read) == ["a.parquet", "d.parquet"]
+    assert found == inventory(folder)
 
 
 def test_progress_sees_every_footer(folder: Path) -> None:
