@@ -253,7 +253,7 @@ def measure(made: Path, size: int, what: str) -> dict[str, Any]:
             num_cpus=4,
             include_dashboard=False,
             log_to_driver=False,
-            runtime_env={"worker_process_setup_hook": "benchmarks.scale.count_bytes"},
+            runtime_env={"worker_process_setup_hook": count_bytes},
         )
         count_bytes()
         for recipe in rounds[:-1]:

@@ -109,8 +109,8 @@ class _Search:
     reference: EncoderSpec
     threshold: Threshold
     compared: Compared
-    tasks: int = 0
-    """That search cells."""
+    tasks: int
+    """That search cells: at most so many before there are cells."""
     cells: int = 0
     sample: float = 0.0
     """Share of the rows that cells are trained on."""
@@ -147,7 +147,14 @@ def find_pairs(
         UserError: an embedding file was written by a version that did not hash pictures.
     """
     rows = int(compared.starts[-1])
-    search = _Search(store=store, folder=folder, reference=reference, threshold=threshold, compared=compared)
+    search = _Search(
+        store=store,
+        folder=folder,
+        reference=reference,
+        threshold=threshold,
+        compared=compared,
+        tasks=max(1, min(MOST_TASKS, rows // ROWS_PER_TASK)),
+    )
     sources = list(enumerate(compared.sources()))
     if read_cells(store, folder) is None:
         cells = cell_count(rows)
@@ -288,12 +295,11 @@ def _train(counted: tuple[Counter[str], Counter[str], int], search: _Search) -> 
     sample = _distinct([(content, zimg) for content, zimg in parts])[1]
     trained = train_cells(unit_rows(sample), search.cells, device())
     statuses, held_out, unsound = counted
-    rows = int(search.compared.starts[-1])
     counts = {
         "statuses": statuses,
         "evaluation_statuses": held_out,
         "unsound": unsound,
-        "tasks": max(1, min(len(trained.centroids), MOST_TASKS, rows // ROWS_PER_TASK)),
+        "tasks": max(1, min(len(trained.centroids), search.tasks)),
     }
     write_cells(search.store, search.folder, trained.to_array(), counts)
 

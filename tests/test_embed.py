@@ -362,14 +362,15 @@ def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(
 
     pool = drawn_pool(tmp_path / "pool", rows=60, shards=3)
     spec = tiny_encoder(store, tmp_path)
-    block = pa.Table.from_pylist([{"shard": asdict(shard), "encoders": [spec.sha]} for shard in pool.shards])
+    items = [{"shard": asdict(s), "encoders": [spec.sha], "wanted": None, "rows": s.rows} for s in pool.shards]
+    block = pa.Table.from_pylist(items)
     names = [embedding_name(spec.sha, shard) for shard in pool.shards]
 
     def written() -> list[int]:
         return [store.local_path(name).stat().st_ino for name in names]
 
     def actor() -> EmbedShards:
-        return EmbedShards(store, [spec], EmbedSection(), 1, None, None, None)
+        return EmbedShards(store, [spec], [], EmbedSection(), 1)
 
     whole = list(actor()(block))
     assert [receipt["rows"] for receipt in whole] == [[20]] * 3
