@@ -42,7 +42,7 @@ class Mutant:
 
 
 STORAGE, FAULTS = "tests/test_storage.py", "tests/test_faults.py"
-DAMAGE = f"{FAULTS} -k some_damage"
+DAMAGE = "tests/test_damage.py -k some_damage"
 MUTANTS = [
     # publication
     Mutant(
@@ -126,7 +126,7 @@ MUTANTS = [
         "curate/parquet.py",
         "if schema is not None and parquet.schema_arrow != schema:",
         "if False:",
-        f"{FAULTS} -k all_damage",
+        "tests/test_damage.py -k all_damage",
     ),
     Mutant(
         "weights are hashed",

@@ -3,7 +3,6 @@
 What a round writes with it is, byte for byte, what it writes with Ray (tests/test_faults.py compares them).
 """
 
-import functools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -19,9 +18,6 @@ import pipelines.quality
 import pipelines.select
 import pipelines.walk
 import pipelines.write
-from curate.encoder import Encoder, load_encoder
-from curate.spec import EncoderSpec
-from curate.storage import Store
 
 CPU = torch.device("cpu")
 
@@ -109,12 +105,6 @@ class StandIn:
     @staticmethod
     def cluster_resources() -> dict[str, float]:
         return {"CPU": 4}
-
-
-@functools.cache
-def loaded(url: str, spec: EncoderSpec) -> Encoder:
-    """Models are loaded once: a fault in loading is for tests of models."""
-    return load_encoder(Store(url), spec, CPU)
 
 
 @pytest.fixture
