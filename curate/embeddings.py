@@ -11,6 +11,9 @@ An embedding file has exactly one row per row of its shard, in order:
     height   int32 or null          likewise
     zimg     fixed_size_list<float16>[D] or null     unit rows, null unless status is ok
     ztxt     likewise
+
+Of a shard with a damaged page all rows have the status `damaged_shard`, contents and pictures of zeros, and, where the
+column of uids cannot be read or there is none, the uid `<name of the shard>#<row>`.
 """
 
 import hashlib
@@ -21,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from curate.errors import DamagedError
+from curate.errors import DamagedError, ShardDamagedError
 from curate.parquet import open_table
 from curate.pool import Shard
 from curate.storage import Store
@@ -30,6 +33,8 @@ CONTENT_BYTES = 16
 NOT_SCORED = "not_scored"
 EMBEDDING_NONFINITE = "embedding_nonfinite"
 EMBEDDING_ZERO = "embedding_zero"
+DAMAGED_SHARD = "damaged_shard"
+DOWNLOAD_FAILED = "download_failed"
 
 
 def content_hash(image: bytes | None, caption: bytes | None) -> bytes:
@@ -72,6 +77,17 @@ def read_embeddings(store: Store, name: str, columns: Sequence[str]) -> pa.Table
     with open_table(store, name) as parquet:
         check_schema(name, parquet.schema_arrow)
         return parquet.read(list(columns))
+
+
+def damage_of(store: Store, shards: Sequence[Shard], sha: str) -> list[str]:
+    """A line for each of some shards that an encoder's embedding files say is damaged."""
+    found = []
+    for shard in shards:
+        table = read_embeddings(store, embedding_name(sha, shard), ["status", "error"])
+        for row in table.slice(0, 1).to_pylist():  # all rows of such a shard are alike
+            if row["status"] == DAMAGED_SHARD:
+                found.append(str(ShardDamagedError(shard.path, shard.rows, row["error"])))
+    return found
 
 
 def check_schema(name: str, schema: pa.Schema) -> None:

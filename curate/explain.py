@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from curate.dedup import why_dropped
-from curate.embeddings import contents, embedding_name, read_embeddings
+from curate.embeddings import DAMAGED_SHARD, contents, damage_of, embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.manifest import Manifest, last_round, read_manifest, steps_folder
 from curate.parquet import read_table
@@ -86,6 +86,7 @@ def describe_round(store: Store, number: int) -> dict[str, Any]:
         "manifest_sha256": sha256,
         "parent": manifest.parent,
         "pool_rows": manifest.pool_rows,
+        "skipped_shards": _skipped_shards(store, manifest),
         "steps": [tally.to_json() for tally in manifest.tallies],
         "sub_batches": manifest.sub_batches,
         "sub_batch_size": manifest.sub_batch_size,
@@ -95,6 +96,16 @@ def describe_round(store: Store, number: int) -> dict[str, Any]:
         "files": [{"name": f.name, "size": f.size, "sub_batches": f.sub_batches} for f in manifest.files],
         "lineage": manifest.lineage,
     }
+
+
+def _skipped_shards(store: Store, manifest: Manifest) -> list[str]:
+    """A line for each shard that was bad: by its footer, or, if the tally tells, by its pages."""
+    pool = manifest.lineage.get("pool", {})
+    lines = list(pool.get("skipped_shards", ()))
+    if manifest.tallies[0].dropped.get(DAMAGED_SHARD):
+        shards = load_pool(store, pool["fingerprint"]).shards
+        lines += damage_of(store, shards, EncoderSpec(**manifest.lineage["reference"]).sha)
+    return lines
 
 
 def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate import access, storage
-from curate.column_types import is_caption, is_image, is_uid, plain_type, united, why_unwritable
-from curate.errors import CurateError, InputChangedError, UserError
+from curate.column_types import is_caption, is_image, is_uid, plain_batch, plain_type, united, why_unwritable
+from curate.errors import CurateError, InputChangedError, ShardDamagedError, UserError
 from curate.messages import one_line
-from curate.recipe import PoolSection
+from curate.recipe import BadShardPolicy, PoolSection
 from curate.sealed import seal, unseal
 from curate.storage import FileInfo, Store
 
@@ -32,6 +33,8 @@ ADDED_COLUMN = "curate"
 """The struct column that curated files carry beside the user's own."""
 
 FOOTER_THREADS = 16
+READ_ROWS = 1024
+"""Rows that are held at once while some of them are picked out, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,8 @@ class Pool:
     """Files in the pool's folders that are not shards (hidden, temporary, other suffix)."""
     skipped: tuple[str, ...]
     """One line per bad shard that `on_bad_shard = "skip"` left out."""
+    on_bad_shard: BadShardPolicy = "fail"
+    """For whoever reads on: a footer may be sound and a page damaged."""
 
     @property
     def rows(self) -> int:
@@ -98,6 +103,7 @@ class Pool:
             "schema": base64.b64encode(self.schema.serialize().to_pybytes()).decode(),
             "ignored": self.ignored,
             "skipped": self.skipped,
+            "on_bad_shard": self.on_bad_shard,
         }
         return seal(record)
 
@@ -112,6 +118,7 @@ class Pool:
             schema=pa.ipc.read_schema(pa.py_buffer(base64.b64decode(record["schema"]))),
             ignored=tuple(record["ignored"]),
             skipped=tuple(record["skipped"]),
+            on_bad_shard=record.get("on_bad_shard", "fail"),  # inventories that were made before it was kept
         )
 
 
@@ -210,51 +217,64 @@ def take_inventory(
         schema=schema,
         ignored=tuple(ignored),
         skipped=tuple(bad),
+        on_bad_shard=section.on_bad_shard,
     )
 
 
 def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """Rows of a shard in order, `batch_rows` at a time; all columns if `columns` is None.
+    """Rows of a shard in order, `batch_rows` at a time.
+
+    Args:
+        shard: of the pool.
+        columns: their names, those that the file has not are left out; all columns if None.
+        batch_rows: rows at a time, at most.
 
     Raises:
-        InputChangedError: if the file is not the one that the inventory recorded, or a page does not decode or differs
-            from its checksum, where it has one.
+        InputChangedError: if the file is not the one that the inventory recorded.
+        ShardDamagedError: a page does not decode or differs from its checksum, where it has one.
         UserError, StoreError: the store refuses or fails, which says nothing of the file.
     """
     _check_unchanged(shard)
     rows = 0
-    with _opened(shard, lambda: rows) as parquet:
+    with _opened(shard, columns, lambda: rows) as parquet:
         for batch in parquet.iter_batches(batch_size=batch_rows, columns=columns):
             rows += batch.num_rows
             yield batch
     if rows != shard.rows:
-        raise InputChangedError(
-            f"{shard.path}: the footer promises {shard.rows} rows but {rows} were read; replace the file"
-        )
+        raise ShardDamagedError(shard.path, shard.rows, f"{rows}")
 
 
 def read_rows(shard: Shard, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
-    """Some rows of a shard, ascending, from the row groups that hold them.
+    """Some rows of a shard, ascending, in plain types, from the row groups that hold them.
 
     Raises:
-        InputChangedError: as `read_batches`.
+        InputChangedError, ShardDamagedError, UserError, StoreError: as `read_batches`.
     """
     _check_unchanged(shard)
-    with _opened(shard) as parquet:
+    with _opened(shard, columns) as parquet:
+        none = parquet.read_row_groups([], columns=list(columns))
+        found = [plain_batch(pa.RecordBatch.from_pylist([], none.schema))]
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         starts = [0, *accumulate(sizes)]
-        held = sorted({bisect_right(starts, row) - 1 for row in rows})
-        table = parquet.read_row_groups(held, columns=list(columns))
-    moved, read = {}, 0
-    for group in held:
-        moved[group] = read - starts[group]
-        read += sizes[group]
-    return table.take(pa.array([row + moved[bisect_right(starts, row) - 1] for row in rows], pa.int64()))
+        held: dict[int, list[int]] = defaultdict(list)
+        for row in rows:
+            group = bisect_right(starts, row) - 1
+            held[group].append(row - starts[group])
+        # One group at a time, and of each batch by itself: of many images joined the 32-bit offsets would overflow.
+        for group, within in held.items():
+            start = 0
+            for batch in parquet.iter_batches(batch_size=READ_ROWS, row_groups=[group], columns=list(columns)):
+                here = [row - start for row in within if start <= row < start + batch.num_rows]
+                found.append(plain_batch(batch).take(pa.array(here, pa.int64())))
+                start += batch.num_rows
+    return pa.Table.from_batches(found)
 
 
 @contextlib.contextmanager
-def _opened(shard: Shard, rows: Callable[[], int] = lambda: 0) -> Iterator[pq.ParquetFile]:
-    """A shard's file; `rows` says, for messages, how many were read."""
+def _opened(
+    shard: Shard, columns: Sequence[str] | None, rows: Callable[[], int] = lambda: 0
+) -> Iterator[pq.ParquetFile]:
+    """A shard's file, of which these columns are read; `rows` says, for messages, how many were read."""
     try:
         with (
             access.open_input(shard.path) as file,
@@ -266,10 +286,22 @@ def _opened(shard: Shard, rows: Callable[[], int] = lambda: 0) -> Iterator[pq.Pa
     except Exception as error:  # a damaged file makes a reader raise whatever it likes
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of a local disk: Arrow's own OSErrors carry no number
-        raise InputChangedError(
-            f"{shard.path}: expected {shard.rows} readable rows, found a damaged page after row {rows()} "
-            f"({one_line(error)}); replace the file, or move it out of the pool"
-        ) from error
+        where = f"in column {column!r}" if (column := _damaged_column(shard, columns)) else "somewhere"
+        found = f"a damaged page {where} after row {rows()} ({one_line(error)})"
+        raise ShardDamagedError(shard.path, shard.rows, found) from error
+
+
+def _damaged_column(shard: Shard, columns: Sequence[str] | None) -> str | None:
+    """The first of some columns that cannot be read, by reading each alone; None if none is found again."""
+    with access.open_input(shard.path) as file:  # which raises, whatever is caught within, what the store did
+        for name in columns or pq.ParquetFile(file).schema_arrow.names:
+            try:
+                with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                    for _ in parquet.iter_batches(batch_size=READ_ROWS, columns=[name]):
+                        pass
+            except Exception:
+                return name
+    return None
 
 
 def _check_unchanged(shard: Shard) -> None:

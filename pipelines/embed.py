@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from curate.decode import Apart, Watched
 from curate.dedup import kept_rows
-from curate.embed import Wanted, crops_of, embed_shard
+from curate.embed import Wanted, crops_of, embed_damaged, embed_shard
 from curate.embeddings import NOT_SCORED, contents, embedding_name, read_embeddings
-from curate.errors import UserError
+from curate.errors import ShardDamagedError, UserError
 from curate.pool import Columns, Pool, Shard
-from curate.recipe import EmbedSection, ResourcesSection
+from curate.recipe import BadShardPolicy, EmbedSection, ResourcesSection
 from curate.spec import WEIGHTS_NAME, EncoderSpec
 from curate.storage import Store
 from pipelines.cluster import (
@@ -83,7 +83,8 @@ def embed_pool(
         reference: whose files a deduplication went by, if the `key_range` leaves out what it dropped.
 
     Raises:
-        UserError: a worker asks for more CPUs or memory than any node has.
+        UserError: a worker asks for more CPUs or memory than any node has; or, one line each, the shards that are
+            damaged, unless the pool's policy is to skip them.
         InputChangedError: a shard is not the file that was inventoried.
     """
     scope = key_range.scope if key_range else ""
@@ -107,7 +108,16 @@ def embed_pool(
         warnings.filterwarnings("ignore", message="`ray_remote_args`")
         receipts = blocks.map_batches(
             EmbedShards,
-            fn_constructor_args=(store, list(encoders), settings, resources.threads, key_range, sample, reference),
+            fn_constructor_args=(
+                store,
+                list(encoders),
+                settings,
+                resources.threads,
+                key_range,
+                sample,
+                reference,
+                pool.on_bad_shard,
+            ),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=workers),
@@ -118,12 +128,17 @@ def embed_pool(
         )
     names = " and ".join(spec.source for spec in encoders)
     rows = sum(shard.rows for shard in todo)
+    damaged: list[str] = []
     with tqdm(total=rows, desc=f"embed with {names}", unit="row", disable=None) as bar, own_errors():
         dropped = 0
         for receipt in receipts.iter_rows():
             dropped += receipt["dropped"]
             bar.set_postfix(dropped=dropped, refresh=False)
             bar.update(receipt["rows"])
+            if receipt["damage"]:
+                damaged.append(receipt["damage"])
+    if damaged and pool.on_bad_shard == "fail":
+        raise UserError(*sorted(damaged))
 
 
 def _workers(resources: ResourcesSection, devices: Devices, memory: int) -> int:
@@ -156,6 +171,7 @@ class EmbedShards:
         key_range: KeyRange | None,
         sample: Sample | None,
         reference: EncoderSpec | None,
+        on_bad_shard: BadShardPolicy,
     ) -> None:
         # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
         from curate.encoder import load_encoder  # noqa: PLC0415
@@ -169,6 +185,7 @@ class EmbedShards:
         self.key_range = key_range
         self.sample = sample
         self.reference = reference
+        self.on_bad_shard = on_bad_shard
         self.encoders = {spec.sha: load_encoder(store, spec, device()) for spec in encoders}
         # Ray starts an actor again that died, and gives it the shards that it died of.
         self.decode = (Apart if restarted() else Watched)(crops_of(self.encoders.values()))
@@ -182,19 +199,26 @@ class EmbedShards:
             # from one that died.
             encoders = {name: self.encoders[sha] for sha, name in names.items() if not self.store.exists(name)}
             if not encoders:
-                yield {"rows": [shard.rows], "dropped": [0]}
+                yield {"rows": [shard.rows], "dropped": [0], "damage": [""]}
                 continue
-            counts = embed_shard(
-                shard,
-                encoders,
-                self.store,
-                self.settings,
-                threads=self.threads,
-                wanted=self._wanted(shard),
-                decode=self.decode,
-            )
+            damage = ""
+            try:
+                counts = embed_shard(
+                    shard,
+                    encoders,
+                    self.store,
+                    self.settings,
+                    threads=self.threads,
+                    wanted=self._wanted(shard),
+                    decode=self.decode,
+                )
+            except ShardDamagedError as error:
+                # Not raised: all other shards are read, so that all that are damaged are told together.
+                damage, counts = str(error), {}
+                if self.on_bad_shard == "skip":
+                    counts = embed_damaged(shard, encoders, self.store, error)
             dropped = sum(rows for status, rows in counts.items() if status not in ("ok", NOT_SCORED))
-            yield {"rows": [shard.rows], "dropped": [dropped]}
+            yield {"rows": [shard.rows], "dropped": [dropped], "damage": [damage]}
 
     def _wanted(self, shard: Shard) -> Wanted | None:
         """Which rows of a shard to score; all if None."""

@@ -14,8 +14,9 @@ import torch
 
 import curate.decode
 import curate.embed
-from curate.embed import embed_shard
+from curate.embed import embed_damaged, embed_shard
 from curate.embeddings import (
+    DAMAGED_SHARD,
     EMBEDDING_NONFINITE,
     EMBEDDING_ZERO,
     NOT_SCORED,
@@ -26,12 +27,12 @@ from curate.embeddings import (
     vectors,
 )
 from curate.encoder import Encoder, load_encoder
-from curate.errors import InputChangedError
-from curate.pool import Pool
-from curate.recipe import EmbedSection
+from curate.errors import InputChangedError, ShardDamagedError
+from curate.pool import Pool, take_inventory
+from curate.recipe import EmbedSection, PoolSection
 from curate.storage import Store
 from jobs.drawn_pool import draw_pair
-from tests.helpers import CPU, drawn_pool, tiny_encoder, write_pool
+from tests.helpers import CPU, damage_page, drawn_pool, tiny_encoder, write_pool
 
 torch.set_num_threads(1)
 
@@ -234,9 +235,6 @@ def test_empty_row_groups(store: Store, encoder: Encoder, tmp_path: Path):
     with pq.ParquetWriter(tmp_path / "pool" / "0.parquet", table.schema) as writer:
         for piece in (table.slice(0, 0), table.slice(0, 1), table.slice(0, 0), table.slice(1), table.slice(0, 0)):
             writer.write_table(piece)
-    from curate.pool import take_inventory
-    from curate.recipe import PoolSection
-
     pool = take_inventory(PoolSection(path=str(tmp_path / "pool")))
     assert embedded(store, pool, encoder)["status"].to_pylist() == ["ok", "ok"]
 
@@ -248,6 +246,32 @@ def test_nothing_is_left_where_the_shard_changed(store: Store, pool: Pool, encod
         embedded(store, pool, encoder)
     assert store.list("embeddings") == []
     assert list(Path(store.url).glob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize(("column", "uid"), [("jpg", "key"), ("jpg", None), ("caption", "key"), ("key", "key")])
+def test_a_damaged_shard_has_a_row_for_each_of_its_rows(
+    store: Store, encoder: Encoder, tmp_path: Path, column: str, uid: str | None
+):
+    drawn_pool(tmp_path / "pool", rows=80, shards=2)
+    path = tmp_path / "pool" / "00001.parquet"
+    keys = pq.read_table(path)["key"].to_pylist()
+    pq.write_table(pq.read_table(path), path, row_group_size=15)
+    damage_page(path, column, 1)
+    pool = take_inventory(PoolSection(path=str(tmp_path / "pool"), uid=uid))
+    shard = pool.shards[1]
+    with pytest.raises(ShardDamagedError) as caught:
+        embedded(store, pool, encoder, shard=1, chunk_rows=4)
+    assert store.list("embeddings") == []
+    assert list(Path(store.url).glob(".tmp-*")) == []
+    assert embed_damaged(shard, {"embeddings/x": encoder}, store, caught.value) == {DAMAGED_SHARD: 40}
+    table = read_embeddings(store, "embeddings/x", ["uid", "status", "error", "content", "picture", "zimg", "ztxt"])
+    made_up = uid is None or column == uid
+    assert table["uid"].to_pylist() == ([f"{shard.name}#{row}" for row in range(40)] if made_up else keys)
+    assert set(table["status"].to_pylist()) == {DAMAGED_SHARD}
+    (error,) = set(table["error"].to_pylist())
+    assert error.startswith(f"a damaged page in column '{column}' after row 1")
+    assert table["zimg"].null_count == table["ztxt"].null_count == 40
+    assert not contents(table["content"]).any()
 
 
 # --- several encoders, some of the rows --------------------------------------------------------------------------
@@ -352,7 +376,7 @@ def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(
         return [store.local_path(name).stat().st_ino for name in names]
 
     def actor() -> EmbedShards:
-        return EmbedShards(store, [spec], EmbedSection(), 1, None, None, None)
+        return EmbedShards(store, [spec], EmbedSection(), 1, None, None, None, "fail")
 
     whole = list(actor()(block))
     assert [receipt["rows"] for receipt in whole] == [[20]] * 3
