@@ -17,6 +17,7 @@ from curate.decode import Crop, Decoded, Row, Watched
 from curate.embeddings import (
     CONTENT_BYTES,
     DAMAGED_SHARD,
+    DOWNLOAD_FAILED,
     EMBEDDING_NONFINITE,
     EMBEDDING_ZERO,
     NOT_SCORED,
@@ -27,7 +28,16 @@ from curate.embeddings import (
 )
 from curate.errors import ShardDamagedError
 from curate.parquet import CHECKED
-from curate.pool import READ_ROWS, Columns, Shard, caption_bytes, image_bytes, read_batches
+from curate.pool import (
+    OUTCOME_COLUMNS,
+    READ_ROWS,
+    Columns,
+    Shard,
+    caption_bytes,
+    download_errors,
+    image_bytes,
+    read_batches,
+)
 from curate.recipe import EmbedSection
 from curate.storage import Store
 
@@ -79,7 +89,7 @@ def embed_shard(
     counts: dict[str, int] = {}
     with ThreadPoolExecutor(threads) as executor, _writers(store, encoders) as writers:
         columns = shard.columns
-        names = [columns.image, columns.caption] + ([columns.uid] if columns.uid else [])
+        names = [columns.image, columns.caption, *([columns.uid] if columns.uid else []), *OUTCOME_COLUMNS]
         batches = read_batches(shard, list(dict.fromkeys(names)), batch_rows=settings.chunk_rows)
         decode = decode or Watched(crops_of(encoders.values()))
         read = partial(_read_pairs, columns=columns, wanted=wanted, decode=decode)
@@ -183,12 +193,18 @@ def _read_pairs(batch: pa.RecordBatch, *, columns: Columns, wanted: Wanted | Non
     content = [content for _, content in hashes]
     uids = uid_texts(batch.column(columns.uid)) if columns.uid else [c.hex() for c in content]
     scored = wanted(halves(content)) if wanted else np.ones(len(content), bool)
-    rows = zip(images, captions, strict=True)
-    decoded = iter(decode([row for row, score in zip(rows, scored, strict=True) if score]))
-    unscored = Decoded(status=NOT_SCORED)
+    failures = download_errors(batch, images)
+    rows = zip(images, captions, scored, failures, strict=True)
+    decoded = iter(decode([(image, caption) for image, caption, score, failure in rows if score and failure is None]))
+
+    def fate(score: bool, failure: str | None) -> Decoded:
+        if not score:
+            return Decoded(status=NOT_SCORED)
+        return next(decoded) if failure is None else Decoded(status=DOWNLOAD_FAILED, error=failure)
+
     return [
-        Pair(uid=uid, content=digest, picture=picture, decoded=next(decoded) if score else unscored)
-        for uid, (picture, digest), score in zip(uids, hashes, scored, strict=True)
+        Pair(uid=uid, content=digest, picture=picture, decoded=fate(score, failure))
+        for uid, (picture, digest), score, failure in zip(uids, hashes, scored, failures, strict=True)
     ]
 
 

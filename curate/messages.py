@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from curate.errors import UserError
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
+def one_line(error: BaseException | str, limit: int = 200) -> str:
     r"""What another library's error says, fit to stand in a line of ours: no line breaks, at most `limit` characters.
 
     >>> print(one_line(ValueError("page\x0f 1\nof 2")))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from curate.embeddings import DAMAGED_SHARD
+from curate.embeddings import DAMAGED_SHARD, DOWNLOAD_FAILED
 from curate.encoder import check_storable, load_model
 from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.evaluate import MAX_ROWS, load_held_out
@@ -26,7 +26,16 @@ from curate.manifest import last_round
 from curate.messages import counted, gathered
 from curate.models import create_model
 from curate.plan import evaluation_sets, pin_plan, plan_name
-from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_batches, take_inventory
+from curate.pool import (
+    OUTCOME_COLUMNS,
+    Pool,
+    Shard,
+    caption_bytes,
+    download_errors,
+    image_bytes,
+    read_batches,
+    take_inventory,
+)
 from curate.publish import first_learner
 from curate.recipe import EncoderSection, EvaluateSection, PoolSection, Recipe, ResourcesSection
 from curate.select import needs_learner
@@ -184,7 +193,7 @@ def _sampled(pool: Pool) -> _Sample:
 def _reasons(shard: Shard) -> tuple[list[str | None], str | None]:
     """Why each of the first rows of a shard cannot be used, None where it can; and what is damaged, if they are."""
     columns = shard.columns
-    names = dict.fromkeys([columns.image, columns.caption])
+    names = dict.fromkeys([columns.image, columns.caption, *OUTCOME_COLUMNS])
     reasons: list[str | None] = []
     try:
         batch = next(read_batches(shard, list(names), batch_rows=SAMPLED_ROWS))
@@ -194,7 +203,10 @@ def _reasons(shard: Shard) -> tuple[list[str | None], str | None]:
         raise UserError(str(error)) from error
     images = image_bytes(batch.column(columns.image)).to_pylist()
     captions = caption_bytes(batch.column(columns.caption)).to_pylist()
-    for image, caption in zip(images, captions, strict=True):
+    for image, caption, failure in zip(images, captions, download_errors(batch, images), strict=True):
+        if failure is not None:
+            reasons.append(DOWNLOAD_FAILED)
+            continue
         try:
             clean_caption(caption)
             decode_image(image)

@@ -191,6 +191,13 @@ def test_some_rows_that_cannot_be_used_are_counted(folder: Path) -> None:
     assert "pool: 63 of 64 sampled rows can be used (image_empty 1)" in said(folder)
 
 
+def test_rows_that_img2dataset_could_not_download_are_counted(folder: Path) -> None:
+    status = ["failed_to_download", *["success"] * 79]
+    rows = table(jpg=[None, *(jpg for jpg, _ in PAIRS[1:])], status=status, error_message=["404", *[None] * 79])
+    pq.write_table(rows, folder / "pool/0.parquet")
+    assert "pool: 63 of 64 sampled rows can be used (download_failed 1)" in said(folder)
+
+
 def test_a_sample_is_spread_over_the_shards(folder: Path) -> None:
     pq.write_table(table(jpg=pa.nulls(80, pa.binary())), folder / "pool/0.parquet")
     pq.write_table(table().slice(0, 0), folder / "pool/1.parquet")

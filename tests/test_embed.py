@@ -197,6 +197,35 @@ def test_captions_of_every_kind(store: Store, encoder: Encoder, tmp_path: Path, 
     assert table["content"].to_pylist() == [content_hash(jpg, caption) for caption in raw]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_were_not_downloaded_say_why(store: Store, encoder: Encoder, tmp_path: Path, kind: str):
+    jpg = one_row()["jpg"]
+    rows = [  # image, img2dataset's status and error_message, what becomes of it
+        (jpg, "success", None, "ok", None),
+        (None, "failed_to_download", "HTTP Error 404: Not\n Found", "download_failed", "HTTP Error 404: Not Found"),
+        (b"", "failed_to_resize", None, "download_failed", "failed_to_resize"),
+        (jpg, "failed_to_download", "HTTP Error 404: Not Found", "ok", None),
+        (None, "success", None, "image_empty", "null"),
+        (None, None, "left over", "image_empty", "null"),
+    ]
+    raw = {name: [row[i] for row in rows] for i, name in ((1, "status"), (2, "error_message"))}
+    said = {name: pa.array(texts, pa.string()).cast(KINDS[kind]) for name, texts in raw.items()}
+    table = pa.table({"jpg": [row[0] for row in rows], "caption": list("abcdef"), **said})
+    found = embedded(store, write_pool(tmp_path / "pool", table), encoder)
+    assert found["status"].to_pylist() == [row[3] for row in rows]
+    assert found["error"].to_pylist() == [row[4] for row in rows]
+    none = embedded(store, write_pool(tmp_path / "pool", table), encoder, wanted=lambda c: np.zeros(len(c), bool))
+    assert set(none["status"].to_pylist()) == {NOT_SCORED}
+
+
+@pytest.mark.parametrize(
+    "other", [{"status": ["active", "gone"]}, {"status": [200, 404], "error_message": ["a", "b"]}], ids=["text", "code"]
+)
+def test_a_status_of_something_else(store: Store, encoder: Encoder, tmp_path: Path, other: dict[str, Any]):
+    table = pa.table({"jpg": [one_row()["jpg"], None], "caption": ["a", "b"], **other})
+    assert embedded(store, write_pool(tmp_path / "pool", table), encoder)["status"].to_pylist() == ["ok", "image_empty"]
+
+
 def test_a_column_of_nothing_but_nulls(store: Store, encoder: Encoder, tmp_path: Path):
     pool = write_pool(tmp_path / "pool", pa.table({"jpg": pa.nulls(2), "caption": pa.nulls(2)}))
     assert embedded(store, pool, encoder)["status"].to_pylist() == ["caption_missing"] * 2
