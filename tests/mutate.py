@@ -43,6 +43,7 @@ class Mutant:
 
 STORAGE, FAULTS = "tests/test_storage.py", "tests/test_faults.py"
 DAMAGE = "tests/test_damage.py -k some_damage"
+CRASH = "tests/test_crash.py::test_a_crash_or_an_error_at_each_operation"
 MUTANTS = [
     # publication
     Mutant(
@@ -90,6 +91,27 @@ MUTANTS = [
         "check_chain([*self.tallies, written], rows=self.pool_rows)",
         "pass",
         "tests/test_manifest.py",
+    ),
+    Mutant(
+        "cells say that their counts are there",
+        "pipelines/neighbours.py",
+        "if read_cells(store, folder) is None:",
+        'if not store.exists(f"{folder}/counts.json"):',
+        f"{CRASH}[dedup]",
+    ),
+    Mutant(
+        "pairs say that a task is done",
+        "pipelines/neighbours.py",
+        "if pairs_name(folder, task) not in there",
+        "if nodes_name(folder, task) not in there",
+        f"{CRASH}[dedup]",
+    ),
+    Mutant(
+        "a learner that is due is published by the next run",
+        "jobs/train.py",
+        "        self._publish_due()\n        source:",
+        "        source:",
+        f"{CRASH}[train]",
     ),
     Mutant("read back before the commit", "pipelines/write.py", "if found != file.sha256:", "if False:", DAMAGE),
     # what is read

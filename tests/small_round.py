@@ -161,6 +161,8 @@ class OnS3:
     """By stage what it left; what it found is there as `before-STAGE/`."""
     methods: dict[str, list[str]] = field(default_factory=dict)
     """By stage, of each of its requests."""
+    mended: set[tuple[str, frozenset[tuple[str, str]]]] = field(default_factory=set)
+    """By stage, states of the root from which another run left what it should."""
 
     def recipe(self, prefix: str) -> Recipe:
         """Bad shards are to be skipped: no failure of the store may be taken for one."""
