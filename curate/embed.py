@@ -17,7 +17,6 @@ from curate.decode import Crop, Decoded, Row, Watched
 from curate.embeddings import (
     CONTENT_BYTES,
     DAMAGED_SHARD,
-    DOWNLOAD_FAILED,
     EMBEDDING_NONFINITE,
     EMBEDDING_ZERO,
     NOT_SCORED,
@@ -27,14 +26,13 @@ from curate.embeddings import (
     uid_texts,
 )
 from curate.errors import ShardDamagedError
+from curate.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
 from curate.parquet import CHECKED
 from curate.pool import (
-    OUTCOME_COLUMNS,
     READ_ROWS,
     Columns,
     Shard,
     caption_bytes,
-    download_errors,
     image_bytes,
     read_batches,
 )

@@ -34,7 +34,6 @@ NOT_SCORED = "not_scored"
 EMBEDDING_NONFINITE = "embedding_nonfinite"
 EMBEDDING_ZERO = "embedding_zero"
 DAMAGED_SHARD = "damaged_shard"
-DOWNLOAD_FAILED = "download_failed"
 
 
 def content_hash(image: bytes | None, caption: bytes | None) -> bytes:

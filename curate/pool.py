@@ -29,8 +29,6 @@ from curate.storage import FileInfo, Store
 # Column names as img2dataset, Hugging Face datasets, DataComp and LAION write them, most specific first.
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "img", "image_bytes")
 CAPTION_COLUMNS = ("caption", "txt", "text", "alt_text", "TEXT", "title")
-OUTCOME_COLUMNS = ("status", "error_message")
-"""Where img2dataset, which keeps the rows that it could not download, says what became of each and why."""
 ADDED_COLUMN = "curate"
 """The struct column that curated files carry beside the user's own."""
 
@@ -335,22 +333,6 @@ def caption_bytes(column: pa.Array) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return column.cast(pa.large_binary())
-
-
-def download_errors(batch: pa.RecordBatch, images: Sequence[bytes | None]) -> list[str | None]:
-    """What kept the image of each row from being downloaded, by img2dataset's `OUTCOME_COLUMNS`; None where nothing.
-
-    A row that has an image was downloaded, whatever columns of these names say: they may mean something else.
-    """
-    if not all(name in batch.schema.names and is_caption(batch.schema.field(name).type) for name in OUTCOME_COLUMNS):
-        return [None] * len(images)
-    said = (caption_bytes(batch.column(name)).to_pylist() for name in OUTCOME_COLUMNS)
-    return [
-        one_line((error or status).decode(errors="replace"))
-        if not image and status not in (None, b"", b"success")
-        else None
-        for image, status, error in zip(images, *said, strict=True)
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,22 +16,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from curate.embeddings import DAMAGED_SHARD, DOWNLOAD_FAILED
+from curate.embeddings import DAMAGED_SHARD
 from curate.encoder import check_storable, load_model
 from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.evaluate import MAX_ROWS, load_held_out
 from curate.images import Dropped, clean_caption, decode_image
+from curate.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
 from curate.learner import newest_learner, record_learner
 from curate.manifest import last_round
 from curate.messages import counted, gathered
 from curate.models import create_model
 from curate.plan import evaluation_sets, pin_plan, plan_name
 from curate.pool import (
-    OUTCOME_COLUMNS,
     Pool,
     Shard,
     caption_bytes,
-    download_errors,
     image_bytes,
     read_batches,
     take_inventory,

@@ -17,13 +17,14 @@ import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.exceptions import ExecutionTimeoutError
 from tqdm import tqdm
 
 from curate.decode import Apart, Watched
 from curate.dedup import kept_rows
 from curate.embed import Wanted, crops_of, embed_damaged, embed_shard
 from curate.embeddings import NOT_SCORED, contents, embedding_name, read_embeddings
-from curate.errors import ShardDamagedError, UserError
+from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
 from curate.pool import Columns, Pool, Shard
 from curate.recipe import BadShardPolicy, EmbedSection, ResourcesSection
 from curate.spec import WEIGHTS_NAME, EncoderSpec
@@ -131,12 +132,18 @@ def embed_pool(
     damaged: list[str] = []
     with tqdm(total=rows, desc=f"embed with {names}", unit="row", disable=None) as bar, own_errors():
         dropped = 0
-        for receipt in receipts.iter_rows():
-            dropped += receipt["dropped"]
-            bar.set_postfix(dropped=dropped, refresh=False)
-            bar.update(receipt["rows"])
-            if receipt["damage"]:
-                damaged.append(receipt["damage"])
+        try:
+            for receipt in receipts.iter_rows():
+                dropped += receipt["dropped"]
+                bar.set_postfix(dropped=dropped, refresh=False)
+                bar.update(receipt["rows"])
+                if receipt["damage"]:
+                    damaged.append(receipt["damage"])
+        except ExecutionTimeoutError:
+            raise ClusterError(
+                f"embed: no worker finished a shard for {NO_PROGRESS_S // 3600} hours; see with `ray status` whether "
+                "they have the CPUs or GPUs that they wait for, and run the same command again: what is done stays"
+            ) from None
     if damaged and pool.on_bad_shard == "fail":
         raise UserError(*sorted(damaged))
 
@@ -173,9 +180,6 @@ class EmbedShards:
         reference: EncoderSpec | None,
         on_bad_shard: BadShardPolicy,
     ) -> None:
-        # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
-        from curate.encoder import load_encoder  # noqa: PLC0415
-
         logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every load on the root logger
         torch.set_num_threads(threads)
         self.store = store
@@ -186,12 +190,24 @@ class EmbedShards:
         self.sample = sample
         self.reference = reference
         self.on_bad_shard = on_bad_shard
-        self.encoders = {spec.sha: load_encoder(store, spec, device()) for spec in encoders}
+        self.failure: CurateError | None = None
+        try:
+            self._load(encoders)
+        except CurateError as error:
+            self.failure = error  # raised here it would be lost: Ray tells of a constructor its traceback alone
+
+    def _load(self, encoders: Sequence[EncoderSpec]) -> None:
+        # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
+        from curate.encoder import load_encoder  # noqa: PLC0415
+
+        self.encoders = {spec.sha: load_encoder(self.store, spec, device()) for spec in encoders}
         # Ray starts an actor again that died, and gives it the shards that it died of.
         self.decode = (Apart if restarted() else Watched)(crops_of(self.encoders.values()))
 
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
         """Embed the shards of a batch; yields one receipt per shard."""
+        if self.failure is not None:
+            raise self.failure
         for item in batch.to_pylist():
             shard = Shard(**item["shard"] | {"columns": Columns(**item["shard"]["columns"])})
             names = {sha: embedding_name(sha, shard, self.scope) for sha in item["encoders"]}

@@ -31,6 +31,7 @@ ORDER = [
     "recipe",
     "column_types",
     "pool",
+    "img2dataset",
     "reshard",
     "spec",
     "hub",

@@ -27,9 +27,10 @@ from curate.embeddings import (
     vectors,
 )
 from curate.encoder import Encoder, load_encoder
-from curate.errors import InputChangedError, ShardDamagedError
+from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.pool import Pool, take_inventory
 from curate.recipe import EmbedSection, PoolSection
+from curate.spec import WEIGHTS_NAME
 from curate.storage import Store
 from jobs.drawn_pool import draw_pair
 from tests.helpers import CPU, damage_page, drawn_pool, tiny_encoder, write_pool
@@ -393,6 +394,18 @@ def test_a_row_spoilt_for_one_encoder_is_whole_for_another(store: Store, pool: P
 
 
 @pytest.mark.usefixtures("ray_local")
+def test_an_actor_that_cannot_load_its_model_says_so_when_it_is_asked(tmp_path: Path, store: Store):
+    """Of what a constructor raises Ray passes on a traceback alone."""
+    from pipelines.embed import EmbedShards
+
+    pool = drawn_pool(tmp_path / "pool", rows=2)
+    spec = tiny_encoder(store, tmp_path)
+    store.put_bytes(f"{spec.folder}/{WEIGHTS_NAME}", b"damaged")
+    actor = EmbedShards(store, [spec], EmbedSection(), 1, None, None, None, "fail")
+    with pytest.raises(UserError, match=WEIGHTS_NAME):
+        list(actor(pa.Table.from_pylist([{"shard": asdict(pool.shards[0]), "encoders": [spec.sha]}])))
+
+
 def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(tmp_path: Path, store: Store):
     from pipelines.embed import EmbedShards
 
