@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from curate.errors import ClusterError
 from curate.images import Dropped, clean_caption, decode_image
 
 WORKER_CRASH = "worker_crash"
@@ -149,7 +150,10 @@ class Apart:
         theirs.close()
         if not ours.poll(START_S):
             process.kill()
-            raise TimeoutError(f"a decoding process did not start within {START_S:g} s")
+            raise ClusterError(
+                f"a decoding process did not start within {START_S:g} s on a machine that is busy; lower "
+                "resources.workers or resources.threads, and run the same command again: what is done stays"
+            )
         ours.recv()
         return process, ours
 

@@ -1,5 +1,6 @@
 """Embed one shard: decode each pair once, run it through every encoder that asks, write one file per encoder."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,14 +16,25 @@ import torch
 from curate.decode import Crop, Decoded, Row, Watched
 from curate.embeddings import (
     CONTENT_BYTES,
+    DAMAGED_SHARD,
     EMBEDDING_NONFINITE,
     EMBEDDING_ZERO,
     embedding_schema,
     pair_hashes,
     uid_texts,
 )
+from curate.errors import ShardDamagedError
+from curate.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
 from curate.parquet import CHECKED
-from curate.pool import Columns, Shard, caption_bytes, image_bytes, read_batches, read_some
+from curate.pool import (
+    READ_ROWS,
+    Columns,
+    Shard,
+    caption_bytes,
+    image_bytes,
+    read_batches,
+    read_some,
+)
 from curate.recipe import EmbedSection
 from curate.storage import Store
 
@@ -69,41 +81,84 @@ def embed_shard(
 
     Raises:
         InputChangedError: if the shard is not the file that was inventoried.
+        ShardDamagedError: if a page of it cannot be read; nothing is written then.
     """
     counts: dict[str, int] = {}
-    with store.local_scratch() as scratch, ThreadPoolExecutor(threads) as executor:
+    with ThreadPoolExecutor(threads) as executor, _writers(store, encoders, some=rows is not None) as writers:
+        columns = shard.columns
+        names = [columns.image, columns.caption, *([columns.uid] if columns.uid else []), *OUTCOME_COLUMNS]
+        batches = _batches(shard, rows, list(dict.fromkeys(names)), settings.chunk_rows)
+        decode = decode or Watched(crops_of(encoders.values()))
+        read = partial(_read_pairs, columns=columns, decode=decode)
+        for pairs in _decoded_ahead(batches, executor, threads, read):
+            unusable: dict[int, str] = {}
+            for name, encoder in encoders.items():
+                table, statuses = _embed_pairs(pairs, encoder, settings.batch_size, some=rows is not None)
+                writers[name].write_table(table)
+                unusable |= statuses
+            for row, pair in enumerate(pairs):
+                status = unusable.get(row, pair.decoded.status)
+                counts[status] = counts.get(status, 0) + 1
+    return counts
+
+
+def embed_damaged(
+    shard: Shard, encoders: "Mapping[str, Encoder]", store: Store, damage: ShardDamagedError
+) -> dict[str, int]:
+    """Write the embedding files of a shard that `embed_shard` could not read: every row of it is dropped.
+
+    All of them, because whoever reads a shard to its end, as the writing of a round does, meets its damage again.
+
+    Returns:
+        Rows by status, as `embed_shard`.
+    """
+    pairs = [
+        Pair(
+            row=row,
+            uid=uid,
+            content=bytes(CONTENT_BYTES),
+            picture=bytes(CONTENT_BYTES),
+            decoded=Decoded(status=DAMAGED_SHARD, error=damage.found),
+        )
+        for row, uid in enumerate(_uids_in_spite(shard))
+    ]
+    with _writers(store, encoders, some=False) as writers:
+        for name, encoder in encoders.items():
+            for start in range(0, len(pairs), READ_ROWS):
+                table, _ = _embed_pairs(pairs[start : start + READ_ROWS], encoder, READ_ROWS, some=False)
+                writers[name].write_table(table)
+    return {DAMAGED_SHARD: len(pairs)}
+
+
+def _uids_in_spite(shard: Shard) -> list[str | None]:
+    """The uids of a damaged shard: its own, if that column is sound, else one for each row that no other row has."""
+    if uid := shard.columns.uid:
+        with contextlib.suppress(ShardDamagedError):
+            batches = read_batches(shard, [uid], batch_rows=READ_ROWS)
+            return [text for batch in batches for text in uid_texts(batch.column(uid))]
+    return [f"{shard.name}#{row}" for row in range(shard.rows)]
+
+
+@contextlib.contextmanager
+def _writers(store: Store, encoders: "Mapping[str, Encoder]", *, some: bool) -> Iterator[dict[str, pq.ParquetWriter]]:
+    """A writer for each embedding file; the files are put in their places at the end, if nothing was raised."""
+    with store.local_scratch() as scratch:
         paths = {name: scratch / f"{i}.parquet" for i, name in enumerate(encoders)}
-        writers = {
-            name: pq.ParquetWriter(
-                path,
-                embedding_schema(encoders[name].spec.embed_dim, some=rows is not None),
-                compression="zstd",
-                use_dictionary=["status"],
-                **CHECKED,
-            )
-            for name, path in paths.items()
-        }
-        try:
-            columns = shard.columns
-            names = [columns.image, columns.caption] + ([columns.uid] if columns.uid else [])
-            batches = _batches(shard, rows, list(dict.fromkeys(names)), settings.chunk_rows)
-            decode = decode or Watched(crops_of(encoders.values()))
-            read = partial(_read_pairs, columns=columns, decode=decode)
-            for pairs in _decoded_ahead(batches, executor, threads, read):
-                unusable: dict[int, str] = {}
-                for name, encoder in encoders.items():
-                    table, statuses = _embed_pairs(pairs, encoder, settings.batch_size, some=rows is not None)
-                    writers[name].write_table(table)
-                    unusable |= statuses
-                for row, pair in enumerate(pairs):
-                    status = unusable.get(row, pair.decoded.status)
-                    counts[status] = counts.get(status, 0) + 1
-        finally:
-            for writer in writers.values():
-                writer.close()
+        with contextlib.ExitStack() as stack:
+            yield {
+                name: stack.enter_context(
+                    pq.ParquetWriter(
+                        path,
+                        embedding_schema(encoders[name].spec.embed_dim, some=some),
+                        compression="zstd",
+                        use_dictionary=["status"],
+                        **CHECKED,
+                    )
+                )
+                for name, path in paths.items()
+            }
         for name, path in paths.items():
             store.put_file(path, name)
-    return counts
 
 
 def _batches(
@@ -152,10 +207,18 @@ def _read_pairs(
     captions = caption_bytes(batch.column(columns.caption)).to_pylist()
     hashes = [pair_hashes(image, caption) for image, caption in zip(images, captions, strict=True)]
     uids = uid_texts(batch.column(columns.uid)) if columns.uid else [content.hex() for _, content in hashes]
-    decoded = decode(list(zip(images, captions, strict=True)))
+    failures = download_errors(batch, images)
+    rows = zip(images, captions, failures, strict=True)
+    decoded = iter(decode([(image, caption) for image, caption, failure in rows if failure is None]))
     return [
-        Pair(row=row, uid=uid, content=content, picture=picture, decoded=found)
-        for row, uid, (picture, content), found in zip(numbers.tolist(), uids, hashes, decoded, strict=True)
+        Pair(
+            row=row,
+            uid=uid,
+            content=content,
+            picture=picture,
+            decoded=next(decoded) if failure is None else Decoded(status=DOWNLOAD_FAILED, error=failure),
+        )
+        for row, uid, (picture, content), failure in zip(numbers.tolist(), uids, hashes, failures, strict=True)
     ]
 
 

@@ -15,6 +15,9 @@ An embedding file has exactly one row per row of its shard, in order:
 That of a learner, which is asked for some rows alone, has these rows alone, and a column more in front:
 
     row      int64                  number of the row in the shard, ascending
+
+Of a shard with a damaged page all rows have the status `damaged_shard`, contents and pictures of zeros, and, where the
+column of uids cannot be read or there is none, the uid `<name of the shard>#<row>`.
 """
 
 import hashlib
@@ -25,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from curate.errors import DamagedError
+from curate.errors import DamagedError, ShardDamagedError
 from curate.parquet import open_table
 from curate.pool import Shard
 from curate.storage import Store
@@ -33,6 +36,7 @@ from curate.storage import Store
 CONTENT_BYTES = 16
 EMBEDDING_NONFINITE = "embedding_nonfinite"
 EMBEDDING_ZERO = "embedding_zero"
+DAMAGED_SHARD = "damaged_shard"
 
 
 def content_hash(image: bytes | None, caption: bytes | None) -> bytes:
@@ -79,6 +83,17 @@ def read_embeddings(store: Store, name: str, columns: Sequence[str], *, numbered
     if numbered and not some:
         table = table.append_column("row", pa.array(np.arange(len(table))))
     return table
+
+
+def damage_of(store: Store, shards: Sequence[Shard], sha: str) -> list[str]:
+    """A line for each of some shards that an encoder's embedding files say is damaged."""
+    found = []
+    for shard in shards:
+        table = read_embeddings(store, embedding_name(sha, shard), ["status", "error"])
+        for row in table.slice(0, 1).to_pylist():  # all rows of such a shard are alike
+            if row["status"] == DAMAGED_SHARD:
+                found.append(str(ShardDamagedError(shard.path, shard.rows, row["error"])))
+    return found
 
 
 def check_schema(name: str, schema: pa.Schema) -> None:

@@ -4,8 +4,10 @@
     ├── UserError            the user's mistake: one line each, exit status 2
     │   └── DamagedError     a file of the root is not what was written there
     ├── InputChangedError    a shard is no longer the file that was inventoried, exit status 2
+    │   └── ShardDamagedError  it is, and its rows cannot be read all the same
     ├── RowsLostError        a tally does not close; a round that loses rows is never committed
     ├── StoreError           the store failed or did not answer; nothing is known to be wrong with what it holds
+    ├── ClusterError         Ray lost a worker or a node, or had no room left; likewise
     ├── StreamStalledError   neither the next round nor the end of the stream came in time
     ├── CommitConflictError  somebody else committed other bytes under this name, exit status 3
     └── CommitUnknownError   the store did not answer; the commit may or may not stand
@@ -58,8 +60,34 @@ class InputChangedError(CurateError):
     exit_status = 2
 
 
+class ShardDamagedError(InputChangedError):
+    """A shard whose footer is sound and whose rows cannot be read.
+
+    Args:
+        path: of the file.
+        rows: that its footer promises.
+        found: what is there instead.
+    """
+
+    def __init__(self, path: str, rows: int, found: str) -> None:
+        super().__init__(
+            f"{path}: expected {rows} readable rows, found {found}; replace the file, or move it out of the pool, and "
+            "delete the folder of a round that was begun with it"
+        )
+        self.path = path
+        self.rows = rows
+        self.found = found
+
+    def __reduce__(self) -> tuple[type["ShardDamagedError"], tuple[str, int, str]]:
+        return ShardDamagedError, (self.path, self.rows, self.found)
+
+
 class StoreError(CurateError):
     """A store gave no usable answer for so long that we gave up; says nothing of the data in it."""
+
+
+class ClusterError(CurateError):
+    """Ray could not do what it was asked; says nothing of what was asked."""
 
 
 class RowsLostError(CurateError):

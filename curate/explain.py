@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 
 from curate.dedup import why_dropped
-from curate.embeddings import CONTENT_BYTES, contents, embedding_name, read_embeddings
+from curate.embeddings import CONTENT_BYTES, DAMAGED_SHARD, contents, damage_of, embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.index import Index, look_up, read_duplicates, read_index, uid_digest
 from curate.manifest import Manifest, last_round, read_manifest, steps_folder
@@ -95,6 +95,7 @@ def describe_round(store: Store, number: int) -> dict[str, Any]:
         "manifest_sha256": sha256,
         "parent": manifest.parent,
         "pool_rows": manifest.pool_rows,
+        "skipped_shards": _skipped_shards(store, manifest),
         "steps": [tally.to_json() for tally in manifest.tallies],
         "sub_batches": manifest.sub_batches,
         "sub_batch_size": manifest.sub_batch_size,
@@ -104,6 +105,16 @@ def describe_round(store: Store, number: int) -> dict[str, Any]:
         "files": [{"name": f.name, "size": f.size, "sub_batches": f.sub_batches} for f in manifest.files],
         "lineage": manifest.lineage,
     }
+
+
+def _skipped_shards(store: Store, manifest: Manifest) -> list[str]:
+    """A line for each shard that was bad: by its footer, or, if the tally tells, by its pages."""
+    pool = manifest.lineage.get("pool", {})
+    lines = list(pool.get("skipped_shards", ()))
+    if manifest.tallies[0].dropped.get(DAMAGED_SHARD):
+        shards = load_pool(store, pool["fingerprint"]).shards
+        lines += damage_of(store, shards, EncoderSpec(**manifest.lineage["reference"]).sha)
+    return lines
 
 
 def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
@@ -132,11 +143,16 @@ def _find(store: Store, context: _Context, uid: str) -> Iterator[dict[str, Any]]
     elif re.fullmatch(f"[0-9a-f]{{{2 * CONTENT_BYTES}}}", uid):
         places = look_up(store, context.index, "contents", bytes.fromhex(uid))
     else:
-        places = []
+        # Rows of a damaged shard, whose contents nobody knows.
+        name, _, number = uid.rpartition("#")
+        at = int(number) if number.isdecimal() else -1
+        places = [(shard.index, at) for shard in pool.shards if shard.name == name and 0 <= at < shard.rows]
     for index, row in sorted(places):
         shard = pool.shards[index]
         name = embedding_name(context.reference.sha, shard)
         there = read_embeddings(store, name, ["uid", "status", "error", "content"]).slice(row, 1)
+        if there["uid"][0].as_py() != uid:
+            continue
         yield {
             "uid": uid,
             "shard": shard.name,

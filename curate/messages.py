@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from curate.errors import UserError
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
-    """What another library's error says, fit to stand in a line of ours: no line breaks, at most `limit` characters."""
-    return " ".join(str(error).split())[:limit]
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+    r"""What another library's error says, fit to stand in a line of ours: no line breaks, at most `limit` characters.
+
+    >>> print(one_line(ValueError("page\x0f 1\nof 2")))
+    page\x0f 1 of 2
+    """
+    text = " ".join(str(error).split())[:limit]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

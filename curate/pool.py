@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 
 from curate import access, storage
 from curate.column_types import is_caption, is_image, is_uid, plain_batch, plain_type, united, why_unwritable
-from curate.errors import CurateError, InputChangedError, UserError
+from curate.errors import CurateError, InputChangedError, ShardDamagedError, UserError
 from curate.messages import one_line
-from curate.recipe import PoolSection
+from curate.recipe import BadShardPolicy, PoolSection
 from curate.sealed import seal, unseal
 from curate.storage import FileInfo, Store
 
@@ -32,7 +32,8 @@ ADDED_COLUMN = "curate"
 """The struct column that curated files carry beside the user's own."""
 
 FOOTER_THREADS = 16
-SOME_ROWS = 1024
+READ_ROWS = 1024
+"""Rows that are held at once while some of them are picked out, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,8 @@ class Pool:
     """One line per bad shard that `on_bad_shard = "skip"` left out."""
     schemas: tuple[pa.Schema, ...] = ()
     """Of the shards, each once: what is known of a file whose footer need not be read again."""
+    on_bad_shard: BadShardPolicy = "fail"
+    """For whoever reads on: a footer may be sound and a page damaged."""
 
     @property
     def rows(self) -> int:
@@ -106,6 +109,7 @@ class Pool:
             "schemas": [_schema_text(schema) for schema in self.schemas],
             "ignored": self.ignored,
             "skipped": self.skipped,
+            "on_bad_shard": self.on_bad_shard,
         }
         return seal(record)
 
@@ -121,6 +125,7 @@ class Pool:
             schemas=tuple(map(_schema_of, record["schemas"])),
             ignored=tuple(record["ignored"]),
             skipped=tuple(record["skipped"]),
+            on_bad_shard=record.get("on_bad_shard", "fail"),  # inventories that were made before it was kept
         )
 
 
@@ -239,27 +244,31 @@ def take_inventory(
         schemas=tuple(map(_schema_of, schemas)),
         ignored=tuple(ignored),
         skipped=tuple(bad),
+        on_bad_shard=section.on_bad_shard,
     )
 
 
 def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """Rows of a shard in order, `batch_rows` at a time; all columns if `columns` is None.
+    """Rows of a shard in order, `batch_rows` at a time.
+
+    Args:
+        shard: of the pool.
+        columns: their names, those that the file has not are left out; all columns if None.
+        batch_rows: rows at a time, at most.
 
     Raises:
-        InputChangedError: if the file is not the one that the inventory recorded, or a page does not decode or differs
-            from its checksum, where it has one.
+        InputChangedError: if the file is not the one that the inventory recorded.
+        ShardDamagedError: a page does not decode or differs from its checksum, where it has one.
         UserError, StoreError: the store refuses or fails, which says nothing of the file.
     """
     _check_unchanged(shard)
     rows = 0
-    with _opened(shard, lambda: rows) as parquet:
+    with _opened(shard, columns, lambda: rows) as parquet:
         for batch in parquet.iter_batches(batch_size=batch_rows, columns=columns):
             rows += batch.num_rows
             yield batch
     if rows != shard.rows:
-        raise InputChangedError(
-            f"{shard.path}: the footer promises {shard.rows} rows but {rows} were read; replace the file"
-        )
+        raise ShardDamagedError(shard.path, shard.rows, f"{rows}")
 
 
 def read_some(
@@ -270,18 +279,18 @@ def read_some(
     Args:
         shard: of the pool.
         rows: their numbers, ascending.
-        columns: all if None.
+        columns: their names, those that the file has not are left out; all columns if None.
         batch_rows: that are held at once, wanted or not.
 
     Yields:
         Numbers of rows, and these rows in plain types, in order.
 
     Raises:
-        InputChangedError: as `read_batches`.
+        InputChangedError, ShardDamagedError, UserError, StoreError: as `read_batches`.
     """
     _check_unchanged(shard)
     read = 0
-    with _opened(shard, lambda: read) as parquet:
+    with _opened(shard, columns, lambda: read) as parquet:
         sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         starts = np.cumsum([0, *sizes])
         held = np.unique(np.searchsorted(starts, rows, side="right") - 1)
@@ -295,24 +304,26 @@ def read_some(
                 found += len(wanted)
                 yield here[wanted], plain_batch(batch).take(pa.array(wanted))
     if found != len(rows):
-        raise InputChangedError(
-            f"{shard.path}: expected rows up to {int(rows[-1])}, found {found} of {len(rows)}; replace the file"
-        )
+        raise ShardDamagedError(shard.path, shard.rows, f"{found} of {len(rows)} that are wanted")
 
 
 def read_rows(shard: Shard, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
-    """Some rows of a shard, ascending, from the row groups that hold them.
+    """Some rows of a shard, ascending, in plain types, from the row groups that hold them.
 
     Raises:
-        InputChangedError: as `read_batches`.
+        InputChangedError, ShardDamagedError, UserError, StoreError: as `read_batches`.
     """
-    found = read_some(shard, np.array(rows, np.int64), columns, batch_rows=SOME_ROWS)
-    return pa.Table.from_batches([batch for _, batch in found])
+    found = read_some(shard, np.array(rows, np.int64), columns, batch_rows=READ_ROWS)
+    with _opened(shard, columns) as parquet:
+        none = plain_batch(pa.RecordBatch.from_pylist([], parquet.read_row_groups([], columns=list(columns)).schema))
+    return pa.Table.from_batches([none, *(batch for _, batch in found)])
 
 
 @contextlib.contextmanager
-def _opened(shard: Shard, rows: Callable[[], int] = lambda: 0) -> Iterator[pq.ParquetFile]:
-    """A shard's file; `rows` says, for messages, how many were read."""
+def _opened(
+    shard: Shard, columns: Sequence[str] | None, rows: Callable[[], int] = lambda: 0
+) -> Iterator[pq.ParquetFile]:
+    """A shard's file, of which these columns are read; `rows` says, for messages, how many were read."""
     try:
         with (
             access.open_input(shard.path) as file,
@@ -324,10 +335,22 @@ def _opened(shard: Shard, rows: Callable[[], int] = lambda: 0) -> Iterator[pq.Pa
     except Exception as error:  # a damaged file makes a reader raise whatever it likes
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of a local disk: Arrow's own OSErrors carry no number
-        raise InputChangedError(
-            f"{shard.path}: expected {shard.rows} readable rows, found a damaged page after row {rows()} "
-            f"({one_line(error)}); replace the file, or move it out of the pool"
-        ) from error
+        where = f"in column {column!r}" if (column := _damaged_column(shard, columns)) else "somewhere"
+        found = f"a damaged page {where} after row {rows()} ({one_line(error)})"
+        raise ShardDamagedError(shard.path, shard.rows, found) from error
+
+
+def _damaged_column(shard: Shard, columns: Sequence[str] | None) -> str | None:
+    """The first of some columns that cannot be read, by reading each alone; None if none is found again."""
+    with access.open_input(shard.path) as file:  # which raises, whatever is caught within, what the store did
+        for name in columns or pq.ParquetFile(file).schema_arrow.names:
+            try:
+                with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                    for _ in parquet.iter_batches(batch_size=READ_ROWS, columns=[name]):
+                        pass
+            except Exception:
+                return name
+    return None
 
 
 def _check_unchanged(shard: Shard) -> None:

@@ -35,6 +35,7 @@ from curate.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
 DeviceType = Literal["cuda", "cpu"]
+BadShardPolicy = Literal["fail", "skip"]
 
 
 class Section(BaseModel):
@@ -98,8 +99,10 @@ class PoolSection(Section):
     image: str | None = Field(None, description="image column; found by convention (jpg, image, …) if not given")
     caption: str | None = Field(None, description="caption column; found by convention (caption, text, …)")
     uid: str | None = Field(None, description="column that identifies a pair; else a hash of image and caption")
-    on_bad_shard: Literal["fail", "skip"] = Field(
-        "fail", description="a shard that cannot be read stops the round, or is skipped and listed in the manifest"
+    on_bad_shard: BadShardPolicy = Field(
+        "fail",
+        description="a shard that cannot be read stops the round, or is skipped: listed in the manifest if its footer "
+        "tells, else all its rows are counted as damaged_shard",
     )
     max_dropped_share: float = Field(
         0.1,

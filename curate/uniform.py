@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from curate.errors import UserError
+from curate.errors import ShardDamagedError, UserError
 from curate.images import Dropped, clean_caption, decode_image
 from curate.pool import Pool, caption_bytes, image_bytes, read_batches
 from curate.seeds import derive_seed
@@ -56,7 +56,7 @@ def uniform_batches(
 
     Raises:
         UserError: a whole epoch holds fewer than b usable rows, or b does not divide by `world_size`.
-        InputChangedError: a shard is not the file that was inventoried.
+        InputChangedError: a shard is not the file that was inventoried, or is damaged and not to be skipped.
     """
     if batch_size % world_size:
         raise UserError(f"{batch_size} pairs per batch do not divide over {world_size} ranks; use a divisor")
@@ -85,16 +85,23 @@ def uniform_batches(
 
 
 def _shuffled(pool: Pool, rng: np.random.Generator) -> Iterator[list[tuple[bytes | None, bytes | None]]]:
-    """Stretches of at most `SHUFFLED_ROWS` encoded rows, shards in random order, rows mixed within a stretch."""
+    """Stretches of at most `SHUFFLED_ROWS` encoded rows, shards in random order, rows mixed within a stretch.
+
+    Of a damaged shard, where bad ones are skipped, those before the damage.
+    """
     held: list[tuple[bytes | None, bytes | None]] = []
     columns = [pool.columns.image, pool.columns.caption]
     for index in rng.permutation(len(pool.shards)):
-        for batch in read_batches(pool.shards[index], columns, batch_rows=READ_ROWS):
-            images = image_bytes(batch.column(columns[0])).to_pylist()
-            held += zip(images, caption_bytes(batch.column(columns[1])).to_pylist(), strict=True)
-            if len(held) >= SHUFFLED_ROWS:
-                yield [held[i] for i in rng.permutation(len(held))]
-                held = []
+        try:
+            for batch in read_batches(pool.shards[index], columns, batch_rows=READ_ROWS):
+                images = image_bytes(batch.column(columns[0])).to_pylist()
+                held += zip(images, caption_bytes(batch.column(columns[1])).to_pylist(), strict=True)
+                if len(held) >= SHUFFLED_ROWS:
+                    yield [held[i] for i in rng.permutation(len(held))]
+                    held = []
+        except ShardDamagedError:
+            if pool.on_bad_shard == "fail":
+                raise
     yield [held[i] for i in rng.permutation(len(held))]
 
 

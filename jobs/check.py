@@ -1,7 +1,7 @@
 """`curate check`: what a round would do, on what, at what cost; what it passes, `round` and `train` run.
 
 Nothing is written. Models are made as both would make them, and a sample of the pool is decoded; what only the whole
-pool can tell, such as how many pairs are distinct, is left to the round.
+pool can tell, such as how many pairs are distinct or whether every page is sound, is left to the round.
 """
 
 import contextlib
@@ -16,16 +16,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from curate.embeddings import DAMAGED_SHARD
 from curate.encoder import check_storable, load_model
-from curate.errors import InputChangedError, UserError
+from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.evaluate import MAX_ROWS, load_held_out
 from curate.images import Dropped, clean_caption, decode_image
+from curate.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
 from curate.learner import newest_learner, record_learner
 from curate.manifest import last_round
 from curate.messages import counted, gathered
 from curate.models import create_model
 from curate.plan import evaluation_sets, pin_plan, plan_name
-from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_batches, take_inventory
+from curate.pool import (
+    Pool,
+    Shard,
+    caption_bytes,
+    image_bytes,
+    read_batches,
+    take_inventory,
+)
 from curate.publish import first_learner
 from curate.recipe import EncoderSection, EvaluateSection, PoolSection, Recipe, ResourcesSection
 from curate.select import needs_learner
@@ -160,37 +169,50 @@ def _leaving_no_folder(store: Store) -> Iterator[None]:
 
 
 def _sampled(pool: Pool) -> _Sample:
-    """Decode the first rows of a few shards, spread over the pool."""
+    """Decode the first rows of a few shards, spread over the pool.
+
+    Raises:
+        UserError: one line for each of them that is damaged, unless the policy is to skip them.
+    """
     full = [shard for shard in pool.shards if shard.rows]
     shards = full[:: max(1, -(-len(full) // SAMPLED_SHARDS))]
     dropped: Counter[str] = Counter()
     rows = 0
+    damaged: list[str] = []
     with ThreadPoolExecutor(SAMPLED_SHARDS) as threads:
-        for reasons in threads.map(_reasons, shards):
+        for reasons, damage in threads.map(_reasons, shards):
             dropped.update(reason for reason in reasons if reason is not None)
             rows += len(reasons)
+            damaged += [damage] if damage else []
+    if damaged and pool.on_bad_shard == "fail":
+        raise UserError(*damaged)
     return _Sample(rows=rows, dropped=dropped)
 
 
-def _reasons(shard: Shard) -> list[str | None]:
-    """Why each of the first rows of a shard cannot be used, None where it can."""
+def _reasons(shard: Shard) -> tuple[list[str | None], str | None]:
+    """Why each of the first rows of a shard cannot be used, None where it can; and what is damaged, if they are."""
     columns = shard.columns
-    names = dict.fromkeys([columns.image, columns.caption])
+    names = dict.fromkeys([columns.image, columns.caption, *OUTCOME_COLUMNS])
     reasons: list[str | None] = []
     try:
         batch = next(read_batches(shard, list(names), batch_rows=SAMPLED_ROWS))
+    except ShardDamagedError as error:
+        return [DAMAGED_SHARD] * min(SAMPLED_ROWS, shard.rows), str(error)
     except InputChangedError as error:
         raise UserError(str(error)) from error
     images = image_bytes(batch.column(columns.image)).to_pylist()
     captions = caption_bytes(batch.column(columns.caption)).to_pylist()
-    for image, caption in zip(images, captions, strict=True):
+    for image, caption, failure in zip(images, captions, download_errors(batch, images), strict=True):
+        if failure is not None:
+            reasons.append(DOWNLOAD_FAILED)
+            continue
         try:
             clean_caption(caption)
             decode_image(image)
             reasons.append(None)
         except Dropped as dropped:
             reasons.append(dropped.reason)
-    return reasons
+    return reasons, None
 
 
 def _pool_mistakes(sample: _Sample, pool: Pool, recipe: Recipe) -> Iterator[str]:

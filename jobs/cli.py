@@ -294,13 +294,13 @@ def _stoppable() -> Iterator[list[int]]:
 
 def _say(line: str) -> None:
     # Not print: a bar may be on the terminal.
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write(printable(line), file=sys.stdout)
     sys.stdout.flush()
 
 
 def _note(line: str) -> None:
     """Say something beside what the command answers."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(printable(line), file=sys.stderr)
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Recipe":
@@ -349,6 +349,7 @@ def _round_tables(found: dict[str, Any]) -> list[Table | str]:
         f"chosen again: {quality['chosen_again']:.1%} of this round; "
         f"{counted(quality['unique_examples'], 'unique example')} so far"
     )
+    facts += [f"skipped {line}" for line in found["skipped_shards"]]
     steps = []
     for step in found["steps"]:
         steps.append({"step": step["step"], "rows in": step["rows_in"], "kept": step["kept"], "dropped": "", "why": ""})

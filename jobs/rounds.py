@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from curate.errors import CommitConflictError, CurateError, InputChangedError, UserError
+from curate.errors import ClusterError, CommitConflictError, CurateError, InputChangedError, UserError
 from curate.learner import newest_learner
 from curate.manifest import Manifest, last_round, manifest_name, read_manifest
 from curate.messages import counted, one_line
@@ -129,12 +129,11 @@ def in_own_ray(recipe: Recipe, base: Path, say: Callable[[str], None]) -> Runner
     def run(number: int) -> None:
         try:
             run_round(recipe, base=base, number=number, say=say)
-        except CurateError:
-            raise
-        except Exception:
-            # Ray itself may be what failed: the next try starts, or joins, another one.
-            with contextlib.suppress(Exception):
-                ray.shutdown()
+        except Exception as error:
+            if isinstance(error, ClusterError) or not isinstance(error, CurateError):
+                # Ray itself may be what failed: the next try starts, or joins, another one.
+                with contextlib.suppress(Exception):
+                    ray.shutdown()
             raise
 
     return run

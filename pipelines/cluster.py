@@ -16,13 +16,14 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from tqdm import tqdm
 
-from curate.errors import CurateError, DamagedError, UserError
+from curate.errors import DamagedError, UserError
 from curate.index import made_with
 from curate.messages import counted
 from curate.pool import Shard
 from curate.recipe import DeviceType, ResourcesSection
 from curate.storage import Store
 from pipelines.joining import join, meant, start
+from pipelines.ray_errors import told_plainly
 
 if TYPE_CHECKING:
     import torch
@@ -265,17 +266,18 @@ def groups(shards: Sequence[Shard], most_rows: int) -> list[list[Shard]]:
 
 @contextlib.contextmanager
 def own_errors() -> Iterator[None]:
-    """Raise an error of ours as what it is, without the remote tracebacks that Ray wraps it in."""
+    """Raise an error of ours as what it is, and a failure of Ray's as a line, without remote tracebacks.
+
+    Raises:
+        CurateError: as a task raised it.
+        ClusterError: Ray lost a worker or a node, or had no room left.
+    """
     try:
         yield
     except ray.exceptions.RayError as error:
-        # What Ray raises is an instance of our class, too, whose text is a remote traceback: the cause is inside.
-        cause: BaseException | None = error
-        while cause is not None and (isinstance(cause, ray.exceptions.RayError) or not isinstance(cause, CurateError)):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is None:
+        if (told := told_plainly(error)) is None:
             raise
-        raise cause from None
+        raise told from None
 
 
 def run_tasks(

@@ -15,14 +15,15 @@ import ray
 import ray.data
 import torch
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.exceptions import ExecutionTimeoutError
 from tqdm import tqdm
 
 from curate.decode import Apart, Watched
-from curate.embed import crops_of, embed_shard
+from curate.embed import crops_of, embed_damaged, embed_shard
 from curate.embeddings import embedding_name
-from curate.errors import UserError
+from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
 from curate.pool import Columns, Pool, Shard
-from curate.recipe import EmbedSection, ResourcesSection
+from curate.recipe import BadShardPolicy, EmbedSection, ResourcesSection
 from curate.spec import WEIGHTS_NAME, EncoderSpec
 from curate.storage import Store
 from pipelines.cluster import (
@@ -78,7 +79,8 @@ def embed_pool(
         devices: what the actors compute on.
 
     Raises:
-        UserError: a worker asks for more CPUs or memory than any node has.
+        UserError: a worker asks for more CPUs or memory than any node has; or, one line each, the shards that are
+            damaged, unless the pool's policy is to skip them.
         InputChangedError: a shard is not the file that was inventoried.
     """
     missing = {spec.sha: missing_shards(store, pool.shards, spec) for spec in encoders}
@@ -86,7 +88,7 @@ def embed_pool(
     for shard in pool.shards:
         if asked := [spec.sha for spec in encoders if shard.index in missing[spec.sha]]:
             items.append({"shard": asdict(shard), "encoders": asked, "wanted": None, "rows": shard.rows})
-    _embed(store, items, encoders, (), settings, resources, devices)
+    _embed(store, items, encoders, (), settings, resources, devices, pool.on_bad_shard)
 
 
 def embed_some(
@@ -104,7 +106,8 @@ def embed_some(
         for number, some in enumerate(wanted)
         for i in sorted(missing_shards(store, [pool.shards[i] for i in some.shards], encoder, some.scope))
     ]
-    _embed(store, items, [encoder], wanted, settings, resources, devices)
+    # A shard that can be read no more was sound when the reference read it, so that no policy says to skip it.
+    _embed(store, items, [encoder], wanted, settings, resources, devices, "fail")
 
 
 def _embed(
@@ -115,6 +118,7 @@ def _embed(
     settings: EmbedSection,
     resources: ResourcesSection,
     devices: Devices,
+    on_bad_shard: BadShardPolicy,
 ) -> None:
     if not items:
         return
@@ -130,7 +134,7 @@ def _embed(
         warnings.filterwarnings("ignore", message="`ray_remote_args`")
         receipts = blocks.map_batches(
             EmbedShards,
-            fn_constructor_args=(store, list(encoders), list(wanted), settings, resources.threads),
+            fn_constructor_args=(store, list(encoders), list(wanted), settings, resources.threads, on_bad_shard),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=workers),
@@ -141,12 +145,23 @@ def _embed(
         )
     names = " and ".join(spec.source for spec in encoders)
     rows = sum(item["rows"] for item in items)
+    damaged: list[str] = []
     with tqdm(total=rows, desc=f"embed with {names}", unit="row", disable=None) as bar, own_errors():
         dropped = 0
-        for receipt in receipts.iter_rows():
-            dropped += receipt["dropped"]
-            bar.set_postfix(dropped=dropped, refresh=False)
-            bar.update(receipt["rows"])
+        try:
+            for receipt in receipts.iter_rows():
+                dropped += receipt["dropped"]
+                bar.set_postfix(dropped=dropped, refresh=False)
+                bar.update(receipt["rows"])
+                if receipt["damage"]:
+                    damaged.append(receipt["damage"])
+        except ExecutionTimeoutError:
+            raise ClusterError(
+                f"embed: no worker finished a shard for {NO_PROGRESS_S // 3600} hours; see with `ray status` whether "
+                "they have the CPUs or GPUs that they wait for, and run the same command again: what is done stays"
+            ) from None
+    if damaged and on_bad_shard == "fail":
+        raise UserError(*sorted(damaged))
 
 
 def _workers(resources: ResourcesSection, devices: Devices, memory: int) -> int:
@@ -177,22 +192,33 @@ class EmbedShards:
         wanted: Sequence[Wanted],
         settings: EmbedSection,
         threads: int,
+        on_bad_shard: BadShardPolicy,
     ) -> None:
-        # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
-        from curate.encoder import load_encoder  # noqa: PLC0415
-
         logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every load on the root logger
         torch.set_num_threads(threads)
         self.store = store
         self.settings = settings
         self.threads = threads
         self.wanted = wanted
-        self.encoders = {spec.sha: load_encoder(store, spec, device()) for spec in encoders}
+        self.on_bad_shard = on_bad_shard
+        self.failure: CurateError | None = None
+        try:
+            self._load(encoders)
+        except CurateError as error:
+            self.failure = error  # raised here it would be lost: Ray tells of a constructor its traceback alone
+
+    def _load(self, encoders: Sequence[EncoderSpec]) -> None:
+        # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
+        from curate.encoder import load_encoder  # noqa: PLC0415
+
+        self.encoders = {spec.sha: load_encoder(self.store, spec, device()) for spec in encoders}
         # Ray starts an actor again that died, and gives it the shards that it died of.
         self.decode = (Apart if restarted() else Watched)(crops_of(self.encoders.values()))
 
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
         """Embed the shards of a batch; yields one receipt per shard."""
+        if self.failure is not None:
+            raise self.failure
         for item in batch.to_pylist():
             shard = Shard(**item["shard"] | {"columns": Columns(**item["shard"]["columns"])})
             some = None if item["wanted"] is None else self.wanted[item["wanted"]]
@@ -200,15 +226,23 @@ class EmbedShards:
             # A block holds many shards of a large pool, and Ray gives all of them again to the actor that takes over
             # from one that died.
             encoders = {name: self.encoders[sha] for sha, name in names.items() if not self.store.exists(name)}
-            counts = {}
-            if encoders:
-                counts = embed_shard(
-                    shard,
-                    encoders,
-                    self.store,
-                    self.settings,
-                    threads=self.threads,
-                    rows=some.rows(self.store, shard) if some else None,
-                    decode=self.decode,
-                )
-            yield {"rows": [item["rows"]], "dropped": [sum(n for status, n in counts.items() if status != "ok")]}
+            damage = ""
+            counts: dict[str, int] = {}
+            try:
+                if encoders:
+                    counts = embed_shard(
+                        shard,
+                        encoders,
+                        self.store,
+                        self.settings,
+                        threads=self.threads,
+                        rows=some.rows(self.store, shard) if some else None,
+                        decode=self.decode,
+                    )
+            except ShardDamagedError as error:
+                # Not raised: all other shards are read, so that all that are damaged are told together.
+                damage = str(error)
+                if self.on_bad_shard == "skip":
+                    counts = embed_damaged(shard, encoders, self.store, error)
+            dropped = sum(rows for status, rows in counts.items() if status != "ok")
+            yield {"rows": [item["rows"]], "dropped": [dropped], "damage": [damage]}

@@ -6,16 +6,23 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-_STATUS = {"503": "ServiceUnavailable", "409": "ConditionalRequestConflict", "403": "AccessDenied"}
+_STATUS = {
+    "503": "ServiceUnavailable",
+    "409": "ConditionalRequestConflict",
+    "403": "AccessDenied",
+    "507": "XMinioStorageFull",
+}
 
 
 @dataclass
 class Fault:
     """Fail `times` requests whose method and key match (any if they are ""); `mode` is one of
 
-    503, 409, 403   answer so, without asking the server
+    503, 409, 403   answer so, without asking the server; 507: its disk is full
     drop-ack        let the server act, then close the connection without an answer
     drop            close the connection without asking the server
+    gone            from now on close every connection without asking the server: to it the caller has died
+    gone-after      the same, but let the server act once more
     truncate        send half of the body that the headers announce
     strip           forward without If-None-Match, as a store that ignores conditional writes
     """
@@ -47,6 +54,7 @@ class FaultProxy(ThreadingHTTPServer):
         self.target = urlsplit(target)
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str]] = []
+        self.gone = False
         self.lock, self.put_lock = threading.Lock(), threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -54,9 +62,15 @@ class FaultProxy(ThreadingHTTPServer):
         self.faults.append(Fault(mode, **match))  # type: ignore[arg-type]
         return self.faults[-1]
 
+    def mend(self) -> None:
+        """Forward every request from now on."""
+        self.faults.clear()
+        self.gone = False
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each body would wait 40 ms for the acknowledgement of its headers
     server: FaultProxy
 
     def _forward(self) -> None:
@@ -64,12 +78,13 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append((self.command, self.path))
             fault = next((f for f in self.server.faults if f.matches(self.command, self.path)), None)
-        mode = fault.mode if fault else ""
+            mode = fault.mode if fault else "drop" if self.server.gone else ""
+            self.server.gone |= mode.startswith("gone")
         if mode in _STATUS:
             error = f"<Error><Code>{_STATUS[mode]}</Code><Message>injected</Message></Error>".encode()
             self._answer(int(mode), [("Content-Type", "application/xml")], error, len(error))
             return
-        if mode == "drop":
+        if mode in ("drop", "gone"):
             self.close_connection = True
             return
         headers = {k: v for k, v in self.headers.items() if mode != "strip" or k.lower() != "if-none-match"}
@@ -80,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = upstream.getresponse()
             content = answer.read()
             upstream.close()
-        if mode == "drop-ack":
+        if mode in ("drop-ack", "gone-after"):
             self.close_connection = True
             return
         dropped = {"connection", "transfer-encoding", "content-length", "server", "date"}
@@ -96,7 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
         if status != 204:
             self.send_header("Content-Length", str(length))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _forward  # noqa: N815
 

@@ -64,6 +64,16 @@ def write_pool(folder: Path, *tables: pa.Table, uid: str | None = None, **sectio
     return take_inventory(PoolSection(path=str(folder), uid=uid, **section))
 
 
+def damage_page(path: Path, column: str, row_group: int = 0) -> None:
+    """Overwrite the first page of a column of a Parquet file; its footer stays sound."""
+    group = pq.read_metadata(path).row_group(row_group)
+    (chunk,) = [c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.startswith(column)]
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 40] = b"\xff" * 40
+    path.write_bytes(data)
+
+
 def _halved(vector: Any) -> list[np.float16] | None:
     return None if vector is None else list(np.asarray(vector, np.float16))
 

@@ -42,7 +42,8 @@ class Mutant:
 
 
 STORAGE, FAULTS = "tests/test_storage.py", "tests/test_faults.py"
-DAMAGE = f"{FAULTS} -k some_damage"
+DAMAGE = "tests/test_damage.py -k some_damage"
+CRASH = "tests/test_crash.py::test_a_crash_or_an_error_at_each_operation"
 MUTANTS = [
     # publication
     Mutant(
@@ -91,6 +92,27 @@ MUTANTS = [
         "pass",
         "tests/test_manifest.py",
     ),
+    Mutant(
+        "cells say that their counts are there",
+        "pipelines/neighbours.py",
+        "if read_cells(store, folder) is None:",
+        'if not store.exists(f"{folder}/counts.json"):',
+        f"{CRASH}[dedup]",
+    ),
+    Mutant(
+        "pairs say that a task is done",
+        "pipelines/neighbours.py",
+        "if pairs_name(folder, task) not in there",
+        "if nodes_name(folder, task) not in there",
+        f"{CRASH}[dedup]",
+    ),
+    Mutant(
+        "a learner that is due is published by the next run",
+        "jobs/train.py",
+        "        self._publish_due()\n        source:",
+        "        source:",
+        f"{CRASH}[train]",
+    ),
     Mutant("read back before the commit", "pipelines/write.py", "if found != file.sha256:", "if False:", DAMAGE),
     # what is read
     Mutant(
@@ -126,7 +148,7 @@ MUTANTS = [
         "curate/parquet.py",
         "if schema is not None and parquet.schema_arrow != schema:",
         "if False:",
-        f"{FAULTS} -k all_damage",
+        "tests/test_damage.py -k all_damage",
     ),
     Mutant(
         "weights are hashed",

@@ -3,7 +3,6 @@
 What a round writes with it is, byte for byte, what it writes with Ray (tests/test_faults.py compares them).
 """
 
-import functools
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -16,9 +15,6 @@ import pipelines.embed
 import pipelines.neighbours
 import pipelines.quality
 import pipelines.select
-from curate.encoder import Encoder, load_encoder
-from curate.spec import EncoderSpec
-from curate.storage import Store
 
 CPU = torch.device("cpu")
 
@@ -105,12 +101,6 @@ class StandIn:
     @staticmethod
     def cluster_resources() -> dict[str, float]:
         return {"CPU": 4}
-
-
-@functools.cache
-def loaded(url: str, spec: EncoderSpec) -> Encoder:
-    """Models are loaded once: a fault in loading is for tests of models."""
-    return load_encoder(Store(url), spec, CPU)
 
 
 @pytest.fixture

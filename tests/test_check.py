@@ -23,7 +23,7 @@ from curate.stream import end_stream
 from jobs.check import check_recipe
 from jobs.drawn_pool import draw_pair
 from jobs.train import train
-from tests.helpers import tiny_config, write_tiny
+from tests.helpers import damage_page, tiny_config, write_tiny
 
 PAIRS = [draw_pair(0, row, image_size=32) for row in range(80)]
 COCA = {
@@ -191,6 +191,13 @@ def test_some_rows_that_cannot_be_used_are_counted(folder: Path) -> None:
     assert "pool: 63 of 64 sampled rows can be used (image_empty 1)" in said(folder)
 
 
+def test_rows_that_img2dataset_could_not_download_are_counted(folder: Path) -> None:
+    status = ["failed_to_download", *["success"] * 79]
+    rows = table(jpg=[None, *(jpg for jpg, _ in PAIRS[1:])], status=status, error_message=["404", *[None] * 79])
+    pq.write_table(rows, folder / "pool/0.parquet")
+    assert "pool: 63 of 64 sampled rows can be used (download_failed 1)" in said(folder)
+
+
 def test_a_sample_is_spread_over_the_shards(folder: Path) -> None:
     pq.write_table(table(jpg=pa.nulls(80, pa.binary())), folder / "pool/0.parquet")
     pq.write_table(table().slice(0, 0), folder / "pool/1.parquet")
@@ -202,10 +209,26 @@ def test_a_sample_is_spread_over_the_shards(folder: Path) -> None:
 def test_a_damaged_page_that_the_sample_meets(folder: Path) -> None:
     path = folder / "pool/0.parquet"
     pq.write_table(table(), path, compression="zstd")
-    data = bytearray(path.read_bytes())
-    data[20:2000] = bytes(1980)
-    path.write_bytes(data)
+    damage_page(path, "jpg")
     assert "0.parquet: " in refused(folder)
+    pq.write_table(table(), folder / "pool/1.parquet")
+    pq.write_table(table(), folder / "pool/2.parquet")
+    damage_page(folder / "pool/2.parquet", "caption")
+    with pytest.raises(UserError) as caught:
+        said(folder)
+    assert [line.partition(":")[0] for line in caught.value.lines] == [
+        str(folder / f"pool/{i}.parquet") for i in (0, 2)
+    ]
+
+
+def test_damaged_pages_where_bad_shards_are_skipped(folder: Path) -> None:
+    pq.write_table(table(), folder / "pool/1.parquet")
+    damage_page(folder / "pool/0.parquet", "jpg")
+    skip = "pool.on_bad_shard=skip"
+    assert "64 of 128 sampled rows can be used (damaged_shard 64)" in refused(folder, skip)
+    assert "pool: 64 of 128 sampled rows can be used (damaged_shard 64)" in said(
+        folder, skip, "pool.max_dropped_share=0.5"
+    )
 
 
 # --- held-out sets -----------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ import torch
 
 import curate.decode
 import curate.embed
-from curate.embed import embed_shard
+from curate.embed import embed_damaged, embed_shard
 from curate.embeddings import (
+    DAMAGED_SHARD,
     EMBEDDING_NONFINITE,
     EMBEDDING_ZERO,
     content_hash,
@@ -25,12 +26,13 @@ from curate.embeddings import (
     vectors,
 )
 from curate.encoder import Encoder, load_encoder
-from curate.errors import InputChangedError
+from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.pool import Pool, take_inventory
 from curate.recipe import EmbedSection, PoolSection
+from curate.spec import WEIGHTS_NAME
 from curate.storage import Store
 from jobs.drawn_pool import draw_pair
-from tests.helpers import CPU, drawn_pool, tiny_encoder, write_pool
+from tests.helpers import CPU, damage_page, drawn_pool, tiny_encoder, write_pool
 
 torch.set_num_threads(1)
 
@@ -195,6 +197,33 @@ def test_captions_of_every_kind(store: Store, encoder: Encoder, tmp_path: Path, 
     assert table["content"].to_pylist() == [content_hash(jpg, caption) for caption in raw]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_were_not_downloaded_say_why(store: Store, encoder: Encoder, tmp_path: Path, kind: str):
+    jpg = one_row()["jpg"]
+    rows = [  # image, img2dataset's status and error_message, what becomes of it
+        (jpg, "success", None, "ok", None),
+        (None, "failed_to_download", "HTTP Error 404: Not\n Found", "download_failed", "HTTP Error 404: Not Found"),
+        (b"", "failed_to_resize", None, "download_failed", "failed_to_resize"),
+        (jpg, "failed_to_download", "HTTP Error 404: Not Found", "ok", None),
+        (None, "success", None, "image_empty", "null"),
+        (None, None, "left over", "image_empty", "null"),
+    ]
+    raw = {name: [row[i] for row in rows] for i, name in ((1, "status"), (2, "error_message"))}
+    said = {name: pa.array(texts, pa.string()).cast(KINDS[kind]) for name, texts in raw.items()}
+    table = pa.table({"jpg": [row[0] for row in rows], "caption": list("abcdef"), **said})
+    found = embedded(store, write_pool(tmp_path / "pool", table), encoder)
+    assert found["status"].to_pylist() == [row[3] for row in rows]
+    assert found["error"].to_pylist() == [row[4] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "other", [{"status": ["active", "gone"]}, {"status": [200, 404], "error_message": ["a", "b"]}], ids=["text", "code"]
+)
+def test_a_status_of_something_else(store: Store, encoder: Encoder, tmp_path: Path, other: dict[str, Any]):
+    table = pa.table({"jpg": [one_row()["jpg"], None], "caption": ["a", "b"], **other})
+    assert embedded(store, write_pool(tmp_path / "pool", table), encoder)["status"].to_pylist() == ["ok", "image_empty"]
+
+
 def test_a_column_of_nothing_but_nulls(store: Store, encoder: Encoder, tmp_path: Path):
     pool = write_pool(tmp_path / "pool", pa.table({"jpg": pa.nulls(2), "caption": pa.nulls(2)}))
     assert embedded(store, pool, encoder)["status"].to_pylist() == ["caption_missing"] * 2
@@ -233,9 +262,6 @@ def test_empty_row_groups(store: Store, encoder: Encoder, tmp_path: Path):
     with pq.ParquetWriter(tmp_path / "pool" / "0.parquet", table.schema) as writer:
         for piece in (table.slice(0, 0), table.slice(0, 1), table.slice(0, 0), table.slice(1), table.slice(0, 0)):
             writer.write_table(piece)
-    from curate.pool import take_inventory
-    from curate.recipe import PoolSection
-
     pool = take_inventory(PoolSection(path=str(tmp_path / "pool")))
     assert embedded(store, pool, encoder)["status"].to_pylist() == ["ok", "ok"]
 
@@ -247,6 +273,32 @@ def test_nothing_is_left_where_the_shard_changed(store: Store, pool: Pool, encod
         embedded(store, pool, encoder)
     assert store.list("embeddings") == []
     assert list(Path(store.url).glob(".tmp-*")) == []
+
+
+@pytest.mark.parametrize(("column", "uid"), [("jpg", "key"), ("jpg", None), ("caption", "key"), ("key", "key")])
+def test_a_damaged_shard_has_a_row_for_each_of_its_rows(
+    store: Store, encoder: Encoder, tmp_path: Path, column: str, uid: str | None
+):
+    drawn_pool(tmp_path / "pool", rows=80, shards=2)
+    path = tmp_path / "pool" / "00001.parquet"
+    keys = pq.read_table(path)["key"].to_pylist()
+    pq.write_table(pq.read_table(path), path, row_group_size=15)
+    damage_page(path, column, 1)
+    pool = take_inventory(PoolSection(path=str(tmp_path / "pool"), uid=uid))
+    shard = pool.shards[1]
+    with pytest.raises(ShardDamagedError) as caught:
+        embedded(store, pool, encoder, shard=1, chunk_rows=4)
+    assert store.list("embeddings") == []
+    assert list(Path(store.url).glob(".tmp-*")) == []
+    assert embed_damaged(shard, {"embeddings/x": encoder}, store, caught.value) == {DAMAGED_SHARD: 40}
+    table = read_embeddings(store, "embeddings/x", ["uid", "status", "error", "content", "picture", "zimg", "ztxt"])
+    made_up = uid is None or column == uid
+    assert table["uid"].to_pylist() == ([f"{shard.name}#{row}" for row in range(40)] if made_up else keys)
+    assert set(table["status"].to_pylist()) == {DAMAGED_SHARD}
+    (error,) = set(table["error"].to_pylist())
+    assert error.startswith(f"a damaged page in column '{column}' after row 1")
+    assert table["zimg"].null_count == table["ztxt"].null_count == 40
+    assert not contents(table["content"]).any()
 
 
 # --- several encoders, some of the rows --------------------------------------------------------------------------
@@ -357,6 +409,19 @@ def test_a_row_spoilt_for_one_encoder_is_whole_for_another(store: Store, pool: P
 
 
 @pytest.mark.usefixtures("ray_local")
+def test_an_actor_that_cannot_load_its_model_says_so_when_it_is_asked(tmp_path: Path, store: Store):
+    """Of what a constructor raises Ray passes on a traceback alone."""
+    from pipelines.embed import EmbedShards
+
+    pool = drawn_pool(tmp_path / "pool", rows=2)
+    spec = tiny_encoder(store, tmp_path)
+    store.put_bytes(f"{spec.folder}/{WEIGHTS_NAME}", b"damaged")
+    actor = EmbedShards(store, [spec], [], EmbedSection(), 1, "fail")
+    with pytest.raises(UserError, match=WEIGHTS_NAME):
+        item = {"shard": asdict(pool.shards[0]), "encoders": [spec.sha], "wanted": None, "rows": 2}
+        list(actor(pa.Table.from_pylist([item])))
+
+
 def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(tmp_path: Path, store: Store):
     from pipelines.embed import EmbedShards
 
@@ -370,7 +435,7 @@ def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(
         return [store.local_path(name).stat().st_ino for name in names]
 
     def actor() -> EmbedShards:
-        return EmbedShards(store, [spec], [], EmbedSection(), 1)
+        return EmbedShards(store, [spec], [], EmbedSection(), 1, "fail")
 
     whole = list(actor()(block))
     assert [receipt["rows"] for receipt in whole] == [[20]] * 3

@@ -2,6 +2,7 @@
 
 import decimal
 import os
+import pickle
 import shlex
 import subprocess
 import sys
@@ -14,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import curate.pool as pool_module
-from curate.errors import InputChangedError, UserError
+from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.pool import Pool, Shard, caption_bytes, image_bytes, load_pool, read_batches, read_rows, take_inventory
 from curate.recipe import PoolSection
 from curate.reshard import reshard_file
 from curate.storage import Store
-from tests.helpers import commit_round
+from tests.helpers import commit_round, damage_page
 
 HOUSE = Path(__file__).parents[1]
 ODD = (HOUSE.parent / "shared" / "data" / "odd-parquet").resolve()  # inventories name files by their real path
@@ -708,16 +709,33 @@ def test_a_damaged_page_is_not_read_as_data(folder: Path) -> None:
     with pytest.raises(InputChangedError) as caught:
         read_all(pool.shards[0])
     message = str(caught.value)
-    assert f"{path}: expected 4 readable rows, found a damaged page after row 2 (" in message
+    assert f"{path}: expected 4 readable rows, found a damaged page in column 'jpg' after row 2 (" in message
     assert "replace the file, or move it out of the pool" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("column", ["caption", "width"])
+def test_the_column_that_is_damaged_is_named(folder: Path, column: str) -> None:
+    path = write(folder / "a.parquet", large(40, 100), row_group_size=10)
+    damage_page(path, column, 2)
+    pool = inventory(folder, on_bad_shard="skip")
+    assert Pool.from_bytes(pool.to_bytes(), "name") == pool
+    assert pool.on_bad_shard == "skip"
+    (shard,) = pool.shards
+    with pytest.raises(ShardDamagedError, match=f"a damaged page in column '{column}' after row 20") as caught:
+        for _ in read_batches(shard, None, batch_rows=10):
+            pass
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.found) == (str(caught.value), caught.value.found)
+    other = {"caption": "width", "width": "caption"}[column]
+    assert sum(batch.num_rows for batch in read_batches(shard, ["jpg", other], batch_rows=10)) == 40
 
 
 def test_a_footer_that_promises_other_rows_is_found_out(folder: Path) -> None:
     write(folder / "a.parquet")
     (shard,) = inventory(folder).shards
     lying = Shard(**(shard.__dict__ | {"rows": 3}))
-    with pytest.raises(InputChangedError, match="promises 3 rows but 2 were read"):
+    with pytest.raises(ShardDamagedError, match="expected 3 readable rows, found 2; replace the file"):
         read_all(lying)
 
 

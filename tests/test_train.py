@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -16,18 +17,18 @@ import torch
 import curate.stream
 import jobs.train
 from curate.encoder import load_model
-from curate.errors import CommitConflictError, InputChangedError, StreamStalledError, UserError
+from curate.errors import CommitConflictError, InputChangedError, ShardDamagedError, StreamStalledError, UserError
 from curate.learner import LearnerCheckpoint, newest_learner, read_learner, record_learner
 from curate.manifest import manifest_name
-from curate.pool import Pool
-from curate.recipe import Recipe, TrainSection
+from curate.pool import Pool, take_inventory
+from curate.recipe import PoolSection, Recipe, TrainSection
 from curate.storage import Store
 from curate.stream import end_stream
 from curate.uniform import uniform_batches
 from jobs.checkpoint import checkpoints, restore
 from jobs.optimize import learning_rate
 from jobs.train import Trained, train
-from tests.helpers import CPU, commit_round, drawn_pool, write_tiny
+from tests.helpers import CPU, commit_round, damage_page, drawn_pool, write_tiny
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.timeout(120)
@@ -579,6 +580,19 @@ def test_too_few_rows(broken):
     pool, _ = broken
     with pytest.raises(UserError, match="48 of 60 rows can be used, a batch wants 49"):
         captions(pool, 1, b=49)
+
+
+@pytest.mark.parametrize("on_bad_shard", ["fail", "skip"])
+def test_a_damaged_shard_is_passed_over_where_bad_ones_are(tmp_path: Path, on_bad_shard: str):
+    drawn_pool(tmp_path / "pool", rows=60, shards=3)
+    damage_page(tmp_path / "pool/00001.parquet", "jpg")
+    pool = take_inventory(PoolSection(path=str(tmp_path / "pool"), on_bad_shard=on_bad_shard))
+    if on_bad_shard == "fail":
+        with pytest.raises(ShardDamagedError, match=r"00001\.parquet: expected 20 readable rows"):
+            captions(pool, 40)
+    else:
+        sound = pa.concat_tables([pq.read_table(tmp_path / f"pool/0000{i}.parquet") for i in (0, 2)])
+        assert Counter(captions(pool, 40)) == Counter(sound["caption"].to_pylist())
 
 
 def test_a_pool_that_changed(tmp_path: Path):
