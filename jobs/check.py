@@ -6,6 +6,7 @@ pool can tell, such as how many pairs are distinct or whether every page is soun
 
 import contextlib
 import os
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -40,12 +41,16 @@ from curate.recipe import EncoderSection, EvaluateSection, PoolSection, Recipe, 
 from curate.select import needs_learner
 from curate.storage import Store
 from curate.stream import END_NAME, stream_end
+from curate.topics import likeness, sample_captions
+from curate.windows import EpochRange, stretches, windows_of
 from jobs.checkpoint import checkpoints, load_checkpoint
 from jobs.train import check_kind, check_trainable
 
 SAMPLED_SHARDS = 4
 SAMPLED_ROWS = 64
 """Of each: read from its first row group, and decoded."""
+TOPIC_SHARDS = 16
+"""Spread over the pool: captions of a few rows of each tell whether it is sorted by topic."""
 SMALL_ROWS = 2048
 """A held-out set up to this size is read whole, as the trainer will."""
 
@@ -139,8 +144,47 @@ def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
         f"selection: {super_batches} of {size:,} at most, {selection.method} {selection.criterion}, "
         f"{wanted * selection.sub_batch_size:,} rows in batches of {selection.sub_batch_size:,}"
     )
-    passes = len(encoders) * pool.rows + seen
-    yield f"cost: {passes:,} forward passes at most; embeddings that exist are not made again"
+    yield from _windows(recipe, pool, wanted)
+    learner = wanted * size if "learner" in encoders else 0
+    yield (
+        f"cost: {pool.rows + seen:,} forward passes of the reference at most, once, and {learner:,} of the learner in "
+        "each round; embeddings that exist are not made again"
+    )
+
+
+def _windows(recipe: Recipe, pool: Pool, super_batches: int) -> Iterator[str]:
+    """How the next epoch is cut, were all rows candidates, and whether a window is a fair sample of the pool."""
+    selection, size = recipe.selection, recipe.selection.super_batch_size
+    windows = windows_of(
+        pool.shards,
+        [shard.rows for shard in pool.shards],
+        seed=recipe.seed,
+        epoch=0,
+        window_rows=selection.least_window_rows,
+    )
+    if len(windows) == 1:
+        yield "windows: one, the whole pool, of which every super-batch is a uniform sample"
+        return
+    met = stretches(windows, EpochRange(epoch=0, start=0, super_batches=super_batches), size)
+    read = sum(stretch.window.candidates for stretch in met)
+    fewest, most = (of(len(window.shards) for window in windows) for of in (min, max))
+    shards = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    yield (
+        f"windows: {len(windows)} in an epoch, of {shards} shards each; a round meets {counted(len(met), 'window')}, "
+        f"and reads row groups that hold its {super_batches * size:,} candidates among {read:,} rows"
+    )
+    step = max(1, len(pool.shards) // TOPIC_SHARDS)
+    alike = likeness([sample_captions(shard) for shard in pool.shards[::step][:TOPIC_SHARDS] if shard.rows])
+    if alike is not None and alike.is_sorted:
+        yield (
+            f"windows: captions of one shard are {alike.within / max(alike.across, 1e-9):.1f} times as alike as those "
+            f"of two: the pool is sorted by topic, and a window of {fewest} shards is no fair sample of it; shuffle "
+            f"it once: curate reshard {shlex.quote(_first(recipe.pool.path))} --to FOLDER --shuffle"
+        )
+
+
+def _first(path: str | list[str]) -> str:
+    return path if isinstance(path, str) else path[0]
 
 
 def _of_trainer_alone(recipe: Recipe) -> bool:

@@ -305,7 +305,7 @@ def _note(line: str) -> None:
 
 def _load(path: Path, overrides: list[str] | None) -> "Recipe":
     # Not at the top: `--help` answers at once, and a verb loads what it needs once its recipe is right.
-    from curate.recipe import load_recipe  # noqa: PLC0415
+    from curate.recipe_file import load_recipe  # noqa: PLC0415
 
     return load_recipe(path, overrides or ())
 

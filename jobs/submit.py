@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import UserError
-from curate.recipe import Recipe, load_recipe
+from curate.recipe import Recipe
+from curate.recipe_file import load_recipe
 from jobs.job_client import LIVE, Attempt, JobClient
 
 VERBS = ("check", "round", "dedup", "rounds", "train")

@@ -29,6 +29,7 @@ ORDER = [
     "jest",
     # what the user says, and what it leads to
     "recipe",
+    "recipe_file",
     "column_types",
     "pool",
     "img2dataset",
@@ -46,6 +47,7 @@ ORDER = [
     "dedup",
     "grouping",
     "neighbours",
+    "topics",
     "windows",
     "index",
     "parts",

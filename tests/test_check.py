@@ -17,7 +17,8 @@ from curate.errors import UserError
 from curate.learner import record_learner
 from curate.models import create_model
 from curate.plan import pin_plan
-from curate.recipe import EncoderSection, Recipe, load_recipe
+from curate.recipe import EncoderSection, Recipe
+from curate.recipe_file import load_recipe
 from curate.storage import Store
 from curate.stream import end_stream
 from jobs.check import check_recipe

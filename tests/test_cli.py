@@ -183,7 +183,8 @@ def test_check_says_what_a_round_would_do(curate: Curate, recipe: Path) -> None:
     assert lines[3] == "next round: 0"
     assert lines[4:6] == ["reference: tiny.json, fp32 on cpu", "learner: tiny.json, fp32 on cpu"]
     assert lines[6] == "selection: 3 super-batches of 32 at most, joint learnability, 24 rows in batches of 8"
-    assert lines[7].startswith("cost: 200 forward passes at most")
+    assert lines[7].startswith("windows: one, the whole pool")
+    assert lines[8].startswith("cost: 100 forward passes of the reference at most, once, and 96 of the learner in each")
     assert ended.stderr == ""
     assert not (recipe.parent / "root").exists()  # nothing is written
 
@@ -230,7 +231,7 @@ def test_check_says_what_dedup_would_do(curate: Curate, recipe: Path) -> None:
     sets = f'dedup.evaluation=[{{path = "{recipe.parent / "pool"}"}}]'
     lines = curate("check", recipe, "--set", "dedup.threshold=0.9", "--set", sets).stdout.splitlines()
     assert lines[3] == "dedup: components of cosine 0.9 and above; 100 evaluation rows are kept out"
-    assert lines[-1].startswith("cost: 300 forward passes at most")
+    assert lines[-1].startswith("cost: 200 forward passes of the reference at most, once, and 96 of the learner in")
     (line,) = mistakes(curate("check", recipe, "--set", "dedup.evaluation=[{path = 'nowhere'}]"))
     assert "nowhere: expected a file" in line
 

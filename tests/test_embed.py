@@ -417,8 +417,8 @@ def test_an_actor_that_cannot_load_its_model_says_so_when_it_is_asked(tmp_path: 
     spec = tiny_encoder(store, tmp_path)
     store.put_bytes(f"{spec.folder}/{WEIGHTS_NAME}", b"damaged")
     actor = EmbedShards(store, [spec], [], EmbedSection(), 1, "fail")
+    item = {"shard": asdict(pool.shards[0]), "encoders": [spec.sha], "wanted": None, "rows": 2}
     with pytest.raises(UserError, match=WEIGHTS_NAME):
-        item = {"shard": asdict(pool.shards[0]), "encoders": [spec.sha], "wanted": None, "rows": 2}
         list(actor(pa.Table.from_pylist([item])))
 
 

@@ -20,7 +20,8 @@ from ray._private.runtime_env import uv_runtime_env_hook
 
 import jobs.check
 from curate.errors import CurateError, UserError
-from curate.recipe import Recipe, load_recipe
+from curate.recipe import Recipe
+from curate.recipe_file import load_recipe
 from jobs.cli import _print, _table, main
 from pipelines import cluster, joining
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curate.errors import UserError
-from curate.recipe import Recipe, SelectionSection, load_recipe
+from curate.recipe import Recipe, SelectionSection
+from curate.recipe_file import load_recipe
 
 HOUSE = Path(__file__).parents[1]
 RECIPES = HOUSE / "jobs/recipes"

@@ -24,7 +24,7 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 from curate.errors import UserError
-from curate.recipe import load_recipe
+from curate.recipe_file import load_recipe
 from jobs.drawn_pool import draw_pool
 from jobs.job_client import JobClient
 from jobs.submit import _with_files, submit
