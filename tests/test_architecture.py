@@ -30,6 +30,7 @@ ORDER = [
     # what the user says, and what it leads to
     "recipe",
     "column_types",
+    "hive",
     "pool",
     "img2dataset",
     "reshard",
