@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from curate import access, storage
 from curate.column_types import is_caption, is_image, is_uid, plain_batch, plain_type, united, why_unwritable
 from curate.errors import CurateError, InputChangedError, ShardDamagedError, UserError
+from curate.hive import with_folder_columns, with_folder_schema
 from curate.messages import one_line
 from curate.recipe import BadShardPolicy, PoolSection
 from curate.sealed import seal, unseal
@@ -253,7 +254,7 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
 
     Args:
         shard: of the pool.
-        columns: their names, those that the file has not are left out; all columns if None.
+        columns: their names, of the file's columns and its folders'; those that are neither are left out. All if None.
         batch_rows: rows at a time, at most.
 
     Raises:
@@ -266,7 +267,7 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
     with _opened(shard, columns, lambda: rows) as parquet:
         for batch in parquet.iter_batches(batch_size=batch_rows, columns=columns):
             rows += batch.num_rows
-            yield batch
+            yield with_folder_columns(batch, shard.path, columns)
     if rows != shard.rows:
         raise ShardDamagedError(shard.path, shard.rows, f"{rows}")
 
@@ -414,7 +415,9 @@ def _read_footer(file: FileInfo) -> _Footer:
             metadata = parquet.metadata
             groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
             return _Footer(
-                rows=metadata.num_rows, schema=parquet.schema_arrow, largest_row_group=max(groups, default=0)
+                rows=metadata.num_rows,
+                schema=with_folder_schema(parquet.schema_arrow, file.path),
+                largest_row_group=max(groups, default=0),
             )
     except CurateError:
         raise  # the store failed or refuses: nothing is known of the file

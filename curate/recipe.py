@@ -84,7 +84,9 @@ Paths = Annotated[str | list[str], BeforeValidator(_names_something), _expanding
 class PoolSection(Section):
     """The raw pairs."""
 
-    path: Paths = Field(description="folder, glob, file or fsspec URL of Parquet shards, or a list")
+    path: Paths = Field(
+        description="folder, glob, file or fsspec URL of Parquet shards, or a list; `key=value` folders are columns"
+    )
     image: str | None = Field(None, description="image column; found by convention (jpg, image, …) if not given")
     caption: str | None = Field(None, description="caption column; found by convention (caption, text, …)")
     uid: str | None = Field(None, description="column that identifies a pair; else a hash of image and caption")

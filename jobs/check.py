@@ -21,6 +21,7 @@ from curate.embeddings import DAMAGED_SHARD
 from curate.encoder import check_storable, load_model
 from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.evaluate import MAX_ROWS, load_held_out
+from curate.hive import folder_columns
 from curate.images import Dropped, clean_caption, decode_image
 from curate.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
 from curate.learner import newest_learner, record_learner
@@ -115,6 +116,8 @@ def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
     pool, selection = found.pool, recipe.selection
     rows, shards = counted(pool.rows, "row"), counted(len(pool.shards), "shard")
     yield f"pool: {rows} in {shards}, {pool.columns.image} with {pool.columns.caption}"
+    if folders := sorted({name for shard in pool.shards for name in folder_columns(shard.path)}):
+        yield f"pool: the names of folders give {', '.join(folders)}, as text, to files without such a column"
     if pool.ignored:
         yield f"pool: {counted(len(pool.ignored), 'file')} ignored, such as {pool.ignored[0]}"
     yield from (f"pool: skipped {line}" for line in pool.skipped)

@@ -31,6 +31,7 @@ ORDER = [
     "recipe",
     "recipe_file",
     "column_types",
+    "hive",
     "pool",
     "img2dataset",
     "reshard",

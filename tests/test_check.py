@@ -199,6 +199,12 @@ def test_rows_that_img2dataset_could_not_download_are_counted(folder: Path) -> N
     assert "pool: 63 of 64 sampled rows can be used (download_failed 1)" in said(folder)
 
 
+def test_columns_in_the_names_of_folders_are_said(folder: Path) -> None:
+    (folder / "pool/lang=en").mkdir()
+    (folder / "pool/0.parquet").rename(folder / "pool/lang=en/0.parquet")
+    assert "pool: the names of folders give lang, as text, to files without such a column" in said(folder)
+
+
 def test_a_sample_is_spread_over_the_shards(folder: Path) -> None:
     pq.write_table(table(jpg=pa.nulls(80, pa.binary())), folder / "pool/0.parquet")
     pq.write_table(table().slice(0, 0), folder / "pool/1.parquet")

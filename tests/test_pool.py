@@ -20,7 +20,7 @@ from curate.pool import Pool, Shard, caption_bytes, image_bytes, load_pool, read
 from curate.recipe import PoolSection
 from curate.reshard import reshard_file
 from curate.storage import Store
-from tests.helpers import commit_round, damage_page
+from tests.helpers import commit_round, damage_page, picks_of, pieces_of
 
 HOUSE = Path(__file__).parents[1]
 ODD = (HOUSE.parent / "shared" / "data" / "odd-parquet").resolve()  # inventories name files by their real path
@@ -665,6 +665,52 @@ def test_a_key_names_a_file_that_can_be_written_and_listed(folder: Path, tmp_pat
     store = Store(str(tmp_path / "root"))
     store.put_bytes(f"x/{shard.key}.parquet", b"")
     assert store.list("x") == [f"x/{shard.key}.parquet"]
+
+
+# --- columns in the names of folders ------------------------------------------------------------------------------
+
+
+def folders_of(folder: Path) -> Path:
+    """A pool in three folders, one of whose files has the column itself."""
+    own = PAIRS.append_column("lang", pa.array(["fr", "it"]))
+    for name, table in {
+        "lang=en/year=2024/a": PAIRS,
+        "lang=K%C3%B6ln/year=__HIVE_DEFAULT_PARTITION__/a": PAIRS,
+        "lang=xx/b": own,
+        "=/plain=c": PAIRS,
+    }.items():
+        write(folder / f"{name}.parquet", table)
+    return folder
+
+
+def test_folders_give_columns(folder: Path) -> None:
+    pool = inventory(folders_of(folder))
+    expected = {
+        "=/plain=c.parquet": [(None, None)] * 2,
+        "lang=K%C3%B6ln/year=__HIVE_DEFAULT_PARTITION__/a.parquet": [("Köln", None)] * 2,
+        "lang=en/year=2024/a.parquet": [("en", "2024")] * 2,
+        "lang=xx/b.parquet": [("fr", None), ("it", None)],
+    }
+    assert [shard.name for shard in pool.shards] == sorted(expected)
+    assert {pool.schema.field(name).type for name in ("lang", "year")} == {pa.string()}
+    for shard in pool.shards:
+        rows = [row for batch in read_batches(shard, None, batch_rows=1) for row in batch.to_pylist()]
+        assert [(row.get("lang"), row.get("year")) for row in rows] == expected[shard.name]
+        (batch,) = read_batches(shard, ["year", "caption"], batch_rows=9)
+        assert set(batch.schema.names) <= {"year", "caption"}
+        chosen = pieces_of(pool, picks_of(pool, [[(shard.index, 1), (shard.index, 0)]]))
+        found = [(row["lang"], row["year"]) for piece in chosen for row in piece.to_pylist()]
+        assert found == expected[shard.name]
+
+
+def test_one_folder_alone_gives_its_column_too(folder: Path) -> None:
+    folders_of(folder)
+    for path in ("lang=en", "lang=en/year=2024/a.parquet", "lang=e*/**/*.parquet"):
+        assert inventory(folder / path).schema.names[-2:] == ["lang", "year"]
+
+
+def test_a_folder_cannot_have_the_name_of_our_column(folder: Path) -> None:
+    assert "has a column 'curate' already" in line_about(write(folder / "curate=1/a.parquet").parent)
 
 
 # --- files that change under us ----------------------------------------------------------------------------------
