@@ -67,6 +67,12 @@ def embedding_name(sha: str, shard: Shard, scope: str = "") -> str:
     return "/".join(part for part in ("embeddings", sha, scope, f"{shard.key}.parquet") if part)
 
 
+def range_scope(*, seed: int, epoch: int, low: int, high: int, dedup: str | None) -> str:
+    """The scope of files that score, of an epoch's walk, the rows from key `low` to below key `high` alone."""
+    scope = f"walk-{seed}-{epoch}-{low:016x}-{high:016x}"
+    return f"{scope}-{hashlib.sha256(dedup.encode()).hexdigest()[:12]}" if dedup else scope
+
+
 def read_embeddings(store: Store, name: str, columns: Sequence[str]) -> pa.Table:
     """Columns of an embedding file.
 

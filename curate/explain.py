@@ -1,20 +1,31 @@
 """Explain: what a round did, and why a pair is in or out, from what the root holds."""
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.dedup import why_dropped
-from curate.embeddings import DAMAGED_SHARD, contents, damage_of, embedding_name, read_embeddings
+from curate.embeddings import (
+    DAMAGED_SHARD,
+    EMBEDDING_NONFINITE,
+    contents,
+    damage_of,
+    embedding_name,
+    range_scope,
+    read_embeddings,
+    vectors,
+)
 from curate.errors import UserError
 from curate.manifest import Manifest, last_round, read_manifest, steps_folder
 from curate.parquet import read_table
-from curate.pool import Pool, load_pool
+from curate.pool import Pool, Shard, load_pool
 from curate.selected import read_selected, selected_name
 from curate.spec import EncoderSpec
 from curate.storage import Store
@@ -28,6 +39,12 @@ class _Context:
     manifest: Manifest
     pool: Pool
     reference: EncoderSpec
+    learner: EncoderSpec | None
+    """None if selection did not look at it."""
+    scope: str
+    """Of the learner's embedding files, unless they are of the whole pool."""
+    selection: Mapping[str, Any]
+    """Section of the recipe."""
     folder: str
     """Of its walk."""
     steps: str
@@ -164,9 +181,61 @@ def _follow(store: Store, context: _Context, key: str, row: int, content: npt.ND
     table, _ = read_selected(store, selected_name(context.steps, sub_batch))
     here = table.filter((pc.field("shard") == index) & (pc.field("row") == row)).to_pylist()
     if not here:
-        return {"round": number, "outcome": "not_selected", "sub_batch": sub_batch}
+        return {"round": number, "sub_batch": sub_batch} | _not_selected(store, context, shard, row, table)
     kept = ("sub_batch", "position", "chunk", "score", "learner_loss", "reference_loss")
     return {"round": number, "outcome": "selected"} | {name: here[0][name] for name in kept}
+
+
+def _not_selected(store: Store, context: _Context, shard: Shard, row: int, chosen: pa.Table) -> dict[str, Any]:
+    """What a candidate had to show for itself, beside the least that any row had which was chosen in its place.
+
+    An independent score is of a pair by itself. Joint selection looks at what a pair adds to those before it as well,
+    and draws, so that a row may have more than the least and stay behind.
+    """
+    loss = context.selection["loss"]
+    own: dict[str, float | None] = {
+        "learner_loss": None,
+        "reference_loss": _loss_of(store, context.reference, shard, row, loss),
+    }
+    if context.learner is not None:
+        own["learner_loss"] = _loss_of(store, context.learner, shard, row, loss, context.scope)
+    if any(value is not None and math.isnan(value) for value in own.values()):
+        return {"outcome": EMBEDDING_NONFINITE}
+    scores = [_independent_score(context.selection, losses) for losses in chosen.select(list(own)).to_pylist()]
+    return (
+        {"outcome": "not_selected"}
+        | own
+        | {
+            "independent_score": _independent_score(context.selection, own),
+            "least_chosen": min((score for score in scores if score is not None), default=None),
+        }
+    )
+
+
+def _loss_of(store: Store, spec: EncoderSpec, shard: Shard, row: int, loss: str, *scopes: str) -> float | None:
+    """The loss of one pair by itself, `curate.jest.diagonal_losses`; NaN without vectors, None without their file."""
+    name = next(
+        (n for n in (embedding_name(spec.sha, shard, scope) for scope in ("", *scopes)) if store.exists(n)), None
+    )
+    if name is None:
+        return None
+    table = read_embeddings(store, name, ["zimg", "ztxt"]).slice(row, 1)
+    zimg, ztxt = (vectors(table[column], spec.embed_dim).astype(np.float32) for column in ("zimg", "ztxt"))
+    logit = spec.logit_scale * float((zimg * ztxt).sum())
+    if math.isnan(logit) or loss == "softmax":
+        return -logit
+    return float(np.logaddexp(0, -logit - spec.logit_bias))
+
+
+def _independent_score(selection: Mapping[str, Any], losses: Mapping[str, float | None]) -> float | None:
+    """The score of a pair by its own losses; None where selection looked at none, or one is not known."""
+    signs = {"learnability": (1, -1), "hard_learner": (1, 0), "easy_reference": (0, -1)}[selection["criterion"]]
+    known = [
+        sign * value
+        for sign, value in zip(signs, (losses["learner_loss"], losses["reference_loss"]), strict=True)
+        if sign and value is not None
+    ]
+    return sum(known) if selection["method"] != "uniform" and len(known) == sum(map(abs, signs)) else None
 
 
 def _original(store: Store, context: _Context, shard: int, row: int) -> dict[str, Any] | None:
@@ -202,15 +271,23 @@ def _context(store: Store, manifest: Manifest) -> _Context:
         raise UserError(
             f"{folder}/walk.json: expected the walk of round {manifest.round}, found none; restore the file"
         )
+    boundaries = walk.boundaries[walk_range.start : walk_range.stop + 1]
+    low, high = boundaries[0], boundaries[-1]
+    learner = lineage["learner"]
     return _Context(
         manifest=manifest,
         pool=pool,
         reference=reference,
+        learner=EncoderSpec(**{name: value for name, value in learner.items() if name != "number"})
+        if learner
+        else None,
+        scope=range_scope(seed=seed, epoch=walk_range.epoch, low=low, high=high, dedup=dedup["folder"]),
+        selection=lineage["recipe"]["selection"],
         folder=folder,
         steps=steps_folder(manifest.round, lineage["plan"]),
         walk_range=walk_range,
         seed=seed,
-        boundaries=walk.boundaries[walk_range.start : walk_range.stop + 1],
+        boundaries=boundaries,
         dedup=dedup["folder"],
         evaluation=tuple(dedup["evaluation"]),
     )

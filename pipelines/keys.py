@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from curate.embeddings import range_scope
 from curate.pool import Pool
 from curate.seeds import derive_seed
 from curate.walk import END, walk_keys
@@ -32,8 +33,7 @@ class KeyRange:
     @property
     def scope(self) -> str:
         """Names the folder of files that score these rows only."""
-        scope = f"walk-{self.seed}-{self.epoch}-{self.low:016x}-{self.high:016x}"
-        return f"{scope}-{hashlib.sha256(self.dedup.encode()).hexdigest()[:12]}" if self.dedup else scope
+        return range_scope(seed=self.seed, epoch=self.epoch, low=self.low, high=self.high, dedup=self.dedup)
 
     def wanted(self, content: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Whether each content [n, 2] is in the range: [n]."""
