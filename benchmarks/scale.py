@@ -79,33 +79,28 @@ def count_bytes() -> None:
         with (folder / str(os.getpid())).open("a") as file:
             file.write(f"{kind} {size}\n")
 
-    def counted(kind: str, act: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **named: Any) -> Any:
-            before = size(None, *arguments)
-            found = act(*arguments, **named)
-            note(kind, before or size(found, *arguments))
-            return found
+    def whence(name: str) -> str:
+        return "pool" if "/pool/" in name else "models" if "models/" in name else "root"
+
+    def reading(act: Callable[..., bytes]) -> Callable[..., bytes]:
+        def wrapped(source: Any, *arguments: Any, **named: Any) -> bytes:
+            data = act(source, *arguments, **named)
+            note(whence(source._url if isinstance(source, access._Input) else f"/{arguments[0]}"), len(data))
+            return data
 
         return wrapped
 
-    def length(found: Any, *_: Any) -> int:
-        return 0 if found is None else len(found)
+    def putting(act: Callable[..., None]) -> Callable[..., None]:
+        def wrapped(store: Store, one: Any, other: Any) -> None:  # a path and a name, or a name and data
+            note("written", len(other) if isinstance(other, bytes) else os.path.getsize(one))
+            act(store, one, other)
 
-    def file_size(_: Any, store: Store, path: Any, name: str) -> int:
-        return os.path.getsize(path) if os.path.exists(path) else 0
+        return wrapped
 
-    def data_size(_: Any, store: Store, name: str, data: bytes) -> int:
-        return len(data)
-
-    for target, name, kind, size in (
-        (access._Input, "read", "read", length),
-        (Store, "read_bytes", "read", length),
-        (Store, "read_range", "read", length),
-        (Store, "put_file", "written", file_size),
-        (Store, "put_bytes", "written", data_size),
-        (Store, "put_if_absent", "written", data_size),
-    ):
-        setattr(target, name, counted(kind, getattr(target, name), size))
+    for target, name in ((access._Input, "read"), (Store, "read_bytes"), (Store, "read_range")):
+        setattr(target, name, reading(getattr(target, name)))
+    for name in ("put_file", "put_bytes", "put_if_absent"):
+        setattr(Store, name, putting(getattr(Store, name)))
 
 
 def counted_bytes(folder: Path) -> Counter[str]:
@@ -270,7 +265,10 @@ def measure(made: Path, size: int, what: str) -> dict[str, Any]:
             "shards": size * SHARDS,
             "rows_looked_at": looked_at,
             "picture_bytes_per_row": round(row_bytes),
-            "read_mib": round(bytes_["read"] / MIB, 2),
+            "pool_read_mib": round(bytes_["pool"] / MIB, 2),
+            "root_read_mib": round(bytes_["root"] / MIB, 2),
+            "models_read_mib": round(bytes_["models"] / MIB, 2),
+            "pool_read_per_row_looked_at": round(bytes_["pool"] / (looked_at * row_bytes), 3),
             "written_mib": round(bytes_["written"] / MIB, 2),
             "cpu_s": round(watch.cpu_seconds(), 1),
             "wall_s": round(watch.seconds, 1),
@@ -317,7 +315,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """A panel for each quantity: a round is flat, an epoch is linear."""
     import matplotlib.pyplot as plt  # noqa: PLC0415 for pictures alone
 
-    names = ["read_mib", "written_mib", "cpu_s", "driver_mib", "largest_worker_mib", "references"]
+    names = ["pool_read_mib", "written_mib", "cpu_s", "driver_mib", "largest_worker_mib", "references"]
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), constrained_layout=True)
     for axis, name in zip(axes.flat, names, strict=True):
         for what, rows in found.items():

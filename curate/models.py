@@ -208,6 +208,12 @@ def _check_folder(folder: Path, role: str, *, trusted: bool) -> None:
         raise UserError(
             f"{role}.model: expected {CONFIG_NAME} in {folder}, found none; save it with open_clip's save_for_hf"
         )
+    config = _read_json(folder / CONFIG_NAME, role)
+    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+        raise UserError(
+            f"{role}.model: {folder / CONFIG_NAME} lacks model_cfg; save the model with open_clip's save_for_hf"
+        )
+    _check_config(config["model_cfg"], folder / CONFIG_NAME, role)
     if not list(folder.glob("*.safetensors")):
         for path in [*folder.glob("*.bin"), *folder.glob("*.pth")]:  # the others that open_clip looks for
             _refuse_pickle(path, role, trusted=trusted)
@@ -215,18 +221,26 @@ def _check_folder(folder: Path, role: str, *, trusted: bool) -> None:
 
 def _as_folder(path: Path, scratch: Path, role: str) -> Path:
     """An open_clip model config as the local-dir folder that open_clip loads without a registry."""
+    config = _read_json(path, role, encoding="utf-8-sig")  # editors of Windows begin a file with a mark
+    _check_config(config, path, role)
+    (scratch / CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return scratch
+
+
+def _read_json(path: Path, role: str, *, encoding: str = "utf-8") -> Any:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding=encoding))
     except OSError as error:
         raise UserError(
             f"{role}.model: expected an open_clip JSON config at {path}, found none ({error.strerror})"
         ) from None
     except ValueError as error:
-        raise UserError(f"{role}.model: {path} is not valid JSON ({error})") from None
+        raise UserError(f"{role}.model: {path} is not valid JSON ({one_line(error)}); mend it") from None
+
+
+def _check_config(config: Any, path: Path, role: str) -> None:
     missing = {"embed_dim", "vision_cfg", "text_cfg"}.difference(config if isinstance(config, dict) else ())
     if missing:
         raise UserError(
             f"{role}.model: {path} lacks {', '.join(sorted(missing))}; copy one of open_clip's model_configs"
         )
-    (scratch / CONFIG_NAME).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
-    return scratch

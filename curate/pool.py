@@ -303,7 +303,8 @@ def read_some(
             wanted = np.flatnonzero(np.isin(here, rows, assume_unique=True))
             if len(wanted):
                 found += len(wanted)
-                yield here[wanted], plain_batch(batch).take(pa.array(wanted))
+                picked = plain_batch(batch).take(pa.array(wanted))
+                yield here[wanted], with_folder_columns(picked, shard.path, columns)
     if found != len(rows):
         raise ShardDamagedError(shard.path, shard.rows, f"{found} of {len(rows)} that are wanted")
 

@@ -189,6 +189,12 @@ def cut_name(index: str, shards: Sequence[Shard], *, seed: int, epoch: int, supe
     return f"windows/{hashlib.sha256(identity.encode()).hexdigest()[:24]}/cut.json"
 
 
+def window_scope(index: str, *, seed: int, epoch: int, low: int, high: int) -> str:
+    """Names the files of a learner that was asked for the candidates of a window from key `low` to below `high`."""
+    identity = json.dumps([index, seed, epoch, low, high])
+    return f"window-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+
+
 def read_cut(store: Store, name: str) -> tuple[int, ...] | None:
     """The keys at which a window's super-batches begin and the last one ends; None if they were not found yet."""
     try:

@@ -164,6 +164,7 @@ def show(
     """Show what was chosen, what was dropped, and why."""
     from curate import explain  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
+    from curate.trace import explain_uid  # noqa: PLC0415
 
     store = Store(expand(root))
     match what or ["rounds"]:
@@ -175,7 +176,7 @@ def show(
             found = explain.describe_round(store, int(number))
             shown = _round_tables(found)
         case ["uid", uid]:
-            found = explain.explain_uid(store, uid)
+            found = explain_uid(store, uid)
             shown = [table for row in found for table in _uid_tables(row)]
         case other:
             raise UserError(f"show {' '.join(other)}: expected rounds, round N or uid U")

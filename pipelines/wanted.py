@@ -1,7 +1,6 @@
 """Which rows of the pool a learner is asked for: a round's candidates, and a fixed sample."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +13,7 @@ from curate.pool import Pool, Shard
 from curate.seeds import derive_seed
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from curate.windows import super_batch_of
+from curate.windows import super_batch_of, window_scope
 
 Ints = npt.NDArray[np.int64]
 
@@ -61,8 +60,8 @@ class WindowRows:
     @property
     def scope(self) -> str:
         """Named by all that decides which rows of a shard these are."""
-        identity = json.dumps([self.index.folder, self.seed, self.epoch, self.boundaries[0], self.boundaries[-1]])
-        return f"window-{hashlib.sha256(identity.encode()).hexdigest()[:24]}"
+        low, high = self.boundaries[0], self.boundaries[-1]
+        return window_scope(self.index.folder, seed=self.seed, epoch=self.epoch, low=low, high=high)
 
     def expected(self, shard: int) -> int:
         """The same share of each shard: keys are uniform."""

@@ -64,6 +64,7 @@ ORDER = [
     "uniform",
     "evaluate",
     "explain",
+    "trace",
     "__init__",
 ]
 """The modules of curate/, each importing only modules above itself."""

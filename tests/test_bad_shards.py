@@ -10,10 +10,11 @@ import pytest
 
 from curate.embeddings import DAMAGED_SHARD
 from curate.errors import ShardDamagedError, UserError
-from curate.explain import describe_round, explain_uid
+from curate.explain import describe_round
 from curate.manifest import Manifest, manifest_name
 from curate.recipe import Recipe
 from curate.storage import Store
+from curate.trace import explain_uid
 from jobs.drawn_pool import draw_pool
 from pipelines.round import run_round
 from tests.helpers import damage_page, write_tiny

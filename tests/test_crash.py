@@ -170,32 +170,42 @@ def show(outcomes: Counter[tuple[str, str, str]]) -> None:
 
 # --- S3 --------------------------------------------------------------------------------------------------------------
 
-ONCE = ("drop-ack", "503", "409", "403")
-"""What happens to one request, and the next one is answered."""
+WAITED_OUT = ("drop-ack", "503", "409")
+"""What a moment mends: it ends no run."""
 
 
 def s3_cases(methods: Sequence[str]) -> list[tuple[int, str]]:
     """Number of the request, and what becomes of it.
 
-    The store that is gone for good is both: a crash before the request, and a store that does not answer for so long
-    that the run gives up. A put that is cut off is one that never was, for S3 keeps nothing of it.
+    waited      one of `WAITED_OUT`; the others befall other requests of the run, for what is waited out leaves no trace
+    403         refused, and the next request is answered
+    gone        the store is gone from this request on: a crash before it, and a failure that outlasts all patience
+    gone-after  gone from the next one on; for a put that is cut off there is "gone", as S3 keeps nothing of it
+    507         the store is full from this put on, while what is there can be read
     """
-    found = [(at, how) for at in range(len(methods)) for how in ("gone", *ONCE)]
-    return found + [(at, how) for at, method in enumerate(methods) if method == "PUT" for how in ("gone-after", "507")]
+    puts = [at for at, method in enumerate(methods) if method == "PUT"]
+    found = [(at, how) for at in range(len(methods)) for how in ("waited", "403", "gone")]
+    return found + [(at, how) for at in puts for how in ("gone-after", "507")]
 
 
 def disturb_on_s3(s3_stages: OnS3, stage: str, at: int, how: str) -> str:
-    prefix, after, said = f"{stage}-{at}-{how}", s3_stages.after[stage], list[str]()
+    prefix, proxy = f"{stage}-{at}-{how}", s3_stages.proxy
+    methods, after = s3_stages.methods[stage], s3_stages.after[stage]
+    said: list[str] = []
     s3_stages.copy(f"before-{stage}", prefix)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(access, "DEADLINE_S", 10.0 if how in ONCE else 0.0)
+        patch.setattr(access, "DEADLINE_S", 10.0 if how in ("waited", "403") else 0.0)
         patch.setattr(access, "PAUSES_S", (0.01, 0.1))
-        if how == "507":  # and so are all later ones, while what is there can be read
-            s3_stages.proxy.fail(how, skip=s3_stages.methods[stage][:at].count("PUT"), times=10**9)
+        if how == "waited":
+            for i, mode in enumerate(WAITED_OUT):
+                proxy.fail(mode, method="", skip=(at + i * len(methods) // len(WAITED_OUT)) % len(methods))
+        elif how == "507":
+            proxy.fail(how, skip=methods[:at].count("PUT"), times=10**9)
         else:
-            s3_stages.proxy.fail(how, method="", skip=at)
+            proxy.fail(how, method="", skip=at)
         outcome = told(lambda: s3_stages.run(stage, prefix, said.append))
-    s3_stages.proxy.mend()
+    proxy.mend()
+    assert how != "waited" or outcome == "done"
     seen = s3_stages.left(prefix)
     check(f"s3://{s3_stages.bucket}/{prefix}", seen, after)
     # What a rerun does depends on what is there and on nothing else, so that one rerun from each state will do.

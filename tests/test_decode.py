@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.decode import DECODE_TIMEOUT, WORKER_CRASH, Apart, Decoded, Row, Watched
-from curate.explain import explain_uid
 from curate.manifest import read_manifest
 from curate.storage import Store
+from curate.trace import explain_uid
 from jobs.drawn_pool import draw_pair, draw_pool
 from tests.helpers import write_tiny
 

@@ -386,7 +386,8 @@ def test_cells_that_changed_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_ray")
-def test_a_sheet_shows_what_captions_say_and_obeys_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kinds", [(pa.binary(), pa.string()), (pa.binary_view(), pa.string_view())], ids=str)
+def test_a_sheet_shows_what_captions_say_and_obeys_nothing(tmp_path: Path, kinds: tuple[pa.DataType, ...]) -> None:
     write_tiny(tmp_path, "tiny.json")
     evil = '<script>alert("x")</script> & <b>'
     pictures = []
@@ -394,7 +395,8 @@ def test_a_sheet_shows_what_captions_say_and_obeys_nothing(tmp_path: Path) -> No
         drawn = Image.open(io.BytesIO(draw_pair(number, 0, image_size=64)[0])).convert("RGB")
         drawn.save(out := io.BytesIO(), "JPEG", quality=quality)
         pictures.append(out.getvalue())
-    write_pool(tmp_path / "pool", pa.table({"jpg": pictures, "caption": [evil] * 3}))
+    columns = (pa.array(values).cast(kind) for values, kind in zip((pictures, [evil] * 3), kinds, strict=True))
+    write_pool(tmp_path / "pool", pa.table(list(columns), ["jpg", "caption"]))
     recipe = Recipe.model_validate(
         {
             "root": str(tmp_path / "root"),

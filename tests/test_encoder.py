@@ -482,6 +482,31 @@ def test_a_configuration_that_is_broken(tmp_path: Path, store: Store, text: str,
     assert expected in found
 
 
+def test_a_configuration_that_begins_with_a_mark(tmp_path: Path, store: Store, tiny: EncoderSection):
+    """As editors of Windows save it."""
+    plain = stored(store, tiny, tmp_path)
+    (tmp_path / "marked.json").write_text(json.dumps(tiny_config()), encoding="utf-8-sig")
+    assert stored(store, EncoderSection(model="marked.json"), tmp_path).model == plain.model
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"\xef\xbb\xbf{}", "is not valid JSON (Unexpected UTF-8 BOM"),  # open_clip opens none with it
+        (b"{", "is not valid JSON"),
+        (b"{}", "lacks model_cfg"),
+        (b"[]", "lacks model_cfg"),
+        (b'{"model_cfg": {"embed_dim": 8}}', "lacks text_cfg, vision_cfg"),
+    ],
+)
+def test_a_folder_whose_configuration_is_broken(tmp_path: Path, store: Store, weights, data: bytes, expected: str):
+    folder = saved_folder(tmp_path / "saved", weights, {})
+    (folder / CONFIG_NAME).write_bytes(data)
+    found = line(store, tmp_path, model=f"local-dir:{folder}")
+    assert f"learner.model: {folder / CONFIG_NAME} " in found
+    assert expected in found
+
+
 def test_bytes_that_are_no_text(tmp_path: Path, store: Store):
     (tmp_path / "broken.json").write_bytes(b"\xff\xfe{}")
     assert "not valid JSON" in line(store, tmp_path, model="broken.json")

@@ -842,3 +842,20 @@ def test_some_rows_are_read_from_the_row_groups_that_hold_them(tmp_path: Path) -
     (shard,) = take_inventory(PoolSection(path=str(tmp_path))).shards
     for rows in ([], [0], [99], [6, 7], [3, 20, 21, 22, 98], list(range(100))):
         assert read_rows(shard, rows, ["caption"])["caption"].to_pylist() == [str(row) for row in rows]
+
+
+@pytest.mark.parametrize("image", [pa.binary(), pa.large_binary(), pa.binary_view(), "struct"], ids=str)
+@pytest.mark.parametrize("caption", [pa.string(), pa.large_string(), pa.string_view(), pa.binary_view()], ids=str)
+def test_some_rows_of_any_type_are_read(tmp_path: Path, image: pa.DataType | str, caption: pa.DataType) -> None:
+    """Of views, as Polars and arrow-rs write them, Arrow cannot take rows."""
+    images = pa.array([b"a", None, b"c"])
+    columns = {
+        "jpg": pa.StructArray.from_arrays([images.cast(pa.binary_view())], ["bytes"])
+        if image == "struct"
+        else images.cast(image),
+        "caption": pa.array(["x", "y", None]).cast(caption),
+    }
+    (shard,) = inventory(write(tmp_path / "a.parquet", pa.table(columns))).shards
+    found = read_rows(shard, [1, 2], ["jpg", "caption"])
+    assert image_bytes(found["jpg"].combine_chunks()).to_pylist() == [None, b"c"]
+    assert caption_bytes(found["caption"].combine_chunks()).to_pylist() == [b"y", None]

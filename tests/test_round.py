@@ -15,7 +15,7 @@ import pytest
 from curate.dedup import read_dropped
 from curate.embeddings import embedding_name, read_embeddings
 from curate.errors import UserError
-from curate.explain import describe_round, explain_uid, summarize_rounds
+from curate.explain import describe_round, summarize_rounds
 from curate.learner import newest_learner
 from curate.manifest import Manifest, manifest_name, round_folder
 from curate.plan import pin_plan
@@ -24,6 +24,7 @@ from curate.reader import CuratedReader
 from curate.recipe import Recipe
 from curate.spec import EncoderSpec
 from curate.storage import Store
+from curate.trace import explain_uid
 from jobs.drawn_pool import draw_pool
 from jobs.train import train
 from pipelines.round import run_round
