@@ -55,18 +55,31 @@ def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 @app.command("round")
 def round_(
     recipe: RecipeArgument,
-    number: Annotated[int | None, typer.Option("--round", help="its number; the next one if not given", min=0)] = None,
+    number: Annotated[
+        int | None,
+        typer.Option("--round", help="its number; the first that is not committed if not given", min=0),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Run a round, or finish one that was interrupted."""
+    """Run a round, or finish one that was interrupted.
+
+    A round is done once it is committed, even if the command was killed before it could say so; without --round the
+    same command then begins the next one. With --round N it never does: a round N that is committed is shown. Where
+    something starts the command again by itself, give it --round N, or let curate rounds do it.
+    """
     loaded = _load(recipe, overrides)
+    from curate.explain import describe_round  # noqa: PLC0415
+    from curate.manifest import last_round  # noqa: PLC0415
+    from curate.plan import plan_name  # noqa: PLC0415
+    from curate.storage import Store  # noqa: PLC0415
     from pipelines.round import run_round  # noqa: PLC0415
 
+    store = Store(loaded.root)
+    if number is None and (number := last_round(store) + 1) and not store.exists(plan_name(number)):
+        # Whoever killed the command that committed it may think that it was not.
+        _note(f"round {number - 1} is committed (--round {number - 1} shows it); this begins round {number}")
     manifest = run_round(loaded, base=recipe.parent, number=number, say=_note)
-    from curate.explain import describe_round  # noqa: PLC0415
-    from curate.storage import Store  # noqa: PLC0415
-
-    _print(_round_tables(describe_round(Store(loaded.root), manifest.round)))
+    _print(_round_tables(describe_round(store, manifest.round)))
 
 
 @app.command()

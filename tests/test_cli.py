@@ -9,13 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curate.manifest import Manifest, read_manifest
+from curate.plan import plan_name
+from curate.pool import take_inventory
+from curate.recipe import load_recipe
+from curate.storage import Store
 from jobs.cli import main
 from jobs.drawn_pool import draw_pair
+from tests.helpers import commit_round
 
 HOUSE = Path(__file__).parents[1]
 
@@ -221,8 +228,14 @@ def test_a_command_that_is_stopped_says_how_to_go_on(recipe: Path, number: signa
 UNIGNORED = """
 import signal  # a shell has its jobs in the background ignore Ctrl-C, and so do their children
 signal.signal(signal.SIGINT, signal.default_int_handler)
+from curate.manifest import Manifest, read_manifest
+from curate.plan import plan_name
+from curate.pool import take_inventory
+from curate.recipe import load_recipe
+from curate.storage import Store
 from jobs.cli import main
 from jobs.drawn_pool import draw_pair
+from tests.helpers import commit_round
 main()
 """
 
@@ -297,3 +310,28 @@ def test_reshard_refuses_what_is_not_there_and_does_not_overwrite(curate: Curate
     assert made.stdout.splitlines() == [f"{out}/a-00000.parquet", f"{out}/a-00001.parquet"]
     (line,) = mistakes(curate("reshard", source, "--to", out))
     assert line == f"{out}/a-00000.parquet: exists already; choose an empty folder"
+
+
+def test_a_round_that_was_committed_by_a_command_that_was_killed(
+    curate: Curate, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who does not know of the commit is told that the same command begins the next round."""
+    loaded = load_recipe(recipe)
+    store = Store(loaded.root)
+    commit_round(store, take_inventory(loaded.pool), [[(0, row) for row in range(8)]], number=0)
+    ran: list[int | None] = []
+
+    def run_round(*_: Any, number: int | None, **__: Any) -> Manifest:
+        ran.append(number)
+        found = read_manifest(store, 0)
+        assert found is not None
+        return found[0]
+
+    monkeypatch.setattr("pipelines.round.run_round", run_round)
+    monkeypatch.setattr("jobs.cli._round_tables", lambda _: [])
+    ended = curate("round", recipe)
+    assert (ended.returncode, ended.stderr) == (0, "round 0 is committed (--round 0 shows it); this begins round 1\n")
+    assert curate("round", recipe, "--round", "0").stderr == ""
+    store.put_bytes(plan_name(1), b"begun")  # is finished, as everybody expects
+    assert curate("round", recipe).stderr == ""
+    assert ran == [1, 0, 1]
