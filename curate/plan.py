@@ -1,12 +1,13 @@
 """The plan of a round: what it was begun with, pinned so that whoever finishes it does the same."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from curate.errors import UserError
+from curate.errors import DamagedError, UserError
 from curate.learner import newest_learner
 from curate.manifest import last_round, read_manifest, round_folder
 from curate.messages import gathered
@@ -111,11 +112,12 @@ def _make(
     # Only who begins a round makes models; importing open_clip takes several seconds.
     from curate.publish import first_learner  # noqa: PLC0415
 
+    known = known_inventory(store)
     mistakes: list[str] = []
     pool = reference = learner = None
     evaluation: list[Pool] = []
     with gathered(mistakes):
-        pool = take_inventory(recipe.pool, progress=progress, known=known_inventory(store))
+        pool = take_inventory(recipe.pool, progress=progress, known=known)
     with gathered(mistakes):
         evaluation = evaluation_sets(recipe)
     with gathered(mistakes):
@@ -140,9 +142,11 @@ def _make(
 
 
 def known_inventory(store: Store) -> Pool | None:
-    """The inventory of the newest round: footers that it tells of need not be read again."""
+    """The inventory of the newest round, if it can be read: footers that it tells of need not be read again."""
     newest = read_manifest(store, last_round(store))
-    return load_pool(store, newest[0].lineage["pool"]["fingerprint"]) if newest else None
+    with contextlib.suppress(FileNotFoundError, DamagedError):
+        return load_pool(store, newest[0].lineage["pool"]["fingerprint"]) if newest else None
+    return None
 
 
 def store_reference(store: Store, recipe: Recipe, *, base: Path, device_type: DeviceType) -> EncoderSpec:

@@ -125,9 +125,9 @@ def index_pool(
     if pool.columns.uid:
         clashes = run_tasks(_join_uids, range(making.buckets), making, title="uids", memory=BUCKET_BYTES)
         _check_uids(pool, clashes)
-    repeated: Counter[int] = sum(
-        run_tasks(_write_duplicates, range(len(whole)), making, title="duplicates by shard"), Counter()
-    )
+    repeated = Counter[int]()
+    for counted_here in run_tasks(_write_duplicates, range(len(whole)), making, title="duplicates by shard"):
+        repeated.update(counted_here)
 
     statuses = Counter(earlier.statuses if earlier else {})
     usable = dict(zip(moved, earlier.usable, strict=True)) if earlier else {}
@@ -143,8 +143,8 @@ def index_pool(
         usable=tuple(usable[shard.index] for shard in pool.shards),
         duplicates=tuple(repeated[shard.index] for shard in pool.shards),
     )
+    remove_parts(store, making.scratch)  # first: nobody looks for them once the account is there
     store.put_bytes(f"{folder}/index.json", index.to_bytes())
-    remove_parts(store, making.scratch)
     return index
 
 

@@ -86,8 +86,8 @@ def cut_window(
     )
     keys = [key for keys in found for key in keys]
     boundaries = (0, *keys[1:], *([END] if len(keys) == held else [])) if held else ()
+    remove_parts(store, cutting.scratch)  # first: nobody looks for them once the cut is there
     write_cut(store, name, boundaries)
-    remove_parts(store, cutting.scratch)
     return boundaries
 
 
