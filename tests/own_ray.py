@@ -12,7 +12,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from curate.errors import UserError
+from curate.errors import ClusterError, UserError
 from curate.recipe import ResourcesSection
 from pipelines.cluster import CPUS, Devices, connect, device, exchange, fetch, take_devices
 
@@ -121,7 +121,7 @@ def a_laptop_that_is_told_to_use_gpus() -> None:
 def a_worker_that_dies() -> None:
     """Again and again: nothing of it is told but what is raised."""
     connect("local")
-    with pytest.raises(ray.exceptions.RayError):
+    with pytest.raises(ClusterError, match="Ray: a worker died"):
         fetch(exchange([0], lambda _: [0], [0], lambda *_: os._exit(1), title="joins"))
 
 
