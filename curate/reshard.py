@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate import access
-from curate.errors import UserError
+from curate.errors import CurateError, UserError
 from curate.messages import one_line
 
 ROW_GROUP_ROWS = 256
@@ -30,13 +30,13 @@ def reshard_file(
         Each shard once it is complete.
 
     Raises:
-        UserError: no such file, or not Parquet; a shard of that name exists already.
+        UserError: no such file, or not Parquet, or damaged; a shard of that name exists already.
     """
     stem = PurePosixPath(url).stem
     with _opened(url) as parquet:
         folder.mkdir(parents=True, exist_ok=True)
         shards = max(1, -(-parquet.metadata.num_rows // rows_per_shard))
-        batches = parquet.iter_batches(batch_size=ROW_GROUP_ROWS)
+        batches = _readable(url, parquet.iter_batches(batch_size=ROW_GROUP_ROWS))
         held = next(batches, None)
         for number in range(shards):
             path = folder / f"{stem}-{number:05d}.parquet"
@@ -59,11 +59,24 @@ def reshard_file(
 def _opened(url: str) -> Iterator[pq.ParquetFile]:
     with contextlib.ExitStack() as stack:
         try:
-            parquet = stack.enter_context(pq.ParquetFile(stack.enter_context(access.open_input(url))))
+            file = stack.enter_context(access.open_input(url))
+            parquet = stack.enter_context(pq.ParquetFile(file, page_checksum_verification=True))
         except (OSError, ValueError) as error:  # pyarrow's own are either
             reason = one_line(error)
             raise UserError(f"{url}: expected a Parquet file; {reason}; correct the path") from error
         yield parquet
+
+
+def _readable(url: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from batches
+    except (CurateError, GeneratorExit):
+        raise
+    except Exception as error:  # a damaged file makes a reader raise whatever it likes
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of a local disk: Arrow's own OSErrors carry no number
+        reason = one_line(error)
+        raise UserError(f"{url}: expected readable rows, found a damaged page ({reason}); replace the file") from error
 
 
 def _pieces(batch: pa.RecordBatch, most_bytes: int) -> Iterator[pa.RecordBatch]:

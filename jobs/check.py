@@ -336,7 +336,10 @@ def _check_held_out(section: EvaluateSection | None) -> None:
     where = PoolSection(path=section.path, image=section.image, caption=section.caption)
     held_out = take_inventory(where, section_name="evaluate")
     if held_out.rows <= SMALL_ROWS or held_out.rows > MAX_ROWS:
-        load_held_out(section.path, image=section.image, caption=section.caption, label=section.label)
+        try:
+            load_held_out(section.path, image=section.image, caption=section.caption, label=section.label)
+        except InputChangedError as error:
+            raise UserError(str(error)) from error
     elif section.label is not None and section.label not in held_out.schema.names:
         raise UserError(
             f"evaluate.label = {section.label!r}: expected a column of the set, found "

@@ -12,7 +12,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from curate.errors import UserError
+from curate.errors import ClusterError, UserError
 from curate.recipe import ResourcesSection
 from pipelines.cluster import CPUS, Devices, connect, device, run_tasks, take_devices
 
@@ -130,7 +130,7 @@ def a_laptop_that_is_told_to_use_gpus() -> None:
 def a_worker_that_dies() -> None:
     """Again and again: nothing of it is told but what is raised."""
     connect("local")
-    with pytest.raises(ray.exceptions.RayError):
+    with pytest.raises(ClusterError, match="Ray: a worker died"):
         run_tasks(die, [0], None, title="tasks")
 
 

@@ -44,7 +44,7 @@ def damaged(world: Path, tmp_path: Path, places: Sequence[tuple[int, str]]) -> l
     return paths
 
 
-def run(world: Path, tmp_path: Path, on_bad_shard: str = "fail", number: int = 0, **changes: Any) -> Manifest:
+def run(world: Path, tmp_path: Path, on_bad_shard: str = "fail", number: int = 0, **selection: Any) -> Manifest:
     fields = {
         "root": str(tmp_path / "root"),
         "pool": {
@@ -55,9 +55,10 @@ def run(world: Path, tmp_path: Path, on_bad_shard: str = "fail", number: int = 0
         },
         "reference": {"model": "tiny.json"},
         "learner": {"model": "tiny.json"},
-        "selection": {"sub_batch_size": 8, "n_chunks": 4, "filter_ratio": 0.75, "criterion": "learnability"},
+        "selection": {"sub_batch_size": 8, "n_chunks": 4, "filter_ratio": 0.75, "criterion": "learnability"}
+        | selection,
     }
-    return run_round(Recipe.model_validate(fields | changes), base=world, number=number)
+    return run_round(Recipe.model_validate(fields), base=world, number=number)
 
 
 def test_each_damaged_shard_is_one_line(world: Path, tmp_path: Path) -> None:
@@ -74,9 +75,10 @@ def test_each_damaged_shard_is_one_line(world: Path, tmp_path: Path) -> None:
     assert not Store(str(tmp_path / "root")).exists(manifest_name(0))
 
 
-def test_skipped_rows_are_counted_and_told(world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("super_batches", [None, 1], ids=["one pass", "a pass of the learner's own"])
+def test_skipped_rows_are_counted_and_told(world: Path, tmp_path: Path, super_batches: int | None) -> None:
     (path,) = damaged(world, tmp_path, [(1, "jpg")])
-    manifest = run(world, tmp_path, "skip")
+    manifest = run(world, tmp_path, "skip", super_batches=super_batches)
     assert manifest.pool_rows == 160
     assert manifest.tallies[0].dropped == {DAMAGED_SHARD: 40}
     store = Store(str(tmp_path / "root"))

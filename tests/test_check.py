@@ -259,6 +259,16 @@ def test_the_trainers_held_out_set(folder: Path, rows: int) -> None:
     assert "evaluate.path = " in refused(folder, held_out(folder, empty, "empty.parquet"))
 
 
+def test_a_damaged_held_out_set_is_told_with_the_other_mistakes(folder: Path) -> None:
+    path = held_out(folder, table())
+    damage_page(folder / "held-out.parquet", "jpg")
+    with pytest.raises(UserError) as caught:
+        said(folder, path, "learner.model=none.json")
+    first, second = caught.value.lines
+    assert "held-out.parquet: expected 80 readable rows, found a damaged page in column 'jpg'" in first
+    assert "none.json" in second
+
+
 # --- the root ----------------------------------------------------------------------------------------------------
 
 

@@ -58,11 +58,11 @@ def committed(world: Path, root: Path, **selection: Any) -> tuple[Store, list[pa
 @pytest.mark.parametrize(
     "selection",
     [
-        {"criterion": "learnability", "method": "independent"},
+        pytest.param({"criterion": "learnability", "method": "independent"}, marks=pytest.mark.exhaustive),
         {"criterion": "learnability", "method": "independent", "super_batches": 1},  # the learner embeds only these
         {"criterion": "learnability", "method": "independent", "loss": "softmax"},
-        {"criterion": "hard_learner", "method": "independent"},
-        {"criterion": "easy_reference", "method": "independent"},
+        pytest.param({"criterion": "hard_learner", "method": "independent"}, marks=pytest.mark.exhaustive),
+        pytest.param({"criterion": "easy_reference", "method": "independent"}, marks=pytest.mark.exhaustive),
         {"criterion": "easy_reference", "method": "joint"},
     ],
     ids=lambda selection: "-".join(map(str, selection.values())),

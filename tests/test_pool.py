@@ -612,6 +612,16 @@ def test_resharding_what_is_no_parquet_is_one_line(tmp_path: Path, content: byte
     assert not (tmp_path / "out").exists()
 
 
+def test_resharding_what_is_damaged_is_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", large(40, 100), row_group_size=10)
+    damage_page(path, "caption", 2)
+    with pytest.raises(
+        UserError, match=r"a\.parquet: expected readable rows, found a damaged page \(.*; replace"
+    ) as caught:
+        list(reshard_file(str(path), tmp_path / "out", rows_per_shard=10))
+    assert len(caught.value.lines) == len(str(caught.value).splitlines()) == 1
+
+
 # --- what the inventory remembers --------------------------------------------------------------------------------
 
 
