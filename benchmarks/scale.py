@@ -42,9 +42,9 @@ from PIL import Image
 
 from curate import access
 from curate.embeddings import embedding_name, embedding_schema, pair_hashes
+from curate.inventory import take_inventory
 from curate.parquet import CHECKED
 from curate.plan import store_reference
-from curate.pool import take_inventory
 from curate.recipe import Recipe
 from curate.storage import Store
 from jobs.cli import silence_open_clip

@@ -24,7 +24,8 @@ from torch.nn.functional import normalize
 
 from curate.errors import UserError
 from curate.images import Dropped, DropReason, clean_caption, decode_image
-from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_batches, take_inventory
+from curate.inventory import take_inventory
+from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_batches
 from curate.recipe import PoolSection
 
 MAX_ROWS = 100_000

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import DamagedError, UserError
+from curate.inventory import take_inventory
 from curate.learner import newest_learner
 from curate.manifest import last_round, read_manifest, round_folder
 from curate.messages import gathered
-from curate.pool import Pool, load_pool, take_inventory
+from curate.pool import Pool, load_pool
 from curate.recipe import DeviceType, PoolSection, Recipe
 from curate.sealed import seal, unseal
 from curate.select import needs_learner

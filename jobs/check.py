@@ -24,19 +24,13 @@ from curate.evaluate import MAX_ROWS, load_held_out
 from curate.hive import folder_columns
 from curate.images import Dropped, clean_caption, decode_image
 from curate.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
+from curate.inventory import take_inventory
 from curate.learner import newest_learner, record_learner
 from curate.manifest import last_round
 from curate.messages import counted, gathered
 from curate.models import create_model
 from curate.plan import evaluation_sets, pin_plan, plan_name
-from curate.pool import (
-    Pool,
-    Shard,
-    caption_bytes,
-    image_bytes,
-    read_batches,
-    take_inventory,
-)
+from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_batches
 from curate.publish import first_learner
 from curate.recipe import EncoderSection, EvaluateSection, PoolSection, Recipe, ResourcesSection
 from curate.select import needs_learner

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from curate.encoder import eval_transform, is_two_towers, load_model, store_encoder, store_model
 from curate.errors import CommitConflictError, UserError
 from curate.evaluate import HeldOut, evaluate, load_held_out
+from curate.inventory import take_inventory
 from curate.learner import (
     LearnerCheckpoint,
     newest_learner,
@@ -32,7 +33,6 @@ from curate.learner import (
     record_learner,
 )
 from curate.models import create_model
-from curate.pool import take_inventory
 from curate.publish import first_learner
 from curate.reader import Batch, CuratedReader
 from curate.recipe import DeviceType, Recipe

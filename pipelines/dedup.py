@@ -44,10 +44,11 @@ from curate.grouping import (
     in_rank_order,
     nodes_once,
 )
+from curate.inventory import take_inventory
 from curate.messages import gathered
 from curate.neighbours import Threshold
 from curate.plan import evaluation_sets, store_reference
-from curate.pool import Pool, load_pool, take_inventory
+from curate.pool import Pool, load_pool
 from curate.recipe import DedupSection, Recipe
 from curate.spec import EncoderSpec
 from curate.storage import Store

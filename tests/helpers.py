@@ -12,8 +12,9 @@ import torch
 
 from curate.embeddings import content_hash, embedding_name, embedding_schema, pair_hashes
 from curate.encoder import store_encoder
+from curate.inventory import take_inventory
 from curate.manifest import Manifest, commit, read_manifest, round_folder
-from curate.pool import Columns, Pool, Shard, caption_bytes, image_bytes, take_inventory
+from curate.pool import Columns, Pool, Shard, caption_bytes, image_bytes
 from curate.recipe import EncoderSection, PoolSection
 from curate.selected import SELECTED_SCHEMA
 from curate.spec import EncoderSpec

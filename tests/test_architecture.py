@@ -33,6 +33,7 @@ ORDER = [
     "column_types",
     "hive",
     "pool",
+    "inventory",
     "img2dataset",
     "reshard",
     "spec",

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curate.inventory import take_inventory
 from curate.manifest import Manifest, read_manifest
 from curate.plan import plan_name
-from curate.pool import take_inventory
 from curate.recipe import load_recipe
 from curate.storage import Store
 from jobs.cli import main
@@ -230,7 +230,7 @@ import signal  # a shell has its jobs in the background ignore Ctrl-C, and so do
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from curate.manifest import Manifest, read_manifest
 from curate.plan import plan_name
-from curate.pool import take_inventory
+from curate.inventory import take_inventory
 from curate.recipe import load_recipe
 from curate.storage import Store
 from jobs.cli import main

@@ -27,7 +27,8 @@ from curate.embeddings import (
 )
 from curate.encoder import Encoder, load_encoder
 from curate.errors import InputChangedError, ShardDamagedError, UserError
-from curate.pool import Pool, take_inventory
+from curate.inventory import take_inventory
+from curate.pool import Pool
 from curate.recipe import EmbedSection, PoolSection
 from curate.spec import WEIGHTS_NAME
 from curate.storage import Store

@@ -10,7 +10,7 @@ import pytest
 
 from curate import access
 from curate.errors import StoreError, UserError
-from curate.pool import take_inventory
+from curate.inventory import take_inventory
 from curate.reader import CuratedReader
 from pipelines.round import run_round
 from tests.small_round import OnS3, Stage, left, on_s3, recipe, run_stage, s3_stages, stages, told, world

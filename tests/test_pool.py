@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import curate.pool as pool_module
+import curate.inventory as inventory_module
 from curate.errors import InputChangedError, ShardDamagedError, UserError
-from curate.pool import Pool, Shard, caption_bytes, image_bytes, load_pool, read_batches, read_rows, take_inventory
+from curate.inventory import take_inventory
+from curate.pool import Pool, Shard, caption_bytes, image_bytes, load_pool, read_batches, read_rows
 from curate.recipe import PoolSection
 from curate.reshard import reshard_file
 from curate.storage import Store
@@ -534,8 +535,8 @@ def test_footers_that_an_earlier_inventory_tells_of_are_not_read_again(
     write(folder / "a.parquet", PAIRS.slice(0, 1))  # another file by this name
     write(folder / "d.parquet", wider)
     read: list[str] = []
-    whole = pool_module._read_footer
-    monkeypatch.setattr(pool_module, "_read_footer", lambda file: read.append(Path(file.path).name) or whole(file))
+    whole = inventory_module._read_footer
+    monkeypatch.setattr(inventory_module, "_read_footer", lambda file: read.append(Path(file.path).name) or whole(file))
     found = take_inventory(PoolSection(path=str(folder)), known=first)
     assert sorted(read) == ["a.parquet", "d.parquet"]
     assert found == inventory(folder)
@@ -803,7 +804,8 @@ resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 from pathlib import Path
 import pyarrow.parquet as pq
 from curate.errors import CurateError, UserError
-from curate.pool import read_batches, take_inventory
+from curate.inventory import take_inventory
+from curate.pool import read_batches
 from curate.recipe import PoolSection
 for path in sorted(Path(sys.argv[1]).iterdir()):
     print(json.dumps(path.name), end=" ", flush=True)

@@ -16,10 +16,11 @@ from curate.dedup import read_dropped
 from curate.embeddings import embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.explain import describe_round, summarize_rounds
+from curate.inventory import take_inventory
 from curate.learner import newest_learner
 from curate.manifest import Manifest, manifest_name, round_folder
 from curate.plan import pin_plan
-from curate.pool import load_pool, take_inventory
+from curate.pool import load_pool
 from curate.reader import CuratedReader
 from curate.recipe import Recipe
 from curate.spec import EncoderSpec

@@ -18,9 +18,10 @@ import curate.stream
 import jobs.train
 from curate.encoder import load_model
 from curate.errors import CommitConflictError, InputChangedError, ShardDamagedError, StreamStalledError, UserError
+from curate.inventory import take_inventory
 from curate.learner import LearnerCheckpoint, newest_learner, read_learner, record_learner
 from curate.manifest import manifest_name
-from curate.pool import Pool, take_inventory
+from curate.pool import Pool
 from curate.recipe import PoolSection, Recipe, TrainSection
 from curate.storage import Store
 from curate.stream import end_stream

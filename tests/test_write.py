@@ -317,7 +317,7 @@ def test_hugging_face_datasets_show_their_own_images_at_once(store: Store, tmp_p
     ).cast_column("image", datasets.Image())
     (tmp_path / "pool").mkdir()
     source.to_parquet(str(tmp_path / "pool" / "a.parquet"))
-    from curate.pool import take_inventory
+    from curate.inventory import take_inventory
     from curate.recipe import PoolSection
 
     pool = take_inventory(PoolSection(path=str(tmp_path / "pool")))
@@ -388,7 +388,7 @@ def test_a_frame_of_pandas_as_pool(store: Store, tmp_path: Path):
     frame = pd.DataFrame({"jpg": jpgs, "caption": list("abcdefgh"), "n": range(8)}, index=list("ABCDEFGH"))
     frame.iloc[:8:2].to_parquet(tmp_path / "pool" / "a.parquet")
     frame.iloc[1:8:2].to_parquet(tmp_path / "pool" / "b.parquet")
-    from curate.pool import take_inventory
+    from curate.inventory import take_inventory
     from curate.recipe import PoolSection
 
     pool = take_inventory(PoolSection(path=str(tmp_path / "pool")))

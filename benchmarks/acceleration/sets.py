@@ -31,7 +31,8 @@ from curate.embeddings import content_hash, halves
 from curate.encoder import Encoder
 from curate.errors import UserError
 from curate.images import Dropped, clean_caption, decode_image
-from curate.pool import caption_bytes, image_bytes, read_batches, take_inventory
+from curate.inventory import take_inventory
+from curate.pool import caption_bytes, image_bytes, read_batches
 from curate.recipe import PoolSection, Section
 from jobs.drawn_pool import draw_pair
 
