@@ -166,7 +166,7 @@ MUTANTS = [
     ),
     Mutant(
         "shards are those of the inventory",
-        "curate/pool.py",
+        "curate/inventory.py",
         "if (found.size, found.version) != (shard.size, shard.version):",
         "if False:",
         "tests/test_pool.py tests/test_embed.py",

@@ -18,7 +18,7 @@ import pytest
 from curate.inventory import take_inventory
 from curate.manifest import Manifest, read_manifest
 from curate.plan import plan_name
-from curate.recipe import load_recipe
+from curate.recipe_file import load_recipe
 from curate.storage import Store
 from jobs.cli import main
 from jobs.drawn_pool import draw_pair
@@ -228,14 +228,7 @@ def test_a_command_that_is_stopped_says_how_to_go_on(recipe: Path, number: signa
 UNIGNORED = """
 import signal  # a shell has its jobs in the background ignore Ctrl-C, and so do their children
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from curate.manifest import Manifest, read_manifest
-from curate.plan import plan_name
-from curate.inventory import take_inventory
-from curate.recipe import load_recipe
-from curate.storage import Store
 from jobs.cli import main
-from jobs.drawn_pool import draw_pair
-from tests.helpers import commit_round
 main()
 """
 
