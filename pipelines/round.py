@@ -3,10 +3,12 @@
 import importlib.metadata
 import platform
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 from curate.dedup import Dedup
 from curate.errors import UserError
@@ -31,6 +33,8 @@ from pipelines.select import Selection, select_window
 from pipelines.wanted import Wanted, WindowRows, fixed_sample
 from pipelines.windows import cut_window
 from pipelines.write import Writing, write_window
+
+R = TypeVar("R")
 
 RECORDED_LIBRARIES = ("curate-clip", "torch", "open_clip_torch", "pyarrow", "ray", "pillow", "numpy")
 
@@ -158,20 +162,32 @@ def place_round(site: Site, round_: Round, dedup: Dedup | None) -> Placed:
 def draw_windows(site: Site, round_: Round, placed: Placed) -> Drawn:
     """Embed, select and write, window by window: one is embedded by the learner while that before is drawn."""
     found = stretches(placed.windows, placed.taken, round_.recipe.selection.super_batch_size)
-    with ThreadPoolExecutor(1) as behind:
-        drawn: list[Future[tuple[list[SubBatchStats], list[CuratedFile]]]] = []
-        for stretch in found:
-            rows = cut_stretch(site, round_, placed, stretch)
-            embed_learner(site, round_, rows)
-            for earlier in drawn:
-                if earlier.done():
-                    earlier.result()  # raises what stopped it
-            drawn.append(behind.submit(draw_stretch, site, round_, rows, stretch))
-        results = [stretch.result() for stretch in drawn]
+    drawn: list[Future[tuple[list[SubBatchStats], list[CuratedFile]]]] = []
+    for stretch in found:
+        rows = cut_stretch(site, round_, placed, stretch)
+        embed_learner(site, round_, rows)
+        if drawn:
+            drawn[-1].result()
+        drawn.append(_beside(partial(draw_stretch, site, round_, rows, stretch)))
+    results = [stretch.result() for stretch in drawn]
     return Drawn(
         stats=tuple(stats for found, _ in results for stats in found),
         files=tuple(file for _, found in results for file in found),
     )
+
+
+def _beside(call: Callable[[], R]) -> "Future[R]":
+    """Call something in a thread that nobody waits for when the process is told to stop, as they would for a pool's."""
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
 
 
 def cut_stretch(site: Site, round_: Round, placed: Placed, stretch: Stretch) -> WindowRows:
