@@ -191,9 +191,10 @@ def _of_trainer_alone(recipe: Recipe) -> bool:
 def _root(recipe: Recipe) -> tuple[Store, int]:
     """The root and its newest round."""
     store = Store(recipe.root)
+    newest = last_round(store)  # first: where nobody answers a read is given up on at once, a write after two minutes
     with _leaving_no_folder(store):
         store.probe()
-    return store, last_round(store)
+    return store, newest
 
 
 @contextlib.contextmanager

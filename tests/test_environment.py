@@ -19,9 +19,11 @@ import ray
 from ray._private.runtime_env import uv_runtime_env_hook
 
 import jobs.check
+from curate import access
 from curate.errors import CurateError, UserError
 from curate.recipe import Recipe
 from curate.recipe_file import load_recipe
+from curate.storage import Store, list_parquet
 from jobs.cli import _print, _table, main
 from pipelines import cluster, joining
 
@@ -364,3 +366,47 @@ def test_a_temporary_folder_that_is_none() -> None:
     done = connecting(RAY_TMPDIR=f"/proc/{os.getpid()}")
     assert (done.returncode, done.stdout) == (1, "")
     assert "CurateError: Ray does not start on this machine, with its files in /proc/" in done.stderr
+
+
+# --- S3 settings with a slip -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["s3://bucket//curation", "s3://bucket/a//b"])
+def test_an_empty_folder_name_after_the_bucket(url: str) -> None:
+    """s3fs strips it where it lists and keeps it where it reads."""
+    for look in (Store, list_parquet):
+        with pytest.raises(UserError, match="expected no empty folder name; found // after the bucket") as caught:
+            look(url)
+        assert len(caught.value.lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"AWS_ENDPOINT_URL": "127.0.0.1:9000"}, "AWS_ENDPOINT_URL begins with http:// or https://"),
+        ({"AWS_PROFILE": "no-such-profile"}, "correct AWS_PROFILE, or what it stands for"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:{}"}, "correct AWS_ENDPOINT_URL, or start what should answer there"),
+    ],
+    ids=["no scheme", "no such profile", "nobody answers"],
+)
+@pytest.mark.parametrize(
+    "look",
+    [lambda url: jobs.check._root(types.SimpleNamespace(root=url)), lambda url: Store(url).list(), list_parquet],
+    ids=["check", "root", "pool"],
+)
+def test_settings_with_a_slip(
+    monkeypatch: pytest.MonkeyPatch,
+    closed_port: int,
+    settings: dict[str, str],
+    expected: str,
+    look: Callable[[str], Any],
+) -> None:
+    monkeypatch.setattr(access, "DEADLINE_S", 3.0)
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (keys | settings).items():
+        monkeypatch.setenv(name, value.format(closed_port))
+    with pytest.raises(UserError) as caught:
+        look("s3://bucket/curation")
+    (line,) = caught.value.lines
+    assert expected in line
+    assert "\n" not in line
