@@ -1,10 +1,10 @@
 """Parts: what one task has for each of many others, in one file of which each of them reads its own range.
 
-    entries  [n]: where the part for destination i starts, its size, and its CRC-32
+    entries  [n]: where the part for destination i starts, its size, its CRC-32, and that of the entry
     parts    one after the other
 
 A task that runs again finds its file, and the others read it whoever wrote it: no row passes through memory that the
-driver owns. An entry needs no checksum of its own, because a wrong one leads to bytes that do not have that CRC-32.
+driver owns.
 """
 
 import io
@@ -22,7 +22,7 @@ from curate.errors import DamagedError
 from curate.parquet import damage_told
 from curate.storage import Store
 
-ENTRY = np.dtype([("start", "<u8"), ("size", "<u8"), ("crc", "<u8")])
+ENTRY = np.dtype([("start", "<u8"), ("size", "<u8"), ("crc", "<u4"), ("own", "<u4")])
 READERS = 8
 """Files that are read at once: on an object store a small read is all waiting."""
 
@@ -36,6 +36,7 @@ def write_parts(store: Store, name: str, parts: Iterable[bytes], *, count: int) 
             file.write(entries.tobytes())
             for entry, part in zip(entries, parts, strict=True):
                 entry["start"], entry["size"], entry["crc"] = file.tell(), len(part), zlib.crc32(part)
+                entry["own"] = _crc_of(entry)
                 file.write(part)
             file.seek(0)
             file.write(entries.tobytes())
@@ -50,6 +51,8 @@ def read_part(store: Store, name: str, destination: int) -> bytes:
         DamagedError: it is not what was written.
     """
     entry = np.frombuffer(_range(store, name, destination * ENTRY.itemsize, ENTRY.itemsize), ENTRY)[0]
+    if _crc_of(entry) != entry["own"]:
+        raise DamagedError(name, f"the entry of part {destination} has another CRC-32")
     part = _range(store, name, int(entry["start"]), int(entry["size"])) if entry["size"] else b""
     if zlib.crc32(part) != entry["crc"]:
         raise DamagedError(name, f"part {destination} has another CRC-32")
@@ -113,6 +116,10 @@ def pack_table(table: pa.Table) -> bytes:
 def unpack_table(part: bytes) -> pa.Table:
     """The inverse of `pack_table`; its columns are views of the part."""
     return pa.ipc.open_stream(part).read_all()
+
+
+def _crc_of(entry: np.void) -> int:
+    return zlib.crc32(entry.tobytes()[: ENTRY.fields["own"][1]])  # type: ignore[index]
 
 
 def _range(store: Store, name: str, start: int, size: int) -> bytes:

@@ -95,7 +95,7 @@ def pin_plan(
         store.put_if_absent(name, _make(store, recipe, base, device_type, progress).to_bytes())
     plan = Plan.from_bytes(store.read_bytes(name), name)
     if plan.recipe_fingerprint != recipe.fingerprint():
-        changed = "; ".join(_differences(plan.recipe, recipe.of_round()))
+        changed = "; ".join(_differences(plan.recipe, recipe.of_round())) or "that of another version"
         raise UserError(
             f"{name}: this round was begun with another recipe ({changed}); finish it with that one, or delete "
             f"{round_folder(number)} to begin it anew"

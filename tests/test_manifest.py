@@ -47,7 +47,7 @@ def manifest(store: Store | None, number: int = 0, parent: str | None = None) ->
         pool_rows=50,
         tallies=(
             Tally(step="embed", rows_in=50, kept=40, dropped={"image_empty": 3, "caption_empty": 7}),
-            Tally(step="walk", rows_in=40, kept=20, dropped={"other_round": 20}),
+            Tally(step="window", rows_in=40, kept=20, dropped={"other_round": 20}),
             Tally(step="select", rows_in=20, kept=16, dropped={"not_selected": 4}),
         ),
         learnability=(0.1, None, 0.3, -1.5e-9),
@@ -93,7 +93,7 @@ def test_equal_manifests_are_equal_bytes():
 
 def test_it_is_json_for_everybody():
     record = json.loads(manifest(None).to_bytes(), parse_constant=pytest.fail)
-    assert record["format_version"] == 3
+    assert record["format_version"] == 4
     assert record["tallies"][0] == {
         "step": "embed",
         "rows_in": 50,
@@ -124,11 +124,11 @@ def test_a_round_that_loses_rows_is_not_committed(store: Store, change: dict, ex
 
 def test_steps_must_pass_on_what_they_kept(store: Store):
     made = manifest(store)
-    embed, walk, select = made.tallies
+    embed, window, select = made.tallies
     for tallies, expected in (
         ((embed, select), "step embed passed on 40 rows but step select took in 20"),
-        ((walk, select), "inventory passed on 50 rows but step walk took in 40"),
-        ((embed, walk), "step walk passed on 20 rows but step written took in 16"),
+        ((window, select), "inventory passed on 50 rows but step window took in 40"),
+        ((embed, window), "step window passed on 20 rows but step written took in 16"),
     ):
         with pytest.raises(RowsLostError, match=expected):
             commit(store, replace(made, tallies=tallies))
@@ -236,7 +236,7 @@ GARBAGE = [
     b'"text"',
     b"3",
     b"{}",
-    b'{"format_version": 3}',
+    b'{"format_version": 4}',
     manifest(None).to_bytes()[:-10],
     manifest(None).to_bytes().replace(b'"parent"', b'"patent"'),
     manifest(None).to_bytes().replace(b'"sha256"', b'"sha257"', 1),
@@ -258,9 +258,9 @@ def test_something_that_is_no_manifest(store: Store, data: bytes):
 
 
 def test_a_format_that_is_not_known_yet(store: Store):
-    record = json.loads(manifest(None).to_bytes()) | {"format_version": 4}
+    record = json.loads(manifest(None).to_bytes()) | {"format_version": 5}
     store.put_bytes(manifest_name(0), json.dumps(record).encode())
     with pytest.raises(
-        UserError, match="format_version is 4, this version reads 3; read it with the one that wrote it"
+        UserError, match="format_version is 5, this version reads 4; read it with the one that wrote it"
     ):
         read_manifest(store, 0)
