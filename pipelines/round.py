@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from curate.dedup import Dedup
+from curate.embeddings import DAMAGED_SHARD, damage_of
 from curate.errors import UserError
 from curate.index import DUPLICATE_EXACT
 from curate.manifest import CuratedFile, Manifest, commit, last_round, read_manifest
@@ -132,6 +133,8 @@ def place_round(site: Site, round_: Round, dedup: Dedup | None) -> Placed:
     B, wanted = selection.super_batch_size, selection.super_batches
     index = index_pool(site.store, pool, round_.plan.reference, dedup.folder if dedup else None)
     placed = Placed(index=index, dedup=dedup)
+    if recipe.pool.on_bad_shard == "fail" and DAMAGED_SHARD in index.statuses:  # earlier rounds may have skipped them
+        raise UserError(*damage_of(site.store, pool.shards, round_.plan.reference.sha))
     _check_dropped(placed.embedded, recipe)
     _check_near_duplicates(placed.deduplicated, recipe)
 

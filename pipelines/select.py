@@ -24,7 +24,7 @@ from curate.windows import Rows, super_batch_of
 from pipelines.cluster import Devices, device, groups, run_tasks
 
 GROUP_BYTES = 2**28
-"""Vectors that one task reads and parts by super-batch, which takes twice as much."""
+"""Vectors that one task reads, and parts by super-batch, which takes as much twice more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,8 @@ def select_window(selection: Selection, shards: Sequence[Shard], devices: Device
     if todo:
         sources = groups(shards, max(1, GROUP_BYTES // selection.row_bytes))
         selection = replace(selection, sources=len(sources))
-        run_tasks(_part_vectors, list(enumerate(sources)), selection, title="candidates", memory=3 * GROUP_BYTES)
+        largest = max(sum(shard.rows for shard in group) for group in sources) * selection.row_bytes
+        run_tasks(_part_vectors, list(enumerate(sources)), selection, title="candidates", memory=3 * largest)
         # A drawing task holds the vectors of a super-batch three times in float16 (its parts, all of them, the sound
         # ones) and, on a CPU, once in float32.
         memory = selection.section.super_batch_size * selection.row_bytes * (3 + 2)

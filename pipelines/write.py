@@ -95,7 +95,8 @@ def write_window(writing: Writing, shards: Sequence[Shard]) -> list[CuratedFile]
         blocks = [range(i, min(i + per_block, writing.sub_batches)) for i in range(0, writing.sub_batches, per_block)]
         writing = replace(writing, first_shards=tuple(group[0].index for group in sources), blocks=len(blocks))
         run_tasks(_part_picks, list(enumerate(blocks)), writing, title="chosen rows")
-        run_tasks(_part_rows, list(enumerate(sources)), writing, title="read", memory=2 * GROUP_BYTES)
+        largest = max(sum(shard.size for shard in group) for group in sources)
+        run_tasks(_part_rows, list(enumerate(sources)), writing, title="read", memory=2 * largest)
         # A file is put together in memory: its rows as they come, and in order.
         file_bytes = 2 * writing.per_file * writing.sub_batch_size * row_bytes
         run_tasks(_write_file, [(i, len(sources)) for i in todo], writing, title="write", memory=file_bytes)
