@@ -126,7 +126,7 @@ def _rank_correlation(store: Store, round_: Round, parent: Manifest | None) -> d
 
 def _write_sample(store: Store, round_: Round, reference: EncoderSpec, learner: EncoderSpec) -> None:
     """Measure the learnability, each pair by itself, of the fixed sample."""
-    sample = fixed_sample(round_.pool, round_.recipe.seed)
+    sample = fixed_sample(round_.pool, round_.recipe.seed, reference)
     scope = "" if round_.in_one_pass else sample.scope
     found = []
     for index in sample.shards:

@@ -221,7 +221,7 @@ def embed_learner(site: Site, round_: Round, rows: WindowRows) -> None:
     """The learner's embeddings of a window's rows and of the fixed sample, unless `embed_all` made them."""
     plan, recipe = round_.plan, round_.recipe
     if plan.learner is not None and not round_.in_one_pass:
-        wanted: list[Wanted] = [rows, fixed_sample(round_.pool, recipe.seed)]
+        wanted: list[Wanted] = [rows, fixed_sample(round_.pool, recipe.seed, plan.reference)]
         embed_some(site.store, round_.pool, plan.learner, wanted, recipe.embed, recipe.resources, site.devices)
 
 

@@ -7,7 +7,9 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
+from curate.embeddings import embedding_name, read_embeddings
 from curate.index import Index, candidate_rows
 from curate.pool import Pool, Shard
 from curate.seeds import derive_seed
@@ -79,13 +81,14 @@ class SampleRows:
     """The pairs on which one round's learner is compared with the next one's: a run of rows of each of some shards."""
 
     seed: int
+    reference: EncoderSpec
     runs: Mapping[int, tuple[int, int]]
     """By shard the first row, and the one after the last."""
 
     @property
     def scope(self) -> str:
-        """A shard's run depends on nothing but the shard and the seed."""
-        return f"sample-{self.seed}"
+        """Which rows of a shard these are depends on nothing but the shard, the seed and the reference."""
+        return f"sample-{self.seed}-{self.reference.sha}"
 
     @property
     def shards(self) -> tuple[int, ...]:
@@ -93,16 +96,18 @@ class SampleRows:
         return tuple(sorted(self.runs))
 
     def expected(self, shard: int) -> int:
-        """Exactly."""
+        """At most."""
         start, stop = self.runs[shard]
         return stop - start
 
     def rows(self, store: Store, shard: Shard) -> Ints:
-        """Known beforehand."""
-        return np.arange(*self.runs[shard.index])
+        """Those of the run that the reference could use."""
+        start, stop = self.runs[shard.index]
+        table = read_embeddings(store, embedding_name(self.reference.sha, shard), ["status"])
+        return start + np.flatnonzero(pc.equal(table["status"].slice(start, stop - start), "ok").to_numpy())
 
 
-def fixed_sample(pool: Pool, seed: int) -> SampleRows:
+def fixed_sample(pool: Pool, seed: int, reference: EncoderSpec) -> SampleRows:
     """The same sample in every round, as long as the pool stays; much the same when the pool grows."""
     own = derive_seed(seed, "sample")
 
@@ -114,4 +119,4 @@ def fixed_sample(pool: Pool, seed: int) -> SampleRows:
         length = min(SAMPLE_ROWS // SAMPLE_SHARDS, -(-shard.rows // SAMPLE_SHARE))
         start = int.from_bytes(digest(shard)[:8], "little") % max(1, shard.rows - length)
         runs[shard.index] = (start, start + length)
-    return SampleRows(seed=seed, runs=runs)
+    return SampleRows(seed=seed, reference=reference, runs=runs)

@@ -114,3 +114,14 @@ def test_a_shard_that_is_mended_is_read_again(world: Path, tmp_path: Path) -> No
     shutil.copyfile(world / "pool" / path.name, path)
     manifest = run(world, tmp_path, "skip", number=1)
     assert manifest.tallies[0].dropped == {}
+
+
+def test_a_round_that_is_to_fail_at_bad_shards_fails_at_those_that_an_earlier_one_skipped(
+    world: Path, tmp_path: Path
+) -> None:
+    (path,) = damaged(world, tmp_path, [(1, "jpg")])
+    run(world, tmp_path, "skip")
+    with pytest.raises(UserError) as caught:
+        run(world, tmp_path, "fail", number=1)
+    (line,) = caught.value.lines
+    assert line.startswith(f"{path}: expected 40 readable rows, found a damaged page")

@@ -3,16 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from curate.embeddings import EMBEDDING_NONFINITE
+from curate.explain import committed_rounds
 from curate.manifest import steps_folder
 from curate.recipe import Recipe
 from curate.selected import read_selected, selected_name
 from curate.storage import Store
-from curate.trace import explain_uid
+from curate.trace import _contexts, _not_selected, _sub_batch, explain_uid
 from jobs.drawn_pool import draw_pool
 from pipelines.round import run_round
 from tests.helpers import write_tiny
@@ -95,11 +97,12 @@ def test_what_was_not_chosen_is_told_with_its_score(world: Path, tmp_path: Path,
 def test_the_losses_are_those_that_selection_saw(world: Path, tmp_path: Path, super_batches: int | None) -> None:
     """By asking for chosen rows as if they were not."""
     store, chosen, _ = committed(world, tmp_path / "root", criterion="learnability", super_batches=super_batches)
-    from curate.explain import _context, _not_selected, _rounds
-
-    context = _context(store, _rounds(store)[0])
+    (context,) = _contexts(store, committed_rounds(store))
     for row in chosen[0].to_pylist():
-        found = _not_selected(store, context, context.pool.shards[row["shard"]], row["row"], chosen[0])
+        content = np.array([[row["content_low"], row["content_high"]]], np.uint64)
+        number, scope = _sub_batch(store, context, row["shard"], content) or (None, "")
+        assert number == 0
+        found = _not_selected(store, context, context.pool.shards[row["shard"]], row["row"], chosen[0], scope)
         assert [found[name] for name in LOSSES] == pytest.approx([row[name] for name in LOSSES], abs=1e-5)
 
 

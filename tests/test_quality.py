@@ -22,9 +22,12 @@ from curate.quality import (
     write_sample,
     write_seen,
 )
+from curate.spec import EncoderSpec
 from curate.storage import Store
 from pipelines.wanted import SAMPLE_ROWS, SAMPLE_SHARDS, fixed_sample
 from tests.helpers import commit_rounds, drawn_pool
+
+SPEC = EncoderSpec(model="m", source="s", weights_sha256="w", embed_dim=4, logit_scale=10.0, logit_bias=0.0)
 
 
 @pytest.fixture
@@ -117,16 +120,16 @@ def test_learnability_when_trained_on_against_when_chosen(store: Store, tmp_path
 
 def test_the_sample_is_the_same_in_every_round_and_of_bounded_size(tmp_path: Path):
     pool = drawn_pool(tmp_path / "pool", rows=60, shards=12)
-    sample = fixed_sample(pool, seed=3)
-    assert sample == fixed_sample(pool, seed=3) != fixed_sample(pool, seed=4)
+    sample = fixed_sample(pool, 3, SPEC)
+    assert sample == fixed_sample(pool, 3, SPEC) != fixed_sample(pool, 4, SPEC)
     assert len(sample.shards) == SAMPLE_SHARDS
     large = Pool(**pool.__dict__ | {"shards": tuple(replace(shard, rows=10**6) for shard in pool.shards)})
-    found = fixed_sample(large, seed=3)
+    found = fixed_sample(large, 3, SPEC)
     assert sum(found.expected(index) for index in found.shards) == SAMPLE_ROWS
     # Of small shards a part, in runs that lie within them.
     assert {stop - start for start, stop in sample.runs.values()} == {1}
     assert all(0 <= start < stop <= pool.shards[i].rows for i, (start, stop) in sample.runs.items())
     # A pool that grows keeps most of the shards that it is taken from.
     smaller = Pool(**pool.__dict__ | {"shards": pool.shards[:-1]})
-    kept = sample.runs.items() & fixed_sample(smaller, seed=3).runs.items()
+    kept = sample.runs.items() & fixed_sample(smaller, 3, SPEC).runs.items()
     assert len(kept) >= SAMPLE_SHARDS - 1

@@ -521,7 +521,7 @@ def test_an_own_mistake_in_the_transform_keeps_its_traceback(committed):
 def test_a_round_may_have_another_batch_size(tmp_path: Path, pool: Pool):
     store = Store(str(tmp_path / "root"))
     commit_round(store, pool, [[(0, row) for row in range(4)]], number=0)
-    commit_round(store, pool, [[(1, row) for row in range(6)]] * 2, number=1)
+    commit_round(store, pool, [[(1, row) for row in range(i, i + 6)] for i in (0, 6)], number=1)
     reader = CuratedReader(store.url, rank=1, world_size=2)
     assert [len(batch.uids) for batch in reader] == [2, 3, 3]
     assert isinstance(read_manifest(store, 1)[0], Manifest)

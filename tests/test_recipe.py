@@ -77,6 +77,7 @@ def test_defaults_are_filled_in(load: Load) -> None:
         "method": "joint",
         "gain": recipe.selection.gain,
         "super_batches": None,
+        "window_rows": None,
     }
     assert recipe.pool.on_bad_shard == "fail"
     assert recipe.reference is not None
@@ -157,6 +158,7 @@ def test_the_last_set_wins(load: Load) -> None:
         ("selection.loss=clip", ["= 'clip': must be 'sigmoid' or 'softmax'", "the default is 'sigmoid'"]),
         ("selection.n_chunks=33", ["selection.n_chunks = 33: must not exceed sub_batch_size = 32", "lower n_chunks"]),
         ("selection.sub_batch_size=8", ["selection.n_chunks = 16: must not exceed sub_batch_size = 8"]),
+        ("selection.window_rows=319", ["selection.window_rows = 319: must be at least the 320 candidates", "raise it"]),
         ("resources.workers=0", ["= 0: must be greater than or equal to 1", "leave it out"]),
         ("pool.max_row_group_bytes=5", ["= 5: must be greater than or equal to 1048576", "the default is 536870912"]),
         ("pool.path=5", ["pool.path = 5: must be a path or URL, or a list", "correct it"]),
