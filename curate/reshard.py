@@ -46,7 +46,7 @@ def reshard_file(
             left = rows_per_shard
             with pq.ParquetWriter(partial, parquet.schema_arrow, compression="zstd") as writer:
                 while held is not None and left:
-                    for piece in _pieces(held.slice(0, left), row_group_bytes):
+                    for piece in pieces(held.slice(0, left), row_group_bytes):
                         writer.write_batch(piece, row_group_size=ROW_GROUP_ROWS)
                     taken = min(left, held.num_rows)
                     left -= taken
@@ -79,11 +79,11 @@ def _readable(url: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Record
         raise UserError(f"{url}: expected readable rows, found a damaged page ({reason}); replace the file") from error
 
 
-def _pieces(batch: pa.RecordBatch, most_bytes: int) -> Iterator[pa.RecordBatch]:
-    """Slices of at most so many bytes, or of one row."""
+def pieces(batch: pa.RecordBatch, most_bytes: int) -> Iterator[pa.RecordBatch]:
+    """Slices of a batch, of at most so many bytes, or of one row."""
     if batch.nbytes <= most_bytes or batch.num_rows == 1:
         yield batch
         return
     half = batch.num_rows // 2
-    yield from _pieces(batch.slice(0, half), most_bytes)
-    yield from _pieces(batch.slice(half), most_bytes)
+    yield from pieces(batch.slice(0, half), most_bytes)
+    yield from pieces(batch.slice(half), most_bytes)

@@ -201,15 +201,32 @@ def show(
 
 @app.command()
 def reshard(
-    shard: Annotated[str, typer.Argument(help="Parquet file with row groups that are too large")],
-    to: Annotated[Path, typer.Option(help="folder for the new shards")],
+    shard: Annotated[str, typer.Argument(help="Parquet file with too large row groups; with --shuffle a pool")],
+    to: Annotated[str, typer.Option(help="folder for the new shards; with --shuffle also s3://bucket/prefix")],
     rows: Annotated[int, typer.Option(help="rows per new shard", min=1)] = 10_000,
     row_group_bytes: Annotated[int, typer.Option(help="uncompressed bytes per row group", min=1)] = 2**26,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="all rows of a pool, in a random order")] = False,
+    seed: Annotated[int, typer.Option(help="with --shuffle: decides the order", min=0)] = 0,
+    address: Annotated[str, typer.Option(help="with --shuffle: Ray cluster: local, auto or ray://host:port")] = "local",
 ) -> None:
-    """Cut a Parquet file into shards with small row groups, row by row the same."""
+    """Cut a Parquet file into shards with small row groups, row by row the same; or shuffle a whole pool."""
+    if shuffle:
+        from curate.recipe import PoolSection  # noqa: PLC0415
+        from pipelines.reshard import shuffle_pool  # noqa: PLC0415
+
+        shuffle_pool(
+            PoolSection(path=expand(shard)),
+            expand(to),
+            rows_per_shard=rows,
+            row_group_bytes=row_group_bytes,
+            seed=seed,
+            address=address,
+            say=_say,
+        )
+        return
     from curate.reshard import reshard_file  # noqa: PLC0415
 
-    for path in reshard_file(shard, expand_path(to), rows_per_shard=rows, row_group_bytes=row_group_bytes):
+    for path in reshard_file(shard, expand_path(Path(to)), rows_per_shard=rows, row_group_bytes=row_group_bytes):
         print(path)
 
 
