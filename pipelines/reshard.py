@@ -33,6 +33,7 @@ GROUP_BYTES = 2**28
 KEY = "curate shuffle key"
 """A column that rows have on their way."""
 RECORD = "shuffle.json"
+PARTS = "parts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,6 @@ class _Shuffle:
 
     def part_name(self, source: int) -> str:
         return f"{PARTS}-{source:06d}"
-
-
-PARTS = "parts"
 
 
 def shard_name(number: int) -> str:
