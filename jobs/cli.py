@@ -9,23 +9,20 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from curate.errors import CurateError, UserError
 from curate.messages import counted
 from jobs.surroundings import expand, expand_path, of_the_disk, printable
+from jobs.tables import Shown, dedup_tables, print_tables, round_tables, table_of, turned, uid_tables
 
 if TYPE_CHECKING:
-    from curate.dedup import Dedup
-    from curate.pool import Pool
     from curate.recipe import Recipe
 
 app = typer.Typer(
@@ -36,9 +33,7 @@ RecipeArgument = Annotated[Path, typer.Argument(help="TOML file", metavar="RECIP
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.field=value, overrides the recipe; may be repeated")
 ]
-LOG_COLUMNS = 140
 SHOWN_ROUNDS = 8
-SHOWN_GROUPS = 8
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -79,7 +74,7 @@ def round_(
         # Whoever killed the command that committed it may think that it was not.
         _note(f"round {number - 1} is committed (--round {number - 1} shows it); this begins round {number}")
     manifest = run_round(loaded, base=recipe.parent, number=number, say=_note)
-    _print(_round_tables(describe_round(store, manifest.round)))
+    print_tables(round_tables(describe_round(store, manifest.round)))
 
 
 @app.command()
@@ -105,7 +100,7 @@ def dedup(
     if as_json:
         print(json.dumps(asdict(found), indent=1))
     else:
-        _print(_dedup_tables(found, pool))
+        print_tables(dedup_tables(found, pool))
     if sheet is not None:
         from jobs.dedup_sheet import write_sheet  # noqa: PLC0415
 
@@ -184,19 +179,19 @@ def show(
         case ["rounds"]:
             found: Any = explain.summarize_rounds(store)
             # Upright: a round has more to say than a line holds. --json has all of them.
-            shown: Sequence[Table | str] = [_table("the newest rounds", _turned(found[-SHOWN_ROUNDS:]))]
+            shown: Shown = [table_of("the newest rounds", turned(found[-SHOWN_ROUNDS:]))]
         case ["round", number] if number.isdecimal():
             found = explain.describe_round(store, int(number))
-            shown = _round_tables(found)
+            shown = round_tables(found)
         case ["uid", uid]:
             found = explain_uid(store, uid)
-            shown = [table for row in found for table in _uid_tables(row)]
+            shown = [table for row in found for table in uid_tables(row)]
         case other:
             raise UserError(f"show {' '.join(other)}: expected rounds, round N or uid U")
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    _print(shown)
+    print_tables(shown)
 
 
 @app.command()
@@ -228,6 +223,30 @@ def reshard(
 
     for path in reshard_file(shard, expand_path(Path(to)), rows_per_shard=rows, row_group_bytes=row_group_bytes):
         print(path)
+
+
+@app.command()
+def gc(
+    root: Annotated[str, typer.Argument(help="root of a curation")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and remove nothing")] = False,
+    grace: Annotated[float, typer.Option(help="hours: what is younger stays", min=0)] = 24.0,
+) -> None:
+    """Remove what nobody needs any more: what killed steps left, and embeddings by learners of earlier rounds."""
+    from curate.gc import find_garbage, remove_garbage  # noqa: PLC0415
+    from curate.storage import Store  # noqa: PLC0415
+
+    store = Store(expand(root))
+    rows: dict[str, dict[str, Any]] = {}
+    for found in tqdm(find_garbage(store, grace_s=3600 * grace), desc="garbage", unit="file", disable=None):
+        row = rows.setdefault(found.kind, {"what": found.kind, "files": 0, "MiB": 0.0})
+        row["files"] += 1
+        row["MiB"] += found.size / 2**20
+        if not dry_run:
+            remove_garbage(store, found)
+    if not rows:
+        print(f"{store.url}: nothing that can go is older than {grace:g} hours")
+        return
+    print_tables([table_of("would be removed" if dry_run else "removed", list(rows.values()))])
 
 
 @app.command()
@@ -339,127 +358,6 @@ def _load(path: Path, overrides: list[str] | None) -> "Recipe":
     from curate.recipe_file import load_recipe  # noqa: PLC0415
 
     return load_recipe(path, overrides or ())
-
-
-def _print(shown: Sequence[Table | str]) -> None:
-    # A log has no width of its own; 80 columns would break every number in two.
-    console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS, highlight=False, markup=False)
-    for item in shown:
-        console.print(printable(item) if isinstance(item, str) else item)
-
-
-def _round_tables(found: dict[str, Any]) -> list[Table | str]:
-    learner, reference = found["lineage"]["learner"], found["lineage"]["reference"]
-    facts = [
-        f"round {found['round']}: {counted(found['sub_batches'], 'sub-batch', 'sub-batches')} of "
-        f"{found['sub_batch_size']:,}, {sum(file['size'] for file in found['files']) / 2**20:.1f} MiB in "
-        f"{counted(len(found['files']), 'file')}",
-        f"reference: {reference['source']} ({reference['model']})",
-        f"learner: {learner['number']} ({learner['model']})" if learner else "learner: not looked at",
-    ]
-    if found["learnability"] is not None:
-        facts.append(
-            f"learnability per example: {found['learnability']:.3f} chosen, {found['uniform_learnability']:.3f} uniform"
-        )
-    quality = found["quality"]
-    if (staleness := quality["staleness_batches"]) is not None:
-        batches = counted(staleness, "committed batch", "committed batches")
-        facts.append(f"staleness: {batches} that the learner had not been trained on")
-    if correlation := quality["rank_correlation"]:
-        facts.append(
-            f"rank correlation of learnability with learner {correlation['learner']}: {correlation['value']} on "
-            f"{counted(correlation['pairs'], 'pair')}"
-        )
-    facts += [
-        f"round {entry['round']} in training: learnability {entry['realised']} over "
-        f"{counted(entry['batches'], 'batch', 'batches')}, "
-        f"{'unknown' if entry['chosen'] is None else entry['chosen']} when chosen"
-        for entry in quality["trained"]
-    ]
-    facts.append(
-        f"chosen again: {quality['chosen_again']:.1%} of this round; "
-        f"{counted(quality['unique_examples'], 'unique example')} so far"
-    )
-    facts += [f"skipped {line}" for line in found["skipped_shards"]]
-    steps = []
-    for step in found["steps"]:
-        steps.append({"step": step["step"], "rows in": step["rows_in"], "kept": step["kept"], "dropped": "", "why": ""})
-        steps += [{"dropped": rows, "why": reason} for reason, rows in step["dropped"].items() if rows]
-    return ["\n".join(facts), _table("every row of the pool, step by step", steps)]
-
-
-def _dedup_tables(found: "Dedup", pool: "Pool") -> list[Table | str]:
-    compared = found.statuses.get("ok", 0) - found.unsound
-    earlier = sum(generation < len(found.chain) - 1 for generation in found.generations)
-    facts = [
-        f"{found.folder}: {compared:,} of {pool.rows:,} rows compared; cells: {found.cells:,}, the "
-        f"largest of {counted(found.largest_cell, 'row')}",
-        f"{counted(found.pairs, 'pair')}, {counted(found.groups, 'group')}",
-        f"{counted(found.beyond, 'row')} on so many cells' borders that a near-duplicate may have been missed"
-        if found.beyond
-        else "no near-duplicate can have been missed",
-        f"on top of {counted(earlier, 'earlier shard')}" if len(found.chain) > 1 else "decided from the beginning",
-    ]
-    if unusable := sum(found.evaluation_statuses.values()) - found.evaluation_statuses.get("ok", 0):
-        facts.append(
-            f"{unusable:,} of {sum(found.evaluation_statuses.values()):,} evaluation rows have no embedding and keep "
-            "nothing out of the pool"
-        )
-    if found.unsound:
-        facts.append(f"compared with nothing: {counted(found.unsound, 'row')} whose vectors are not finite, or zero")
-    rows = [{"rows": count, "dropped": reason} for reason, count in found.dropped.items()]
-    rows.append({"rows": compared - sum(found.dropped.values()), "dropped": "no, they stay"})
-    largest = [
-        {
-            "rows": group.size,
-            "lowest cosine": group.lowest_cosine,
-            "to its representative": group.lowest_to_representative,
-            "measured": group.measured,
-            "representative": f"{pool.shards[group.shard].name}, row {group.row}",
-        }
-        for group in found.largest[:SHOWN_GROUPS]
-    ]
-    return ["\n".join(facts), _table("rows", rows), *([_table("the largest groups", largest)] if largest else [])]
-
-
-def _uid_tables(row: dict[str, Any]) -> list[Table]:
-    place = {name: row[name] for name in ("uid", "shard", "row", "status", "error") if row[name] is not None}
-    tables = [_table("row", [place])]
-    if row.get("rounds"):
-        tables.append(_table("rounds", row["rounds"]))
-    return tables
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    for name in names:
-        numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
-        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(row.get(name)) for name in names))
-    return table
-
-
-def _turned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as columns, headed by their first value; what none of them has is left out."""
-    first, *names = rows[0]
-    known = [name for name in names if any(row[name] is not None for row in rows)]
-    return [{first: name.replace("_", " ")} | {str(row[first]): row[name] for row in rows} for name in known]
-
-
-def _cell(value: Any) -> str:
-    match value:
-        case None:
-            return ""
-        case float():
-            return f"{value:.4f}"
-        case int():
-            return f"{value:,}"
-        case dict():
-            return ", ".join(f"{name} {item}" for name, item in value.items())
-        case _:
-            return printable(str(value).replace("\n", r"\n"))
 
 
 if __name__ == "__main__":

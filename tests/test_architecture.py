@@ -66,6 +66,7 @@ ORDER = [
     "evaluate",
     "explain",
     "trace",
+    "gc",
     "__init__",
 ]
 """The modules of curate/, each importing only modules above itself."""
@@ -217,7 +218,7 @@ def test_the_command_line_has_these_verbs() -> None:
             for decorator in node.decorator_list:
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "app.command":
                     verbs[ast.literal_eval(decorator.args[0]) if decorator.args else node.name] = node
-    assert list(verbs) == ["check", "round", "dedup", "train", "rounds", "show", "reshard", "submit"]
+    assert list(verbs) == ["check", "round", "dedup", "train", "rounds", "show", "reshard", "gc", "submit"]
     assert all(ast.get_docstring(function) for function in verbs.values())
 
 

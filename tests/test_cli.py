@@ -321,7 +321,7 @@ def test_a_round_that_was_committed_by_a_command_that_was_killed(
         return found[0]
 
     monkeypatch.setattr("pipelines.round.run_round", run_round)
-    monkeypatch.setattr("jobs.cli._round_tables", lambda _: [])
+    monkeypatch.setattr("jobs.cli.round_tables", lambda _: [])
     ended = curate("round", recipe)
     assert (ended.returncode, ended.stderr) == (0, "round 0 is committed (--round 0 shows it); this begins round 1\n")
     assert curate("round", recipe, "--round", "0").stderr == ""

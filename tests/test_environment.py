@@ -24,7 +24,8 @@ from curate.errors import CurateError, UserError
 from curate.recipe import Recipe
 from curate.recipe_file import load_recipe
 from curate.storage import Store, list_parquet
-from jobs.cli import _print, _table, main
+from jobs.cli import main
+from jobs.tables import print_tables, table_of
 from pipelines import cluster, joining
 
 HOUSE = Path(__file__).parents[1]
@@ -171,7 +172,7 @@ def test_a_terminal_shows_what_it_can_and_obeys_nothing(recipe: Path, monkeypatc
     with pytest.raises(SystemExit) as ended:
         main()
     assert not ended.value.code
-    _print([_table("rows", [{"uid": "a\x1b[2Jb\nc"}]), "\x07"])
+    print_tables([table_of("rows", [{"uid": "a\x1b[2Jb\nc"}]), "\x07"])
     written.flush()
     text = written.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
     assert text.startswith("caf\\xe9 \\x1b[2J\\r\\u202e\\u2192\n")
