@@ -31,7 +31,11 @@ ROW = np.dtype([("key", "<u8"), ("low", "<u8"), ("high", "<u8"), ("shard", "<i4"
 END = 2**64
 """Beyond the largest key."""
 MIXED_SHARDS = 16
-"""Shards of a window at least, so that a super-batch is a mixture of topics though each shard may have its own."""
+"""Shards of a window at least, so that a super-batch is a mixture of topics though each shard may have its own.
+
+By `python -m benchmarks.windows` (docs/scale.md): where each shard is one topic of thirty, what is drawn from windows
+of 16 scores 0.767 against 0.775 of the whole pool, and 0.737 from windows of 2; where shards are mixed, 2 would do.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
