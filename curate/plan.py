@@ -130,7 +130,8 @@ def _make(
         learner = first_learner(store, recipe.learner, base=base, seed=recipe.seed, device_type=device_type)
     newest = learner or newest_learner(store)
     for seen in (pool, *evaluation):
-        store.put_bytes(f"pools/{seen.fingerprint}.json", seen.to_bytes())
+        if seen != known:  # which lies there already
+            store.put_bytes(f"pools/{seen.fingerprint}.json", seen.to_bytes())
     return Plan(
         recipe=recipe.of_round(),
         recipe_fingerprint=recipe.fingerprint(),

@@ -113,7 +113,13 @@ MUTANTS = [
         "        source:",
         f"{CRASH}[train]",
     ),
-    Mutant("read back before the commit", "pipelines/write.py", "if found != file.sha256:", "if False:", DAMAGE),
+    Mutant(
+        "read back before the commit",
+        "pipelines/write.py",
+        "if found != file.sha256:",
+        "if False:",
+        "tests/test_damage.py -k spoilt",
+    ),
     # what is read
     Mutant(
         "page checksums of our files",
@@ -162,11 +168,11 @@ MUTANTS = [
         "jobs/checkpoint.py",
         'if _sha256(metadata["progress"], tensors) != metadata["sha256"]:',
         "if False:",
-        "tests/test_train.py -k checkpoint",
+        "tests/test_checkpoint.py",
     ),
     Mutant(
         "shards are those of the inventory",
-        "curate/inventory.py",
+        "curate/pool.py",
         "if (found.size, found.version) != (shard.size, shard.version):",
         "if False:",
         "tests/test_pool.py tests/test_embed.py",
@@ -189,7 +195,7 @@ MUTANTS = [
     Mutant("short reads", "curate/access.py", "if len(data) != wanted:", "if False:", f"{STORAGE} -k moment {FAULTS}"),
     Mutant(
         "a store is not taken for a bad file",
-        "curate/pool.py",
+        "curate/inventory.py",
         "    except CurateError:\n        raise  # the store",
         "    except MemoryError:\n        raise  # the store",
         f"{FAULTS} -k footer",

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import pipelines.write
 from curate.errors import CurateError
+from curate.manifest import CuratedFile
+from curate.storage import Store
 from pipelines.round import run_round
 from tests.small_round import published, recipe, world
 from tests.stand_in import without_ray
@@ -100,6 +103,28 @@ def test_some_damage_is_told_or_mended(world: Path, undisturbed, tmp_path: Path)
     for i in rng.permutation(len(cases))[:12].tolist():
         number = i % 2 if cases[i][0].name != "manifest.json" else 1
         damage_and_finish(world, whole, tmp_path / "root", *cases[i], undisturbed[number][1], number)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_curated_file_that_was_spoilt_before_the_commit_is_written_again(
+    world: Path, undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipelines.write.record_written
+    spoilt: list[Path] = []
+
+    def record(store: Store, name: str, file: CuratedFile) -> None:
+        whole(store, name, file)
+        path = Path(store.url) / "rounds/r000000" / file.name
+        if not spoilt:
+            path.write_bytes(flipped(path.read_bytes(), file.size // 2, np.random.default_rng(0)))
+            spoilt.append(path)
+
+    monkeypatch.setattr(pipelines.write, "record_written", record)
+    said: list[str] = []
+    run_round(recipe(world, str(tmp_path / "root")), base=world, number=0, say=said.append)
+    assert len(spoilt) == 1
+    assert any(f"{spoilt[0].name}: was damaged" in line for line in said)
+    assert published(str(tmp_path / "root")) == undisturbed[0][1]
 
 
 @pytest.mark.exhaustive
