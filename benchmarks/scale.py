@@ -80,7 +80,7 @@ def count_bytes() -> None:
             file.write(f"{kind} {size}\n")
 
     def whence(name: str) -> str:
-        return "pool" if "/pool/" in name else "models" if "models/" in name else "root"
+        return "pool" if "/pool/" in name else "root"
 
     def reading(act: Callable[..., bytes]) -> Callable[..., bytes]:
         def wrapped(source: Any, *arguments: Any, **named: Any) -> bytes:
@@ -267,7 +267,6 @@ def measure(made: Path, size: int, what: str) -> dict[str, Any]:
             "picture_bytes_per_row": round(row_bytes),
             "pool_read_mib": round(bytes_["pool"] / MIB, 2),
             "root_read_mib": round(bytes_["root"] / MIB, 2),
-            "models_read_mib": round(bytes_["models"] / MIB, 2),
             "pool_read_per_row_looked_at": round(bytes_["pool"] / (looked_at * row_bytes), 3),
             "written_mib": round(bytes_["written"] / MIB, 2),
             "cpu_s": round(watch.cpu_seconds(), 1),
