@@ -113,7 +113,13 @@ MUTANTS = [
         "        source:",
         f"{CRASH}[train]",
     ),
-    Mutant("read back before the commit", "pipelines/write.py", "if found != file.sha256:", "if False:", DAMAGE),
+    Mutant(
+        "read back before the commit",
+        "pipelines/write.py",
+        "if found != file.sha256:",
+        "if False:",
+        "tests/test_damage.py -k before_the_commit",
+    ),
     # what is read
     Mutant(
         "page checksums of our files",
@@ -162,7 +168,7 @@ MUTANTS = [
         "jobs/checkpoint.py",
         'if _sha256(metadata["progress"], tensors) != metadata["sha256"]:',
         "if False:",
-        "tests/test_train.py -k checkpoint",
+        "tests/test_damage.py -k checkpoint",
     ),
     Mutant(
         "shards are those of the inventory",
@@ -186,7 +192,7 @@ MUTANTS = [
         "tests/test_reader.py",
     ),
     # whose fault it is
-    Mutant("short reads", "curate/access.py", "if len(data) != wanted:", "if False:", f"{STORAGE} -k moment {FAULTS}"),
+    Mutant("short reads", "curate/access.py", "if len(data) != wanted:", "if False:", f"{FAULTS} -k short"),
     Mutant(
         "a store is not taken for a bad file",
         "curate/pool.py",
