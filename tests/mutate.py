@@ -157,6 +157,13 @@ MUTANTS = [
         "tests/test_damage.py -k all_damage",
     ),
     Mutant(
+        "parts carry a checksum",
+        "curate/parts.py",
+        'if zlib.crc32(part) != entry["crc"]:',
+        "if False:",
+        "tests/test_parts.py",
+    ),
+    Mutant(
         "weights are hashed",
         "curate/encoder.py",
         "if found != spec.weights_sha256:",
@@ -172,7 +179,7 @@ MUTANTS = [
     ),
     Mutant(
         "shards are those of the inventory",
-        "curate/inventory.py",
+        "curate/pool.py",
         "if (found.size, found.version) != (shard.size, shard.version):",
         "if False:",
         "tests/test_pool.py tests/test_embed.py",
@@ -195,7 +202,7 @@ MUTANTS = [
     Mutant("short reads", "curate/access.py", "if len(data) != wanted:", "if False:", f"{FAULTS} -k short"),
     Mutant(
         "a store is not taken for a bad file",
-        "curate/pool.py",
+        "curate/inventory.py",
         "    except CurateError:\n        raise  # the store",
         "    except MemoryError:\n        raise  # the store",
         f"{FAULTS} -k footer",
