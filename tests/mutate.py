@@ -118,7 +118,7 @@ MUTANTS = [
         "pipelines/write.py",
         "if found != file.sha256:",
         "if False:",
-        "tests/test_damage.py -k spoilt",
+        "tests/test_damage.py -k before_the_commit",
     ),
     # what is read
     Mutant(
@@ -157,6 +157,13 @@ MUTANTS = [
         "tests/test_damage.py -k all_damage",
     ),
     Mutant(
+        "parts carry a checksum",
+        "curate/parts.py",
+        'if zlib.crc32(part) != entry["crc"]:',
+        "if False:",
+        "tests/test_parts.py",
+    ),
+    Mutant(
         "weights are hashed",
         "curate/encoder.py",
         "if found != spec.weights_sha256:",
@@ -168,7 +175,7 @@ MUTANTS = [
         "jobs/checkpoint.py",
         'if _sha256(metadata["progress"], tensors) != metadata["sha256"]:',
         "if False:",
-        "tests/test_checkpoint.py",
+        "tests/test_damage.py -k checkpoint",
     ),
     Mutant(
         "shards are those of the inventory",
@@ -192,7 +199,7 @@ MUTANTS = [
         "tests/test_reader.py",
     ),
     # whose fault it is
-    Mutant("short reads", "curate/access.py", "if len(data) != wanted:", "if False:", f"{STORAGE} -k moment {FAULTS}"),
+    Mutant("short reads", "curate/access.py", "if len(data) != wanted:", "if False:", f"{FAULTS} -k short"),
     Mutant(
         "a store is not taken for a bad file",
         "curate/inventory.py",

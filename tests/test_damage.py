@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-import pipelines.write
-from curate.errors import CurateError
-from curate.manifest import CuratedFile
+from curate.errors import CurateError, UserError
+from curate.spec import EncoderSpec
 from curate.storage import Store
+from jobs.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
 from pipelines.round import run_round
 from tests.small_round import published, recipe, world
 from tests.stand_in import without_ray
@@ -106,25 +107,28 @@ def test_some_damage_is_told_or_mended(world: Path, undisturbed, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("without_ray")
-def test_a_curated_file_that_was_spoilt_before_the_commit_is_written_again(
-    world: Path, undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = pipelines.write.record_written
-    spoilt: list[Path] = []
+def test_a_curated_file_that_is_damaged_before_the_commit(world: Path, undisturbed, tmp_path: Path) -> None:
+    whole, expected = undisturbed[0]
+    (path,) = whole.glob("rounds/*/curated-*")
+    data = flipped(path.read_bytes(), path.stat().st_size // 2, np.random.default_rng(0))
+    found = damage_and_finish(world, whole, tmp_path / "root", path.relative_to(whole), data, expected, 0)
+    assert found == "made again"
 
-    def record(store: Store, name: str, file: CuratedFile) -> None:
-        whole(store, name, file)
-        path = Path(store.url) / "rounds/r000000" / file.name
-        if not spoilt:
-            path.write_bytes(flipped(path.read_bytes(), file.size // 2, np.random.default_rng(0)))
-            spoilt.append(path)
 
-    monkeypatch.setattr(pipelines.write, "record_written", record)
-    said: list[str] = []
-    run_round(recipe(world, str(tmp_path / "root")), base=world, number=0, say=said.append)
-    assert len(spoilt) == 1
-    assert any(f"{spoilt[0].name}: was damaged" in line for line in said)
-    assert published(str(tmp_path / "root")) == undisturbed[0][1]
+def test_each_bit_of_a_checkpoint_counts(tmp_path: Path) -> None:
+    store, model = Store(str(tmp_path)), torch.nn.Linear(8, 8)
+    spec = EncoderSpec(model="m", source="s", weights_sha256="w", embed_dim=8, logit_scale=10.0, logit_bias=0.0)
+    progress = Progress(
+        data="rounds", start=spec, step=1, next_batch=1, learner=0, learner_step=0, batch_losses={0: 1.5}
+    )
+    save_checkpoint(store, progress, model, torch.optim.AdamW(model.parameters()))
+    (name,) = checkpoints(store)
+    assert load_checkpoint(store, name)[0] == progress
+    whole = (tmp_path / name).read_bytes()
+    for place in range(8, len(whole), 3):
+        (tmp_path / name).write_bytes(flipped(whole, place, np.random.default_rng(place)))
+        with pytest.raises(UserError, match=f"{name}: expected a checkpoint, found something else"):
+            load_checkpoint(store, name)
 
 
 @pytest.mark.exhaustive

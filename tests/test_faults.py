@@ -1,9 +1,11 @@
 """A store that fails: the same bytes, or one line that blames the store; never fewer rows, never the shard."""
 
 import hashlib
+import io
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +68,27 @@ def test_a_store_that_fails_while_a_shard_is_read_is_not_blamed_on_the_shard(on_
     on_s3.proxy.fail("503", method="GET", key="pool/00001.parquet", times=10**6)
     with pytest.raises(StoreError, match="the store gave no usable answer for 1 s"):
         run_round(on_s3.recipe("root"), base=on_s3.world, number=1)
+
+
+class Short(io.BytesIO):
+    """A file whose first answer is cut off, without a word."""
+
+    cut = True
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        cut, Short.cut = Short.cut, False
+        return data[: len(data) // 2] if cut else data
+
+
+def test_a_read_that_comes_short_is_made_again(monkeypatch) -> None:
+    content = bytes(range(200))
+    fs = SimpleNamespace(open=lambda *_, **__: Short(content))
+    monkeypatch.setattr(access, "filesystem", lambda url: (fs, url))
+    monkeypatch.setattr(access, "PAUSES_S", (0.01, 0.1))
+    with access.open_input("https://host/file") as file:
+        assert file.read(150) == content[:150]
+        assert file.read() == content[150:]
 
 
 # --- at random -------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -316,28 +315,6 @@ def test_read_that_failed_for_a_moment_is_complete(faulty_s3_root: Faulty, mode:
     fault = proxy.fail(mode, method="GET", key="root/x")
     assert Store(root).read_bytes("x") == data
     assert fault.seen == 1
-
-
-def test_an_answer_that_was_cut_off_for_a_moment_is_asked_for_again(
-    s3_root: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not every client notices."""
-    store, data = Store(s3_root), os.urandom(1000)
-    store.put_bytes("x", data)
-    with store.open_input("x") as file:
-        whole, cut = file._file.read, []
-
-        def read(size: int) -> bytes:
-            found = whole(size)
-            if cut:
-                return found
-            cut.append(size)
-            return found[: len(found) // 2]
-
-        calls = {name: getattr(file._file, name) for name in ("seek", "tell", "close")}
-        monkeypatch.setattr(file, "_file", SimpleNamespace(read=read, **calls))
-        assert file.read() == data
-    assert cut == [1000]
 
 
 # --- what a store must be able to do -----------------------------------------------------------------------------
