@@ -319,7 +319,11 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axis, name in zip(axes.flat, names, strict=True):
         for what, rows in found.items():
             axis.plot([row["rows"] for row in rows], [row[name] for row in rows], "o-", label=f"one {what}")
-        axis.set(xscale="log", yscale="log", xlabel="rows of the pool", title=name.replace("_", " "))
+        axis.set(xscale="log", xlabel="rows of the pool", title=name.replace("_", " ").replace("mib", "MiB"))
+        if name in ("driver_mib", "largest_worker_mib", "references"):
+            axis.set_ylim(bottom=0)
+        else:
+            axis.set_yscale("log")
         axis.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
