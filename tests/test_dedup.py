@@ -28,9 +28,9 @@ from curate.pool import Columns, Pool, Shard
 from curate.recipe import DedupSection, EvaluationSet, Recipe
 from curate.spec import EncoderSpec
 from curate.storage import Store
-from jobs.cli import _dedup_tables
 from jobs.dedup_sheet import write_sheet
 from jobs.drawn_pool import draw_pair, draw_pool
+from jobs.tables import dedup_tables
 from pipelines import neighbours as pipeline
 from pipelines.dedup import dedup_pool, dedup_recipe
 from tests.helpers import embedded_pool, write_pool, write_tiny
@@ -437,7 +437,7 @@ def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(ray_local: None, tm
     sheet = (tmp_path / "sheet.html").read_text()
     assert drawn == sheet.count("<section>") == 4
     shown_to = io.StringIO()
-    for item in _dedup_tables(dedup, pool):
+    for item in dedup_tables(dedup, pool):
         Console(file=shown_to, width=200).print(item)
     said = shown_to.getvalue()
     assert f"{dedup.pairs:,} pairs, {dedup.groups:,} groups" in said
