@@ -191,8 +191,8 @@ class OnS3:
             self.client.copy_object(Bucket=self.bucket, Key=f"{target}/{name}", CopySource=where)
 
     def delete(self, prefix: str) -> None:
-        keys = [{"Key": f"{prefix}/{name}"} for name in self.objects(prefix)]
-        self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": keys})
+        if keys := [{"Key": f"{prefix}/{name}"} for name in self.objects(prefix)]:
+            self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": keys})
 
 
 @pytest.fixture
