@@ -29,9 +29,9 @@ import transformers
 from huggingface_hub import constants
 from PIL import Image
 
-from curate.encoder import load_encoder, store_model
 from curate.errors import CurateError
-from curate.models import create_model
+from curate.models.create import create_model
+from curate.models.encoder import load_encoder, store_model
 from curate.recipe import EncoderSection
 from curate.storage import Store
 

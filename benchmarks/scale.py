@@ -41,11 +41,11 @@ import ray
 from PIL import Image
 
 from curate import access
-from curate.embeddings import embedding_name, embedding_schema, pair_hashes
-from curate.inventory import take_inventory
+from curate.embed.files import embedding_name, embedding_schema, pair_hashes
 from curate.parquet import CHECKED
-from curate.plan import store_reference
+from curate.pool.inventory import take_inventory
 from curate.recipe import Recipe
+from curate.rounds.plan import store_reference
 from curate.storage import Store
 from jobs.cli import silence_open_clip
 from pipelines.round import run_round

@@ -28,16 +28,16 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from curate.embeddings import contents, embedding_name, read_embeddings, vectors
-from curate.inventory import take_inventory
+from curate.embed.files import contents, embedding_name, read_embeddings, vectors
 from curate.jest import Embeddings, diagonal_losses, jointly_sample_batch
-from curate.learner import newest_learner
-from curate.pool import Columns, Shard
+from curate.models.learners import newest_learner
+from curate.models.spec import EncoderSpec
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import Columns, Shard
 from curate.recipe import Recipe
 from curate.seeds import derive_seed
-from curate.spec import EncoderSpec
+from curate.select.windows import key_order, keyed_rows, windows_of
 from curate.storage import Store
-from curate.windows import key_order, keyed_rows, windows_of
 from jobs.cli import silence_open_clip
 from jobs.train import train
 from pipelines.round import run_round

@@ -17,27 +17,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from curate.embeddings import DAMAGED_SHARD
-from curate.encoder import check_storable, load_model
+from curate.embed.files import DAMAGED_SHARD
 from curate.errors import InputChangedError, ShardDamagedError, UserError
-from curate.evaluate import MAX_ROWS, load_held_out
-from curate.hive import folder_columns
-from curate.images import Dropped, clean_caption, decode_image
-from curate.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
-from curate.inventory import take_inventory
-from curate.learner import newest_learner, record_learner
-from curate.manifest import last_round
 from curate.messages import counted, gathered
-from curate.models import create_model
-from curate.plan import evaluation_sets, pin_plan, plan_name
-from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_batches
-from curate.publish import first_learner
+from curate.models.create import create_model
+from curate.models.encoder import check_storable, load_model
+from curate.models.learners import newest_learner, record_learner
+from curate.models.publish import first_learner
+from curate.pool.hive import folder_columns
+from curate.pool.images import Dropped, clean_caption, decode_image
+from curate.pool.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, read_batches
+from curate.reader.evaluate import MAX_ROWS, load_held_out
 from curate.recipe import EncoderSection, EvaluateSection, PoolSection, Recipe, ResourcesSection
-from curate.select import needs_learner
+from curate.rounds.manifest import last_round
+from curate.rounds.plan import evaluation_sets, pin_plan, plan_name
+from curate.rounds.stream import END_NAME, stream_end
+from curate.select.draw import needs_learner
+from curate.select.topics import likeness, sample_captions
+from curate.select.windows import EpochRange, stretches, windows_of
 from curate.storage import Store
-from curate.stream import END_NAME, stream_end
-from curate.topics import likeness, sample_captions
-from curate.windows import EpochRange, stretches, windows_of
 from jobs.checkpoint import checkpoints, load_checkpoint
 from jobs.train import check_kind, check_trainable
 

@@ -20,7 +20,7 @@ import torch
 
 from curate.errors import UserError
 from curate.messages import one_line
-from curate.spec import EncoderSpec
+from curate.models.spec import EncoderSpec
 from curate.storage import Store
 
 FOLDER = "trainer"

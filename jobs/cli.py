@@ -63,9 +63,9 @@ def round_(
     something starts the command again by itself, give it --round N, or let curate rounds do it.
     """
     loaded = _load(recipe, overrides)
-    from curate.explain import describe_round  # noqa: PLC0415
-    from curate.manifest import last_round  # noqa: PLC0415
-    from curate.plan import plan_name  # noqa: PLC0415
+    from curate.rounds.explain import describe_round  # noqa: PLC0415
+    from curate.rounds.manifest import last_round  # noqa: PLC0415
+    from curate.rounds.plan import plan_name  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
     from pipelines.round import run_round  # noqa: PLC0415
 
@@ -122,7 +122,7 @@ def train(
     """
     loaded = _load(recipe, overrides)
     save_to = save_to and expand_path(save_to)
-    from curate.encoder import fetch_model  # noqa: PLC0415
+    from curate.models.encoder import fetch_model  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
     from jobs.train import train as run  # noqa: PLC0415
 
@@ -170,9 +170,9 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show what was chosen, what was dropped, and why."""
-    from curate import explain  # noqa: PLC0415
+    from curate.rounds import explain  # noqa: PLC0415
+    from curate.rounds.trace import explain_uid  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
-    from curate.trace import explain_uid  # noqa: PLC0415
 
     store = Store(expand(root))
     match what or ["rounds"]:
@@ -219,7 +219,7 @@ def reshard(
             say=_say,
         )
         return
-    from curate.reshard import reshard_file  # noqa: PLC0415
+    from curate.pool.reshard import reshard_file  # noqa: PLC0415
 
     for path in reshard_file(shard, expand_path(Path(to)), rows_per_shard=rows, row_group_bytes=row_group_bytes):
         print(path)
@@ -232,7 +232,7 @@ def gc(
     grace: Annotated[float, typer.Option(help="hours: what is younger stays", min=0)] = 24.0,
 ) -> None:
     """Remove what nobody needs any more: what killed steps left, and embeddings by learners of earlier rounds."""
-    from curate.gc import find_garbage, remove_garbage  # noqa: PLC0415
+    from curate.rounds.gc import find_garbage, remove_garbage  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
 
     store = Store(expand(root))

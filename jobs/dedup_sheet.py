@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate.dedup import DROPPED_SCHEMA, Dedup, compared_shards
+from curate.dedup.files import DROPPED_SCHEMA, Dedup, compared_shards
 from curate.messages import counted
 from curate.parquet import read_table
-from curate.pool import Pool, Shard, caption_bytes, image_bytes, read_rows
+from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, read_rows
 from curate.storage import Store
 
 SURE = ["duplicate_exact", "duplicate_image"]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from curate.embeddings import embedding_name, read_embeddings
+from curate.embed.files import embedding_name, read_embeddings
 from curate.errors import CurateError
-from curate.manifest import last_round, read_manifest, round_folder
-from curate.pool import load_pool
-from curate.spec import EncoderSpec
+from curate.models.spec import EncoderSpec
+from curate.pool.shards import load_pool
+from curate.rounds.manifest import last_round, read_manifest, round_folder
 from curate.storage import Store
 from jobs import cli
 from jobs.drawn_pool import PoolTruth, draw_pool

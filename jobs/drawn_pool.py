@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from curate.images import DropReason
+from curate.pool.images import DropReason
 
 T = TypeVar("T")
 Point = tuple[float, float]

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from curate.errors import ClusterError, CommitConflictError, CurateError, InputChangedError, UserError
-from curate.learner import newest_learner
-from curate.manifest import Manifest, last_round, manifest_name, read_manifest
 from curate.messages import counted, one_line
-from curate.plan import plan_name
+from curate.models.learners import newest_learner
 from curate.recipe import Recipe, ScheduleSection
+from curate.rounds.manifest import Manifest, last_round, manifest_name, read_manifest
+from curate.rounds.plan import plan_name
+from curate.rounds.stream import end_stream, stream_end
 from curate.storage import Store
-from curate.stream import end_stream, stream_end
 from jobs.job_client import JobClient
 from jobs.submit import submit
 

@@ -4,10 +4,10 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from curate.errors import UserError
-from curate.manifest import Manifest, last_round, read_manifest
 from curate.recipe import TrainSection
+from curate.rounds.manifest import Manifest, last_round, read_manifest
+from curate.rounds.stream import await_round, stream_end
 from curate.storage import Store
-from curate.stream import await_round, stream_end
 
 
 @dataclass(frozen=True, kw_only=True)

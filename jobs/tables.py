@@ -11,8 +11,8 @@ from curate.messages import counted
 from jobs.surroundings import printable
 
 if TYPE_CHECKING:
-    from curate.dedup import Dedup
-    from curate.pool import Pool
+    from curate.dedup.files import Dedup
+    from curate.pool.shards import Pool
 
 Shown = Sequence[Table | str]
 LOG_COLUMNS = 140

@@ -22,23 +22,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from curate.encoder import eval_transform, is_two_towers, load_model, store_encoder, store_model
 from curate.errors import CommitConflictError, UserError
-from curate.evaluate import HeldOut, evaluate, load_held_out
-from curate.inventory import take_inventory
-from curate.learner import (
+from curate.models.create import create_model
+from curate.models.encoder import eval_transform, is_two_towers, load_model, store_encoder, store_model
+from curate.models.learners import (
     LearnerCheckpoint,
     newest_learner,
     read_learner,
     record_learner,
 )
-from curate.models import create_model
-from curate.publish import first_learner
-from curate.reader import Batch, CuratedReader
+from curate.models.publish import first_learner
+from curate.pool.inventory import take_inventory
+from curate.reader.curated import Batch, CuratedReader
+from curate.reader.evaluate import HeldOut, evaluate, load_held_out
+from curate.reader.uniform import UniformBatch, uniform_batches
 from curate.recipe import DeviceType, Recipe
 from curate.seeds import derive_seed
 from curate.storage import Store
-from curate.uniform import UniformBatch, uniform_batches
 from jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
 from jobs.optimize import learning_rate, make_criterion, make_optimizer, take_step
 from jobs.ranks import Ranks, join_ranks

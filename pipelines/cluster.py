@@ -17,10 +17,10 @@ from ray.autoscaler.sdk import request_resources
 from tqdm import tqdm
 
 from curate.errors import DamagedError, UserError
-from curate.index import made_with
 from curate.messages import counted
-from curate.pool import Shard
+from curate.pool.shards import Shard
 from curate.recipe import DeviceType, ResourcesSection
+from curate.select.index import made_with
 from curate.storage import Store
 from pipelines.joining import join, meant, start
 from pipelines.ray_errors import told_plainly

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from curate.dedup import (
+from curate.dedup.files import (
     DROPPED_SCHEMA,
     Dedup,
     LargeGroup,
@@ -29,8 +29,7 @@ from curate.dedup import (
     read_records,
     write_dropped,
 )
-from curate.errors import UserError
-from curate.grouping import (
+from curate.dedup.grouping import (
     EVALUATION,
     NODE,
     PAIR,
@@ -44,13 +43,14 @@ from curate.grouping import (
     in_rank_order,
     nodes_once,
 )
-from curate.inventory import take_inventory
+from curate.dedup.neighbours import Threshold
+from curate.errors import UserError
 from curate.messages import gathered
-from curate.neighbours import Threshold
-from curate.plan import evaluation_sets, store_reference
-from curate.pool import Pool, load_pool
+from curate.models.spec import EncoderSpec
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import Pool, load_pool
 from curate.recipe import DedupSection, Recipe
-from curate.spec import EncoderSpec
+from curate.rounds.plan import evaluation_sets, store_reference
 from curate.storage import Store
 from pipelines.cluster import (
     CPUS,
@@ -145,7 +145,7 @@ def dedup_recipe(
     Raises:
         UserError: in recipe, pool or model; all that are found together.
     """
-    from curate.models import create_model  # noqa: PLC0415 importing open_clip takes seconds
+    from curate.models.create import create_model  # noqa: PLC0415 importing open_clip takes seconds
 
     mistakes: list[str] = []
     if recipe.dedup is None:

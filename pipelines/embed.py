@@ -18,13 +18,13 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 from tqdm import tqdm
 
-from curate.decode import Apart, Watched
-from curate.embed import crops_of, embed_damaged, embed_shard
-from curate.embeddings import embedding_name
+from curate.embed.decode import Apart, Watched
+from curate.embed.files import embedding_name
+from curate.embed.shard import crops_of, embed_damaged, embed_shard
 from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
-from curate.pool import Columns, Pool, Shard
+from curate.models.spec import WEIGHTS_NAME, EncoderSpec
+from curate.pool.shards import Columns, Pool, Shard
 from curate.recipe import BadShardPolicy, EmbedSection, ResourcesSection
-from curate.spec import WEIGHTS_NAME, EncoderSpec
 from curate.storage import Store
 from pipelines.cluster import (
     RETRIES,
@@ -209,7 +209,7 @@ class EmbedShards:
 
     def _load(self, encoders: Sequence[EncoderSpec]) -> None:
         # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
-        from curate.encoder import load_encoder  # noqa: PLC0415
+        from curate.models.encoder import load_encoder  # noqa: PLC0415
 
         self.encoders = {spec.sha: load_encoder(self.store, spec, device()) for spec in encoders}
         # Ray starts an actor again that died, and gives it the shards that it died of.

@@ -15,9 +15,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate.embeddings import contents, embedding_name, halves, read_embeddings
+from curate.embed.files import contents, embedding_name, halves, read_embeddings
 from curate.errors import UserError
-from curate.index import (
+from curate.models.spec import EncoderSpec
+from curate.parts import (
+    by_destination,
+    pack_arrays,
+    read_part,
+    read_parts,
+    remove_parts,
+    unpack_arrays,
+    write_parts,
+)
+from curate.pool.shards import Pool, Shard
+from curate.sealed import seal, unseal
+from curate.select.index import (
     ENTRY,
     ROWS_PER_BUCKET,
     Entries,
@@ -37,18 +49,6 @@ from curate.index import (
     write_duplicates,
     write_entries,
 )
-from curate.parts import (
-    by_destination,
-    pack_arrays,
-    read_part,
-    read_parts,
-    remove_parts,
-    unpack_arrays,
-    write_parts,
-)
-from curate.pool import Pool, Shard
-from curate.sealed import seal, unseal
-from curate.spec import EncoderSpec
 from curate.storage import Store
 from pipelines.cluster import groups, run_tasks
 

@@ -19,18 +19,38 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from curate.dedup import nodes_name, pairs_name, read_cells, read_counts, write_cells, write_records
-from curate.embeddings import check_schema, contents, embedding_name, read_embeddings, vectors
+from curate.dedup.files import nodes_name, pairs_name, read_cells, read_counts, write_cells, write_records
+from curate.dedup.grouping import (
+    EVALUATION,
+    NODE,
+    PAIR,
+    Nodes,
+    Pairs,
+    collapse,
+    each_once,
+    in_rank_order,
+    nodes_once,
+    thin,
+)
+from curate.dedup.neighbours import (
+    Cells,
+    Places,
+    Threshold,
+    cell_count,
+    near_pairs,
+    sample_share,
+    train_cells,
+    unit_rows,
+)
+from curate.embed.files import check_schema, contents, embedding_name, read_embeddings, vectors
 from curate.errors import UserError
-from curate.grouping import EVALUATION, NODE, PAIR, Nodes, Pairs, collapse, each_once, in_rank_order, nodes_once, thin
-from curate.neighbours import Cells, Places, Threshold, cell_count, near_pairs, sample_share, train_cells, unit_rows
+from curate.models.spec import EncoderSpec
 from curate.parquet import open_table
 from curate.parts import pack_arrays, read_parts, remove_parts, unpack_arrays, write_parts
-from curate.pool import Shard
+from curate.pool.shards import Shard
 from curate.seeds import derive_seed
-from curate.spec import EncoderSpec
+from curate.select.windows import END, row_keys
 from curate.storage import Store
-from curate.windows import END, row_keys
 from pipelines.cluster import Devices, device, groups, run_tasks
 
 GROUP_ROWS = 65_536

@@ -1,4 +1,4 @@
-"""Round quality, measured each round: see curate/quality.py for what it means."""
+"""Round quality, measured each round: see curate/rounds/quality.py for what it means."""
 
 import contextlib
 from collections.abc import Sequence
@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from curate.embeddings import contents, embedding_name, read_embeddings
+from curate.embed.files import contents, embedding_name, read_embeddings
 from curate.jest import diagonal_losses
-from curate.learner import read_learner
-from curate.manifest import Manifest, read_manifest, steps_folder
-from curate.quality import (
+from curate.models.learners import read_learner
+from curate.models.spec import EncoderSpec
+from curate.rounds.manifest import Manifest, read_manifest, steps_folder
+from curate.rounds.quality import (
     DIGITS,
     SEEN_PAIRS,
     Contents,
@@ -21,11 +22,10 @@ from curate.quality import (
     write_sample,
     write_seen,
 )
-from curate.select import Candidates, Scale, embeddings_of
-from curate.selected import read_selected, selected_name
-from curate.spec import EncoderSpec
+from curate.select.draw import Candidates, Scale, embeddings_of
+from curate.select.files import read_selected, selected_name
+from curate.select.windows import keyed_rows
 from curate.storage import Store
-from curate.windows import keyed_rows
 from pipelines.cluster import device, run_tasks
 from pipelines.records import Placed, Round, Site
 from pipelines.select import load_vectors

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from curate.dedup import Dedup
-from curate.index import DUPLICATE_EXACT, Index
-from curate.manifest import CuratedFile, Manifest, round_folder, steps_folder
-from curate.plan import Plan
-from curate.pool import Pool
+from curate.dedup.files import Dedup
+from curate.pool.shards import Pool
 from curate.recipe import Recipe
-from curate.selected import SubBatchStats
+from curate.rounds.manifest import CuratedFile, Manifest, round_folder, steps_folder
+from curate.rounds.plan import Plan
+from curate.select.files import SubBatchStats
+from curate.select.index import DUPLICATE_EXACT, Index
+from curate.select.windows import EpochRange, Window
 from curate.storage import Store
 from curate.tally import Tally
-from curate.windows import EpochRange, Window
 from pipelines.cluster import Devices
 
 NOWHERE = EpochRange(epoch=0, start=0, super_batches=0)

@@ -15,17 +15,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curate.column_types import plain_batch
 from curate.errors import CommitConflictError, InputChangedError, UserError
-from curate.inventory import take_inventory
 from curate.parquet import CHECKED
 from curate.parts import by_destination, pack_table, read_parts, remove_parts, unpack_table, write_parts
-from curate.pool import READ_ROWS, Shard, read_batches
+from curate.pool.column_types import plain_batch
+from curate.pool.inventory import take_inventory
+from curate.pool.reshard import ROW_GROUP_ROWS, pieces
+from curate.pool.shards import READ_ROWS, Shard, read_batches
 from curate.recipe import PoolSection
-from curate.reshard import ROW_GROUP_ROWS, pieces
 from curate.sealed import seal
+from curate.select.windows import row_keys
 from curate.storage import Store
-from curate.windows import row_keys
 from pipelines.cluster import connect, footers_bar, groups, run_tasks
 
 GROUP_BYTES = 2**28

@@ -10,20 +10,20 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
 
-from curate.dedup import Dedup
-from curate.embeddings import DAMAGED_SHARD, damage_of
+from curate.dedup.files import Dedup
+from curate.embed.files import DAMAGED_SHARD, damage_of
 from curate.errors import UserError
-from curate.index import DUPLICATE_EXACT
-from curate.manifest import CuratedFile, Manifest, commit, last_round, read_manifest
-from curate.plan import pin_plan
-from curate.pool import load_pool
+from curate.pool.shards import load_pool
 from curate.recipe import Recipe
-from curate.selected import SubBatchStats
+from curate.rounds.manifest import CuratedFile, Manifest, commit, last_round, read_manifest
+from curate.rounds.plan import pin_plan
+from curate.rounds.stream import END_NAME, stream_end
+from curate.rounds.write import curated_schema
+from curate.select.files import SubBatchStats
+from curate.select.index import DUPLICATE_EXACT
+from curate.select.windows import EpochRange, Stretch, next_range, stretches, windows_of
 from curate.storage import Store
-from curate.stream import END_NAME, stream_end
 from curate.tally import Tally
-from curate.windows import EpochRange, Stretch, next_range, stretches, windows_of
-from curate.write import curated_schema
 from pipelines.cluster import connect, footers_bar, remaking, take_devices
 from pipelines.dedup import dedup_pool
 from pipelines.embed import embed_pool, embed_some

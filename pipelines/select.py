@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from curate.embeddings import contents, embedding_name, read_embeddings, vectors
+from curate.embed.files import contents, embedding_name, read_embeddings, vectors
 from curate.errors import InputChangedError
-from curate.index import Index, candidate_rows
+from curate.models.spec import EncoderSpec
 from curate.parts import by_destination, pack_arrays, read_parts, remove_parts, unpack_arrays, write_parts
-from curate.pool import Shard
+from curate.pool.shards import Shard
 from curate.recipe import SelectionSection
-from curate.select import Candidates, Scale, Vectors, select_sub_batch
-from curate.selected import SubBatchStats, read_stats, selected_name, write_selected
-from curate.spec import EncoderSpec
+from curate.select.draw import Candidates, Scale, Vectors, select_sub_batch
+from curate.select.files import SubBatchStats, read_stats, selected_name, write_selected
+from curate.select.index import Index, candidate_rows
+from curate.select.windows import Rows, super_batch_of
 from curate.storage import Store
-from curate.windows import Rows, super_batch_of
 from pipelines.cluster import Devices, device, groups, run_tasks
 
 GROUP_BYTES = 2**28

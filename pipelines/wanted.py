@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from curate.embeddings import embedding_name, read_embeddings
-from curate.index import Index, candidate_rows
-from curate.pool import Pool, Shard
+from curate.embed.files import embedding_name, read_embeddings
+from curate.models.spec import EncoderSpec
+from curate.pool.shards import Pool, Shard
 from curate.seeds import derive_seed
-from curate.spec import EncoderSpec
+from curate.select.index import Index, candidate_rows
+from curate.select.windows import super_batch_of, window_scope
 from curate.storage import Store
-from curate.windows import super_batch_of, window_scope
 
 Ints = npt.NDArray[np.int64]
 

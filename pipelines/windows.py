@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from curate.index import Index, candidate_rows
+from curate.models.spec import EncoderSpec
 from curate.parts import (
     by_destination,
     pack_arrays,
@@ -17,10 +17,10 @@ from curate.parts import (
     unpack_arrays,
     write_parts,
 )
-from curate.pool import Pool, Shard
-from curate.spec import EncoderSpec
+from curate.pool.shards import Pool, Shard
+from curate.select.index import Index, candidate_rows
+from curate.select.windows import END, Window, cut_name, read_cut, write_cut
 from curate.storage import Store
-from curate.windows import END, Window, cut_name, read_cut, write_cut
 from pipelines.cluster import groups, run_tasks
 
 GROUP_ROWS = 262_144

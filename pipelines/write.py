@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.errors import DamagedError
-from curate.manifest import CuratedFile
 from curate.parts import by_destination, pack_table, read_parts, remove_parts, unpack_table, write_parts
-from curate.pool import ADDED_COLUMN, Columns, Shard
-from curate.selected import read_selected, selected_name
+from curate.pool.shards import ADDED_COLUMN, Columns, Shard
+from curate.rounds.manifest import CuratedFile
+from curate.rounds.write import chosen_rows, read_written, record_written, write_curated, written_name
+from curate.select.files import read_selected, selected_name
 from curate.storage import Store
-from curate.write import chosen_rows, read_written, record_written, write_curated, written_name
 from pipelines.cluster import groups, run_tasks
 
 GROUP_BYTES = 2**29

@@ -10,17 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from curate.embeddings import content_hash, embedding_name, embedding_schema, pair_hashes
-from curate.encoder import store_encoder
-from curate.inventory import take_inventory
-from curate.manifest import Manifest, commit, read_manifest, round_folder
-from curate.pool import Columns, Pool, Shard, caption_bytes, image_bytes
+from curate.embed.files import content_hash, embedding_name, embedding_schema, pair_hashes
+from curate.models.encoder import store_encoder
+from curate.models.spec import EncoderSpec
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import Columns, Pool, Shard, caption_bytes, image_bytes
 from curate.recipe import EncoderSection, PoolSection
-from curate.selected import SELECTED_SCHEMA
-from curate.spec import EncoderSpec
+from curate.rounds.manifest import Manifest, commit, read_manifest, round_folder
+from curate.rounds.write import chosen_rows, curated_schema, write_curated
+from curate.select.files import SELECTED_SCHEMA
 from curate.storage import Store
 from curate.tally import Tally
-from curate.write import chosen_rows, curated_schema, write_curated
 from jobs.drawn_pool import draw_pool
 
 CPU = torch.device("cpu")

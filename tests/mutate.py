@@ -80,14 +80,14 @@ MUTANTS = [
     ),
     Mutant(
         "configuration last",
-        "curate/encoder.py",
+        "curate/models/encoder.py",
         "key=lambda path: path.name == CONFIG_NAME",
         "key=lambda path: path.name != CONFIG_NAME",
         "tests/test_encoder.py -k stored_last",
     ),
     Mutant(
         "rows are conserved",
-        "curate/manifest.py",
+        "curate/rounds/manifest.py",
         "check_chain([*self.tallies, written], rows=self.pool_rows)",
         "pass",
         "tests/test_manifest.py",
@@ -144,7 +144,7 @@ MUTANTS = [
     ),
     Mutant(
         "cells carry a hash",
-        "curate/dedup.py",
+        "curate/dedup/files.py",
         "if hashlib.sha256(array).digest() != digest:",
         "if False:",
         "tests/test_dedup.py -k cells_that_changed",
@@ -165,7 +165,7 @@ MUTANTS = [
     ),
     Mutant(
         "weights are hashed",
-        "curate/encoder.py",
+        "curate/models/encoder.py",
         "if found != spec.weights_sha256:",
         "if False:",
         "tests/test_encoder.py -k changed_in_the_root",
@@ -179,21 +179,21 @@ MUTANTS = [
     ),
     Mutant(
         "shards are those of the inventory",
-        "curate/pool.py",
+        "curate/pool/shards.py",
         "if (found.size, found.version) != (shard.size, shard.version):",
         "if False:",
         "tests/test_pool.py tests/test_embed.py",
     ),
     Mutant(
         "rows are those that were embedded",
-        "curate/write.py",
+        "curate/rounds/write.py",
         'if b"".join(found) != expected:',
         "if False:",
         "tests/test_write.py",
     ),
     Mutant(
         "rounds follow their parent",
-        "curate/reader.py",
+        "curate/reader/curated.py",
         "if (manifest.parent, manifest.first_batch) != (parent, stop):",
         "if False:",
         "tests/test_reader.py",
@@ -202,7 +202,7 @@ MUTANTS = [
     Mutant("short reads", "curate/access.py", "if len(data) != wanted:", "if False:", f"{FAULTS} -k short"),
     Mutant(
         "a store is not taken for a bad file",
-        "curate/inventory.py",
+        "curate/pool/inventory.py",
         "    except CurateError:\n        raise  # the store",
         "    except MemoryError:\n        raise  # the store",
         f"{FAULTS} -k footer",
@@ -213,24 +213,28 @@ MUTANTS = [
     # models
     Mutant(
         "no unpickling",
-        "curate/models.py",
+        "curate/models/create.py",
         "if path.suffix not in NEVER_UNPICKLED and not trusted:",
         "if False:",
         "tests/test_encoder.py -k pickle_that",
     ),
     Mutant(
         "fill colour",
-        "curate/encoder.py",
+        "curate/models/encoder.py",
         'return {"model_cfg": config, "preprocess_cfg": always | others}',
         'return {"model_cfg": config, "preprocess_cfg": always}',
         "tests/test_encoder.py -k source_sees",
     ),
     Mutant(
-        "finite weights", "curate/encoder.py", "    if broken:\n", "    if False:\n", "tests/test_encoder.py -k finite"
+        "finite weights",
+        "curate/models/encoder.py",
+        "    if broken:\n",
+        "    if False:\n",
+        "tests/test_encoder.py -k finite",
     ),
     Mutant(
         "the hub is given up on",
-        "curate/hub.py",
+        "curate/models/hub.py",
         "with without_hub() if reason else contextlib.nullcontext():",
         "with contextlib.nullcontext():",
         "tests/test_hub.py -k nobody_asks",
@@ -253,7 +257,7 @@ MUTANTS = [
     ),
     Mutant(
         "rows that hang",
-        "curate/decode.py",
+        "curate/embed/decode.py",
         "if not pipe.poll(self._deadline_s):",
         "if False:",
         "tests/test_decode.py -k named --timeout 60",

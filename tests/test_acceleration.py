@@ -18,14 +18,14 @@ from benchmarks.acceleration.flops import forward_flops
 from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
 from benchmarks.acceleration.report import interval, reached, smoothed, summarise
 from benchmarks.acceleration.sets import WANTED, SetSection, load_pairs, make_set
-from curate.encoder import load_encoder
-from curate.learner import read_learner
-from curate.manifest import read_manifest
-from curate.models import create_model
-from curate.reader import CuratedReader
+from curate.models.create import create_model
+from curate.models.encoder import load_encoder
+from curate.models.learners import read_learner
+from curate.models.spec import EncoderSpec
+from curate.reader.curated import CuratedReader
 from curate.recipe import EncoderSection, Recipe
-from curate.select import Scale
-from curate.spec import EncoderSpec
+from curate.rounds.manifest import read_manifest
+from curate.select.draw import Scale
 from curate.storage import Store
 from jobs.drawn_pool import COLOURS, SHAPES, draw_pair
 from jobs.train import train

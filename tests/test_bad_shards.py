@@ -8,13 +8,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from curate.embeddings import DAMAGED_SHARD
+from curate.embed.files import DAMAGED_SHARD
 from curate.errors import ShardDamagedError, UserError
-from curate.explain import describe_round
-from curate.manifest import Manifest, manifest_name
 from curate.recipe import Recipe
+from curate.rounds.explain import describe_round
+from curate.rounds.manifest import Manifest, manifest_name
+from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from curate.trace import explain_uid
 from jobs.drawn_pool import draw_pool
 from pipelines.round import run_round
 from tests.helpers import damage_page, write_tiny

@@ -12,15 +12,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from curate.encoder import store_encoder
 from curate.errors import UserError
-from curate.learner import record_learner
-from curate.models import create_model
-from curate.plan import pin_plan
+from curate.models.create import create_model
+from curate.models.encoder import store_encoder
+from curate.models.learners import record_learner
 from curate.recipe import EncoderSection, Recipe
 from curate.recipe_file import load_recipe
+from curate.rounds.plan import pin_plan
+from curate.rounds.stream import end_stream
 from curate.storage import Store
-from curate.stream import end_stream
 from jobs.check import check_recipe
 from jobs.drawn_pool import draw_pair
 from jobs.train import train

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.inventory import take_inventory
-from curate.manifest import Manifest, read_manifest
-from curate.plan import plan_name
+from curate.pool.inventory import take_inventory
 from curate.recipe_file import load_recipe
+from curate.rounds.manifest import Manifest, read_manifest
+from curate.rounds.plan import plan_name
 from curate.storage import Store
 from jobs.cli import main
 from jobs.drawn_pool import draw_pair

@@ -8,7 +8,7 @@ import ray
 import ray.data
 
 from curate.errors import ClusterError, InputChangedError, StoreError, UserError
-from curate.pool import Columns, Shard
+from curate.pool.shards import Columns, Shard
 from pipelines.cluster import groups, own_errors, run_tasks
 
 pytestmark = pytest.mark.usefixtures("ray_local")

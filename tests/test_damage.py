@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from curate.errors import CurateError, UserError
-from curate.spec import EncoderSpec
+from curate.models.spec import EncoderSpec
 from curate.storage import Store
 from jobs.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
 from pipelines.round import run_round

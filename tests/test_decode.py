@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.decode import DECODE_TIMEOUT, WORKER_CRASH, Apart, Decoded, Row, Watched
-from curate.manifest import read_manifest
+from curate.embed.decode import DECODE_TIMEOUT, WORKER_CRASH, Apart, Decoded, Row, Watched
+from curate.rounds.manifest import read_manifest
+from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from curate.trace import explain_uid
 from jobs.drawn_pool import draw_pair, draw_pool
 from tests.helpers import write_tiny
 
@@ -64,7 +64,7 @@ def test_the_rows_that_kill_or_hold_up_are_named_and_no_others() -> None:
 
 
 WATCHED = """
-from curate.decode import Watched
+from curate.embed.decode import Watched
 from tests.test_decode import crop, row
 watched = Watched({"view": crop}, deadline_s=1)
 watched([row(0)])
@@ -87,15 +87,15 @@ def test_a_process_in_which_a_row_hangs_ends() -> None:
 
 SITE = f"""
 import os, time
-import curate.images
-real = curate.images.decode_image
+import curate.pool.images
+real = curate.pool.images.decode_image
 def decode_image(data, **how):
     if {CRASH!r} in (data or b""):
         os.abort()
     while {HANG!r} in (data or b""):
         time.sleep(1)
     return real(data, **how)
-curate.images.decode_image = decode_image
+curate.pool.images.decode_image = decode_image
 """
 RECIPE = """
 root = "root"

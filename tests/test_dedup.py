@@ -18,15 +18,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from curate import neighbours
-from curate.dedup import Dedup, dedup_folder, read_cells, read_dropped, write_cells
-from curate.embeddings import embedding_name
+from curate.dedup import neighbours
+from curate.dedup.files import Dedup, dedup_folder, read_cells, read_dropped, write_cells
+from curate.dedup.grouping import NODE, decide
+from curate.dedup.neighbours import Places, Threshold
+from curate.embed.files import embedding_name
 from curate.errors import DamagedError, UserError
-from curate.grouping import NODE, decide
-from curate.neighbours import Places, Threshold
-from curate.pool import Columns, Pool, Shard
+from curate.models.spec import EncoderSpec
+from curate.pool.shards import Columns, Pool, Shard
 from curate.recipe import DedupSection, EvaluationSet, Recipe
-from curate.spec import EncoderSpec
 from curate.storage import Store
 from jobs.dedup_sheet import write_sheet
 from jobs.drawn_pool import draw_pair, draw_pool

@@ -15,7 +15,7 @@ import torch
 from curate.errors import UserError
 from curate.jest import Embeddings, jointly_sample_batch
 from curate.recipe import EncoderSection, ResourcesSection
-from curate.select import Scale, embeddings_of
+from curate.select.draw import Scale, embeddings_of
 from pipelines import cluster
 from pipelines.cluster import Devices, run_tasks
 from pipelines.embed import ACTOR_BYTES, _workers

@@ -7,9 +7,9 @@ import open_clip
 import pytest
 import torch
 
-from curate.learner import newest_learner, read_learner
+from curate.models.learners import newest_learner, read_learner
+from curate.rounds.stream import end_stream
 from curate.storage import Store
-from curate.stream import end_stream
 from tests.helpers import commit_rounds, drawn_pool, tiny_config
 
 HOUSE = Path(__file__).parents[1]

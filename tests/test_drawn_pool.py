@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from curate.images import Dropped, clean_caption, decode_image
+from curate.pool.images import Dropped, clean_caption, decode_image
 from jobs.drawn_pool import BACKGROUNDS, COLOURS, DAMAGES, SCHEMA, SHAPES, draw_pair, draw_pool
 
 THING = re.compile(rf"a (small|large) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")

@@ -12,10 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import curate.decode
-import curate.embed
-from curate.embed import embed_damaged, embed_shard
-from curate.embeddings import (
+import curate.embed.decode
+import curate.embed.shard
+from curate.embed.files import (
     DAMAGED_SHARD,
     EMBEDDING_NONFINITE,
     EMBEDDING_ZERO,
@@ -25,12 +24,13 @@ from curate.embeddings import (
     read_embeddings,
     vectors,
 )
-from curate.encoder import Encoder, load_encoder
+from curate.embed.shard import embed_damaged, embed_shard
 from curate.errors import InputChangedError, ShardDamagedError, UserError
-from curate.inventory import take_inventory
-from curate.pool import Pool
+from curate.models.encoder import Encoder, load_encoder
+from curate.models.spec import WEIGHTS_NAME
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import Pool
 from curate.recipe import EmbedSection, PoolSection
-from curate.spec import WEIGHTS_NAME
 from curate.storage import Store
 from jobs.drawn_pool import draw_pair
 from tests.helpers import CPU, damage_page, drawn_pool, tiny_encoder, write_pool
@@ -106,7 +106,7 @@ def test_one_row_per_row_with_the_status_that_the_truth_demands(store: Store, po
 
 
 def test_the_vectors_are_those_of_their_own_row(store: Store, pool: Pool, encoder: Encoder):
-    from curate.images import decode_image
+    from curate.pool.images import decode_image
 
     table = embedded(store, pool, encoder, chunk_rows=16, batch_size=5)
     truth = pq.read_table(pool.shards[0].path).to_pylist()
@@ -311,8 +311,8 @@ def test_two_encoders_share_one_decoding(store: Store, pool: Pool, encoder: Enco
     twin = load_encoder(store, tiny_encoder(store, tmp_path / "t", seed=2), CPU)
     alone = [embedded(store, pool, e, name=f"alone/{i}", chunk_rows=11) for i, e in enumerate((encoder, other, twin))]
     decoded = []
-    decode = curate.decode.decode_image
-    monkeypatch.setattr(curate.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decode = curate.embed.decode.decode_image
+    monkeypatch.setattr(curate.embed.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
     cropped = []
     for e in (encoder, other, twin):
         crop = e.crop
@@ -330,8 +330,8 @@ def test_two_encoders_share_one_decoding(store: Store, pool: Pool, encoder: Enco
 def test_rows_that_nobody_wants_are_not_even_decoded(store: Store, pool: Pool, encoder: Encoder, monkeypatch):
     whole = embedded(store, pool, encoder)
     decoded = []
-    decode = curate.decode.decode_image
-    monkeypatch.setattr(curate.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decode = curate.embed.decode.decode_image
+    monkeypatch.setattr(curate.embed.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
     rows = np.flatnonzero(contents(whole["content"])[:, 0] % np.uint64(3) == 0)
     assert 5 < len(rows) < 55
     some = embedded(store, pool, encoder, name="some/x", rows=rows, chunk_rows=7)

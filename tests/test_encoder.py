@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from curate.encoder import eval_transform, load_encoder, load_model, store_encoder
 from curate.errors import UserError
-from curate.models import CONFIG_NAME, create_model
+from curate.models.create import CONFIG_NAME, create_model
+from curate.models.encoder import eval_transform, load_encoder, load_model, store_encoder
+from curate.models.spec import WEIGHTS_NAME, EncoderSpec
 from curate.recipe import EncoderSection
-from curate.spec import WEIGHTS_NAME, EncoderSpec
 from curate.storage import Store
 from tests.helpers import CPU, tiny_config, tiny_encoder, write_tiny
 

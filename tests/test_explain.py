@@ -8,13 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.embeddings import EMBEDDING_NONFINITE
-from curate.explain import committed_rounds
-from curate.manifest import steps_folder
+from curate.embed.files import EMBEDDING_NONFINITE
 from curate.recipe import Recipe
-from curate.selected import read_selected, selected_name
+from curate.rounds.explain import committed_rounds
+from curate.rounds.manifest import steps_folder
+from curate.rounds.trace import _contexts, _not_selected, _sub_batch, explain_uid
+from curate.select.files import read_selected, selected_name
 from curate.storage import Store
-from curate.trace import _contexts, _not_selected, _sub_batch, explain_uid
 from jobs.drawn_pool import draw_pool
 from pipelines.round import run_round
 from tests.helpers import write_tiny

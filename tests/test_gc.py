@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from curate.gc import PARTS, find_garbage, remove_garbage
-from curate.reader import CuratedReader
+from curate.reader.curated import CuratedReader
+from curate.rounds.gc import PARTS, find_garbage, remove_garbage
+from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from curate.trace import explain_uid
 from jobs.train import train
 from pipelines.round import run_round
 from tests.small_round import Killed, published, recipe, world

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from curate.encoder import load_encoder
-from curate.learner import newest_learner
-from curate.manifest import read_manifest
+from curate.models.encoder import load_encoder
+from curate.models.learners import newest_learner
+from curate.rounds.manifest import read_manifest
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool
 from tests.helpers import CPU, tiny_encoder, write_tiny

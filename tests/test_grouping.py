@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate.grouping import (
+from curate.dedup.grouping import (
     CONTAMINATED,
     EVALUATION,
     KINDS,

@@ -16,11 +16,11 @@ import torch
 from huggingface_hub import constants
 
 from benchmarks.registry import make_hub, outcome, shallow, shallow_timm, snapshot
-from curate import hub as the_hub
-from curate.encoder import load_encoder, store_encoder
 from curate.errors import UserError
-from curate.hub import hub_if_it_answers, without_hub
-from curate.models import create_model
+from curate.models import hub as the_hub
+from curate.models.create import create_model
+from curate.models.encoder import load_encoder, store_encoder
+from curate.models.hub import hub_if_it_answers, without_hub
 from curate.recipe import EncoderSection
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from curate import images
-from curate.images import DROP_REASONS, MAX_CAPTION_BYTES, Dropped, clean_caption, decode_image
+from curate.pool import images
+from curate.pool.images import DROP_REASONS, MAX_CAPTION_BYTES, Dropped, clean_caption, decode_image
 
 FORMATS = {
     "jpeg": {"format": "JPEG", "quality": 90},
@@ -161,7 +161,7 @@ def test_memory_is_limited_and_the_limit_is_inclusive():
 
 DECODE = """
 import re, sys
-from curate.images import Dropped, decode_image
+from curate.pool.images import Dropped, decode_image
 def peak_mib():  # getrusage has what the parent held when it forked
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 2**10
 smaller, larger = sys.stdin.buffer.read(int(sys.argv[1])), sys.stdin.buffer.read()

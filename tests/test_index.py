@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.embeddings import content_hash, embedding_name, embedding_schema
+from curate.embed.files import content_hash, embedding_name, embedding_schema
 from curate.errors import UserError
-from curate.index import (
+from curate.models.spec import EncoderSpec
+from curate.pool.shards import Columns, Pool, Shard
+from curate.select.index import (
     Index,
     bucket_name,
     index_folder,
@@ -21,10 +23,8 @@ from curate.index import (
     read_index,
     uid_digest,
 )
-from curate.pool import Columns, Pool, Shard
-from curate.spec import EncoderSpec
+from curate.select.windows import END, Window, row_keys, super_batch_of
 from curate.storage import Store
-from curate.windows import END, Window, row_keys, super_batch_of
 from pipelines import index as index_step
 from pipelines import windows as windows_step
 from pipelines.index import index_pool

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from curate import publish_learner
-from curate.encoder import eval_transform, load_encoder
 from curate.errors import CommitConflictError, UserError
-from curate.learner import LearnerCheckpoint, learner_name, newest_learner, read_learner
-from curate.publish import first_learner
+from curate.models.encoder import eval_transform, load_encoder
+from curate.models.learners import LearnerCheckpoint, learner_name, newest_learner, read_learner
+from curate.models.publish import first_learner
 from curate.storage import Store
 from tests.helpers import CPU, tiny_config, tiny_encoder, write_tiny
 
@@ -110,7 +110,7 @@ def test_identical_twice_is_fine_and_anything_else_a_conflict(root: str):
 def test_a_race_for_one_number_has_one_winner(store: Store, monkeypatch):
     # Everybody has looked which number is free before anybody takes it.
     barrier = threading.Barrier(4)
-    monkeypatch.setattr("curate.learner.newest_learner", lambda store: barrier.wait() and None)
+    monkeypatch.setattr("curate.models.learners.newest_learner", lambda store: barrier.wait() and None)
     models = [users_model(seed) for seed in range(4)]
     outcomes: dict[int, LearnerCheckpoint | None] = {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from curate.errors import CommitConflictError, RowsLostError, UserError
-from curate.manifest import (
+from curate.rounds.manifest import (
     CuratedFile,
     Manifest,
     commit,

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate import neighbours
-from curate.neighbours import (
+from curate.dedup import neighbours
+from curate.dedup.neighbours import (
     Cells,
     Places,
     Threshold,

@@ -14,12 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import curate.inventory as inventory_module
+import curate.pool.inventory as inventory_module
 from curate.errors import InputChangedError, ShardDamagedError, UserError
-from curate.inventory import take_inventory
-from curate.pool import Pool, Shard, caption_bytes, image_bytes, load_pool, read_batches, read_rows
+from curate.pool.inventory import take_inventory
+from curate.pool.reshard import reshard_file
+from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, load_pool, read_batches, read_rows
 from curate.recipe import PoolSection
-from curate.reshard import reshard_file
 from curate.storage import Store
 from tests.helpers import commit_round, damage_page, picks_of, pieces_of
 
@@ -804,8 +804,8 @@ resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
 from pathlib import Path
 import pyarrow.parquet as pq
 from curate.errors import CurateError, UserError
-from curate.inventory import take_inventory
-from curate.pool import read_batches
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import read_batches
 from curate.recipe import PoolSection
 for path in sorted(Path(sys.argv[1]).iterdir()):
     print(json.dumps(path.name), end=" ", flush=True)

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curate import quality
 from curate.errors import UserError
-from curate.manifest import read_manifest
-from curate.pool import Pool
-from curate.quality import (
+from curate.models.spec import EncoderSpec
+from curate.pool.shards import Pool
+from curate.rounds import quality
+from curate.rounds.manifest import read_manifest
+from curate.rounds.quality import (
     Seen,
     correlate_samples,
     has_sample,
@@ -22,7 +23,6 @@ from curate.quality import (
     write_sample,
     write_seen,
 )
-from curate.spec import EncoderSpec
 from curate.storage import Store
 from pipelines.wanted import SAMPLE_ROWS, SAMPLE_SHARDS, fixed_sample
 from tests.helpers import commit_rounds, drawn_pool

@@ -21,15 +21,15 @@ import pytest
 import torch
 from PIL import Image
 
-import curate.reader
-import curate.stream
+import curate.reader.curated
+import curate.rounds.stream
 from curate import CuratedReader
 from curate.errors import StreamStalledError, UserError
-from curate.manifest import Manifest, manifest_name, read_manifest, round_folder
-from curate.pool import Pool
-from curate.reader import Batch
+from curate.pool.shards import Pool
+from curate.reader.curated import Batch
+from curate.rounds.manifest import Manifest, manifest_name, read_manifest, round_folder
+from curate.rounds.stream import end_stream, stream_end
 from curate.storage import Store
-from curate.stream import end_stream, stream_end
 from jobs.drawn_pool import draw_pair
 from tests.helpers import commit_round, commit_rounds, drawn_pool, write_pool
 
@@ -62,7 +62,7 @@ def copied(committed: tuple[str, list[list[str]]], tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curate.stream, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(curate.rounds.stream, "FIRST_WAIT_S", 0.01)
 
 
 def refusal(what: Callable[[], Any]) -> str:
@@ -336,7 +336,7 @@ def test_a_follower_checks_the_parent_of_what_is_published_later(tmp_path: Path,
 
 @pytest.mark.parametrize("rounds", [0, 1])
 def test_a_follower_says_when_nothing_came_for_so_long(tmp_path: Path, pool: Pool, rounds: int, monkeypatch):
-    monkeypatch.setattr(curate.stream, "FIRST_WAIT_S", 0.25)
+    monkeypatch.setattr(curate.rounds.stream, "FIRST_WAIT_S", 0.25)
     store = Store(str(tmp_path / "root"))
     if rounds:
         commit_round(store, pool, [[(0, 0), (0, 1)]], number=0)
@@ -372,7 +372,7 @@ def test_rounds_behind_are_not_read_again(tmp_path: Path, pool: Pool, monkeypatc
     reader = CuratedReader(store.url)
     first = uids(list(reader))
     read: list[int] = []
-    monkeypatch.setattr(curate.reader, "read_manifest", lambda s, n: read.append(n) or read_manifest(s, n))
+    monkeypatch.setattr(curate.reader.curated, "read_manifest", lambda s, n: read.append(n) or read_manifest(s, n))
     assert list(reader) == []
     assert read == [3]
     reader.load_state_dict({"next_batch": 3})
@@ -381,7 +381,7 @@ def test_rounds_behind_are_not_read_again(tmp_path: Path, pool: Pool, monkeypatc
 
 
 def test_a_follower_waits_for_all_of_its_time(tmp_path: Path, pool: Pool, publisher, monkeypatch):
-    monkeypatch.setattr(curate.stream, "FIRST_WAIT_S", 0.3)
+    monkeypatch.setattr(curate.rounds.stream, "FIRST_WAIT_S", 0.3)
     store = Store(str(tmp_path / "root"))
     manifest = commit_round(store, pool, [[(0, 0), (0, 1)]], number=0)
     store.local_path(manifest_name(0)).unlink()

@@ -12,20 +12,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from curate.dedup import read_dropped
-from curate.embeddings import embedding_name, read_embeddings
+from curate.dedup.files import read_dropped
+from curate.embed.files import embedding_name, read_embeddings
 from curate.errors import UserError
-from curate.explain import describe_round, summarize_rounds
-from curate.inventory import take_inventory
-from curate.learner import newest_learner
-from curate.manifest import Manifest, manifest_name, round_folder
-from curate.plan import pin_plan
-from curate.pool import load_pool
-from curate.reader import CuratedReader
+from curate.models.learners import newest_learner
+from curate.models.spec import EncoderSpec
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import load_pool
+from curate.reader.curated import CuratedReader
 from curate.recipe import Recipe
-from curate.spec import EncoderSpec
+from curate.rounds.explain import describe_round, summarize_rounds
+from curate.rounds.manifest import Manifest, manifest_name, round_folder
+from curate.rounds.plan import pin_plan
+from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from curate.trace import explain_uid
 from jobs.drawn_pool import draw_pool
 from jobs.train import train
 from pipelines.round import run_round
@@ -182,7 +182,7 @@ def test_the_loop_goes_on_with_the_learner_that_was_trained(world: Path, committ
     correlation = quality["rank_correlation"]
     assert correlation["learner"] == 0
     assert 15 < correlation["pairs"] < 60  # a sixteenth of the pool
-    # One short training apart; how far is the machine's arithmetic to say, as the value itself is tests/test_quality.py's.
+    # One short training apart; how far depends on the machine's arithmetic. The formula has tests of its own.
     assert 0 < correlation["value"] < 1
 
     rows = summarize_rounds(store)

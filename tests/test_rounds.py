@@ -10,14 +10,14 @@ import pytest
 
 import jobs.rounds
 from curate.errors import CommitConflictError, InputChangedError, UserError
-from curate.learner import record_learner
-from curate.manifest import last_round, manifest_name
-from curate.plan import plan_name
-from curate.pool import Pool
+from curate.models.learners import record_learner
+from curate.models.spec import EncoderSpec
+from curate.pool.shards import Pool
 from curate.recipe import ScheduleSection
-from curate.spec import EncoderSpec
+from curate.rounds.manifest import last_round, manifest_name
+from curate.rounds.plan import plan_name
+from curate.rounds.stream import end_stream, stream_end
 from curate.storage import Store
-from curate.stream import end_stream, stream_end
 from jobs.rounds import Decision, RoundFailedError, decide, schedule_rounds
 from tests.helpers import commit_round, drawn_pool
 

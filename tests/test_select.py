@@ -15,10 +15,10 @@ from curate.errors import UserError
 from curate.jest import Embeddings, diagonal_losses, jointly_sample_batch, sub_batch_learnability
 from curate.recipe import SelectionSection
 from curate.seeds import derive_seed
-from curate.select import Candidates, Scale, needs_learner, select_sub_batch
-from curate.selected import SELECTED_SCHEMA, SubBatchStats, read_selected, selected_name, write_selected
+from curate.select.draw import Candidates, Scale, needs_learner, select_sub_batch
+from curate.select.files import SELECTED_SCHEMA, SubBatchStats, read_selected, selected_name, write_selected
+from curate.select.windows import key_order, keyed_rows
 from curate.storage import Store
-from curate.windows import key_order, keyed_rows
 from tests.helpers import CPU
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.topics import likeness, sample_captions
+from curate.select.topics import likeness, sample_captions
 from tests.helpers import write_pool
 
 BOOK = Path(__file__).parents[2] / "shared" / "data" / "openstax-physics-ml"

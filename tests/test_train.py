@@ -14,18 +14,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import curate.stream
+import curate.rounds.stream
 import jobs.train
-from curate.encoder import load_model
 from curate.errors import CommitConflictError, InputChangedError, ShardDamagedError, StreamStalledError, UserError
-from curate.inventory import take_inventory
-from curate.learner import LearnerCheckpoint, newest_learner, read_learner, record_learner
-from curate.manifest import manifest_name
-from curate.pool import Pool
+from curate.models.encoder import load_model
+from curate.models.learners import LearnerCheckpoint, newest_learner, read_learner, record_learner
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import Pool
+from curate.reader.uniform import uniform_batches
 from curate.recipe import PoolSection, Recipe, TrainSection
+from curate.rounds.manifest import manifest_name
+from curate.rounds.stream import end_stream
 from curate.storage import Store
-from curate.stream import end_stream
-from curate.uniform import uniform_batches
 from jobs.checkpoint import checkpoints, restore
 from jobs.optimize import learning_rate
 from jobs.train import Trained, train
@@ -260,8 +260,8 @@ def test_no_rounds_at_all(tmp_path: Path, pool: Pool):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curate.stream, "FIRST_WAIT_S", 0.02)
-    monkeypatch.setattr(curate.stream, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(curate.rounds.stream, "FIRST_WAIT_S", 0.02)
+    monkeypatch.setattr(curate.rounds.stream, "LONGEST_WAIT_S", 0.1)
 
 
 class Curation(threading.Thread):
@@ -534,8 +534,8 @@ def captions(pool: Pool, count: int, *, b: int = 8, seed: int = 0, threads: int 
 @pytest.mark.parametrize("stretch", [None, 16])
 def test_every_usable_row_once_an_epoch_in_new_orders(broken, monkeypatch, b: int, stretch: int | None):
     if stretch:
-        monkeypatch.setattr("curate.uniform.SHUFFLED_ROWS", stretch)
-        monkeypatch.setattr("curate.uniform.READ_ROWS", 8)
+        monkeypatch.setattr("curate.reader.uniform.SHUFFLED_ROWS", stretch)
+        monkeypatch.setattr("curate.reader.uniform.READ_ROWS", 8)
     pool, usable = broken
     assert usable.total() == 48
     stream = captions(pool, 3 * 48, b=b)
@@ -572,7 +572,7 @@ def mean_of(picture: Any) -> torch.Tensor:
 
 
 def picture_mean(jpg: bytes) -> float:
-    from curate.images import decode_image
+    from curate.pool.images import decode_image
 
     return float(mean_of(decode_image(jpg)))
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from curate.learner import newest_learner
-from curate.pool import Pool
+from curate.models.learners import newest_learner
+from curate.pool.shards import Pool
 from curate.recipe import Recipe
 from curate.storage import Store
 from jobs.train import train

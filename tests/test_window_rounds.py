@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate import access
-from curate.manifest import Manifest
-from curate.pool import load_pool
+from curate.pool.shards import load_pool
 from curate.recipe import Recipe
+from curate.rounds.manifest import Manifest
+from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from curate.trace import explain_uid
 from jobs.drawn_pool import draw_pool
 from pipelines.round import run_round
 from tests.helpers import write_tiny

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.pool import Columns, Shard
-from curate.storage import Store
-from curate.windows import (
+from curate.pool.shards import Columns, Shard
+from curate.select.windows import (
     END,
     EpochRange,
     UInt64s,
@@ -28,6 +27,7 @@ from curate.windows import (
     windows_of,
     write_cut,
 )
+from curate.storage import Store
 
 GOLDEN = ["d048df9fbbea3ab1", "483651459155626d", "a0e9091e24a2f9c2", "78f3fa84836205fb"]
 KEYS = st.one_of(st.integers(0, END - 1), st.sampled_from([0, 1, 2**63 - 1, 2**63, END - 2, END - 1]))

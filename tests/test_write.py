@@ -16,10 +16,9 @@ import pytest
 from PIL import Image
 
 from curate.errors import InputChangedError
-from curate.manifest import CuratedFile
-from curate.pool import ADDED_COLUMN, Pool, Shard
-from curate.storage import Store
-from curate.write import (
+from curate.pool.shards import ADDED_COLUMN, Pool, Shard
+from curate.rounds.manifest import CuratedFile
+from curate.rounds.write import (
     ADDED_TYPE,
     chosen_rows,
     curated_schema,
@@ -29,6 +28,7 @@ from curate.write import (
     write_curated,
     written_name,
 )
+from curate.storage import Store
 from jobs.drawn_pool import draw_pair
 from tests.helpers import drawn_pool, picks_of, pieces_of, pool_table, write_pool
 
@@ -147,7 +147,7 @@ def test_each_row_says_why_it_is_here_and_whence(store: Store, tmp_path: Path):
 
 
 def test_without_a_uid_column_the_content_names_the_pair(store: Store, tmp_path: Path):
-    from curate.embeddings import content_hash
+    from curate.embed.files import content_hash
 
     pool = rich_pool(tmp_path / "pool")
     _, parquet = written(store, pool, places(pool, 1, 8))
@@ -156,7 +156,7 @@ def test_without_a_uid_column_the_content_names_the_pair(store: Store, tmp_path:
 
 
 def test_a_shard_with_no_pick_in_a_stretch_of_it(store: Store, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("curate.write.READ_ROWS", 4)
+    monkeypatch.setattr("curate.rounds.write.READ_ROWS", 4)
     pool = drawn_pool(tmp_path / "pool", rows=40)
     chosen = [[(0, row) for row in (37, 3, 20, 4, 39, 0)]]
     _, parquet = written(store, pool, chosen)
@@ -254,7 +254,7 @@ def test_the_schema_says_what_the_pools_did(store: Store, tmp_path: Path):
 
 
 def test_a_row_that_changed_while_its_file_did_not(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("curate.write.READ_ROWS", 8)
+    monkeypatch.setattr("curate.rounds.write.READ_ROWS", 8)
     pool = drawn_pool(tmp_path / "pool", rows=30)
     picks = picks_of(pool, [[(0, row) for row in (29, 3, 12, 17)]])
     table = pq.read_table(pool.shards[0].path)
@@ -317,7 +317,7 @@ def test_hugging_face_datasets_show_their_own_images_at_once(store: Store, tmp_p
     ).cast_column("image", datasets.Image())
     (tmp_path / "pool").mkdir()
     source.to_parquet(str(tmp_path / "pool" / "a.parquet"))
-    from curate.inventory import take_inventory
+    from curate.pool.inventory import take_inventory
     from curate.recipe import PoolSection
 
     pool = take_inventory(PoolSection(path=str(tmp_path / "pool")))
@@ -388,7 +388,7 @@ def test_a_frame_of_pandas_as_pool(store: Store, tmp_path: Path):
     frame = pd.DataFrame({"jpg": jpgs, "caption": list("abcdefgh"), "n": range(8)}, index=list("ABCDEFGH"))
     frame.iloc[:8:2].to_parquet(tmp_path / "pool" / "a.parquet")
     frame.iloc[1:8:2].to_parquet(tmp_path / "pool" / "b.parquet")
-    from curate.inventory import take_inventory
+    from curate.pool.inventory import take_inventory
     from curate.recipe import PoolSection
 
     pool = take_inventory(PoolSection(path=str(tmp_path / "pool")))

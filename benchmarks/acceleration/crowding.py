@@ -20,9 +20,9 @@ import torch
 from benchmarks.acceleration.config import load_study
 from benchmarks.acceleration.loop import embed
 from benchmarks.acceleration.study import HERE, Job, load_parts, load_reference, make_model, spec_of
-from curate.encoder import Encoder
 from curate.jest import jointly_sample_batch, sub_batch_loss
-from curate.select import Scale, embeddings_of
+from curate.models.encoder import Encoder
+from curate.select.draw import Scale, embeddings_of
 
 THING = re.compile(r"a ((?:small|large) \w+ \w+)")
 METHODS: dict[str, dict[str, Any]] = {

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from benchmarks.acceleration.sets import Pairs
 from benchmarks.acceleration.variants import draw_by_scores, super_batch_losses
-from curate.encoder import Encoder
 from curate.errors import UserError
-from curate.evaluate import count_rivals, recall
+from curate.models.encoder import Encoder
+from curate.models.spec import EncoderSpec
+from curate.reader.evaluate import count_rivals, recall
 from curate.recipe import Section, SelectionSection, TrainSection
 from curate.seeds import derive_seed
-from curate.select import Candidates, Scale, Vectors, embeddings_of, needs_learner, select_sub_batch
-from curate.spec import EncoderSpec
-from curate.windows import EpochRange, key_order, keyed_rows, next_range
+from curate.select.draw import Candidates, Scale, Vectors, embeddings_of, needs_learner, select_sub_batch
+from curate.select.windows import EpochRange, key_order, keyed_rows, next_range
 from jobs.optimize import learning_rate, make_criterion, make_optimizer, take_step
 from jobs.ranks import Ranks
 

@@ -27,12 +27,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.acceleration.domains import DRAWN_OTHERS, boilerplate, near_duplicate
-from curate.embeddings import content_hash, halves
-from curate.encoder import Encoder
+from curate.embed.files import content_hash, halves
 from curate.errors import UserError
-from curate.images import Dropped, clean_caption, decode_image
-from curate.inventory import take_inventory
-from curate.pool import caption_bytes, image_bytes, read_batches
+from curate.models.encoder import Encoder
+from curate.pool.images import Dropped, clean_caption, decode_image
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import caption_bytes, image_bytes, read_batches
 from curate.recipe import PoolSection, Section
 from jobs.drawn_pool import draw_pair
 

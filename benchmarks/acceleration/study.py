@@ -31,12 +31,12 @@ from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
 from benchmarks.acceleration.report import write_report
 from benchmarks.acceleration.sets import WANTED, Pairs, load_pairs, make_set
 from benchmarks.acceleration.variants import without_near_duplicates
-from curate.encoder import Encoder
 from curate.errors import UserError
-from curate.models import OpenClip, create_model
+from curate.models.create import OpenClip, create_model
+from curate.models.encoder import Encoder
+from curate.models.spec import EncoderSpec
 from curate.recipe import EncoderSection
-from curate.select import Scale
-from curate.spec import EncoderSpec
+from curate.select.draw import Scale
 
 HERE = Path(__file__).parent
 FORMAT = 1

@@ -26,10 +26,10 @@ import pyarrow.parquet as pq
 import ray
 
 from benchmarks.dedup.planted import COPIES, D, planted
-from curate.embeddings import embedding_name, embedding_schema, pair_hashes
-from curate.pool import Columns, Pool, Shard
+from curate.embed.files import embedding_name, embedding_schema, pair_hashes
+from curate.models.spec import EncoderSpec
+from curate.pool.shards import Columns, Pool, Shard
 from curate.recipe import DedupSection
-from curate.spec import EncoderSpec
 from curate.storage import Store
 from pipelines.dedup import dedup_pool
 

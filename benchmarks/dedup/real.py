@@ -26,10 +26,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curate.dedup import read_dedup, read_dropped
-from curate.embeddings import embedding_name, read_embeddings, vectors
-from curate.neighbours import unit_rows
-from curate.pool import load_pool
+from curate.dedup.files import read_dedup, read_dropped
+from curate.dedup.neighbours import unit_rows
+from curate.embed.files import embedding_name, read_embeddings, vectors
+from curate.pool.shards import load_pool
 from curate.storage import Store
 
 mpl.use("agg")

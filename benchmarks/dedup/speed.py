@@ -35,9 +35,9 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from benchmarks.dedup.planted import COPIES, D, planted
-from curate.grouping import NODE, decide
-from curate.neighbours import Threshold, cell_count, near_pairs, sample_share, train_cells
-from curate.pool import Columns, Shard
+from curate.dedup.grouping import NODE, decide
+from curate.dedup.neighbours import Threshold, cell_count, near_pairs, sample_share, train_cells
+from curate.pool.shards import Columns, Shard
 from pipelines.neighbours import Compared, Rows, search_cells
 
 ROWS, THRESHOLD, TILE = 100_000, 0.95, 2048

@@ -1,0 +1,1 @@
+"""Near-duplicates: neighbours above a threshold, groups of them, and which row of each group stays."""

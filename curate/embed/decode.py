@@ -1,0 +1,176 @@
+"""Decode rows of a shard: in this process, watched; or, after a row killed it, in one that may be killed as well.
+
+Hostile bytes may crash a decoder or keep it busy for ever, which no `except` prevents. Whoever decodes in its own
+process is killed by the first kind, and by `watch` in the second; then it takes `Apart`, whose child does the decoding,
+so that the row is known by where the child stopped.
+"""
+
+import contextlib
+import faulthandler
+import functools
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from curate.errors import ClusterError
+from curate.pool.images import Dropped, clean_caption, decode_image
+
+WORKER_CRASH = "worker_crash"
+DECODE_TIMEOUT = "decode_timeout"
+DEADLINE_S = 30.0
+"""For one row: the largest picture that is accepted takes a few seconds on a slow CPU."""
+START_S = 120.0
+"""For a child to start and import what it needs, on a machine that is busy."""
+
+Crop = Callable[[PIL.Image.Image], npt.NDArray[np.uint8]]
+Row = tuple[bytes | None, bytes | None]
+"""Image and caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """What became of a row."""
+
+    status: str
+    error: str | None = None
+    pixels: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    """What each kind of encoder sees, [H, W, 3], by `Encoder.view`."""
+    caption: str = ""
+    size: tuple[int, int] | None = None
+    """Width and height, pixels, of a picture that was decoded."""
+
+
+def decode_row(row: Row, crops: Mapping[str, Crop]) -> Decoded:
+    """Decode one row for each kind of encoder."""
+    image, raw = row
+    try:
+        # The caption first: it costs nothing, and a row without one needs no decoding.
+        caption = clean_caption(raw)
+        picture = decode_image(image)
+    except Dropped as dropped:
+        return Decoded(status=dropped.reason, error=dropped.error)
+    pixels = {view: crop(picture) for view, crop in crops.items()}
+    return Decoded(status="ok", pixels=pixels, caption=caption, size=picture.size)
+
+
+class Watched:
+    """Decodes in this process, in as many threads as call it, and ends the process when a row hangs.
+
+    Python cannot interrupt a decoder that hangs; the C thread of `faulthandler` can end the process whatever it does.
+    """
+
+    def __init__(self, crops: Mapping[str, Crop], *, deadline_s: float = DEADLINE_S) -> None:
+        self._crops = crops
+        self._deadline_s = deadline_s
+        self._busy = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, rows: Sequence[Row]) -> list[Decoded]:
+        """Decode rows, in order."""
+        found = []
+        for row in rows:
+            with self._watch():
+                found.append(decode_row(row, self._crops))
+        return found
+
+    @contextlib.contextmanager
+    def _watch(self) -> Iterator[None]:
+        self._step(1)
+        try:
+            yield
+        finally:
+            self._step(-1)
+
+    def _step(self, change: int) -> None:
+        """A row begins or ends: from now on some other has to within the deadline, unless none is under way."""
+        with self._lock:
+            self._busy += change
+            if self._busy:
+                faulthandler.dump_traceback_later(self._deadline_s, exit=True, file=_nowhere())
+            else:
+                faulthandler.cancel_dump_traceback_later()
+
+
+@functools.cache
+def _nowhere() -> int:
+    """Where a trace goes that nobody is to read; open as long as this process."""
+    return os.open(os.devnull, os.O_WRONLY)
+
+
+class Apart:
+    """Decodes in a child process, one row after the other: a row that kills or holds it up costs the child alone."""
+
+    def __init__(self, crops: Mapping[str, Crop], *, deadline_s: float = DEADLINE_S) -> None:
+        self._crops = crops
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._child: tuple[SpawnProcess, Connection] | None = None
+
+    def __call__(self, rows: Sequence[Row]) -> list[Decoded]:
+        """Decode rows, in order; those that kill the child or hold it up have the status that says so."""
+        found: list[Decoded] = []
+        with self._lock:
+            while len(found) < len(rows):
+                found += self._rest(rows[len(found) :])
+        return found
+
+    def _rest(self, rows: Sequence[Row]) -> list[Decoded]:
+        """Rows up to the last one, or to the first that the child does not survive."""
+        process, pipe = self._child = self._child or self._start()
+        found: list[Decoded] = []
+        try:
+            pipe.send(rows)
+            for _ in rows:
+                if not pipe.poll(self._deadline_s):
+                    self.close()
+                    error = f"a decoder was still at it after {self._deadline_s:g} s"
+                    return [*found, Decoded(status=DECODE_TIMEOUT, error=error)]
+                found.append(pipe.recv())
+        except (EOFError, OSError):
+            process.join()
+            error = f"a decoder ended with exit status {process.exitcode}"
+            self.close()
+            return [*found, Decoded(status=WORKER_CRASH, error=error)]
+        return found
+
+    def _start(self) -> tuple[SpawnProcess, Connection]:
+        # Not a fork: of a process with threads, and with CUDA, none is sound.
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_decode_for, args=(theirs, self._crops), daemon=True)
+        process.start()
+        theirs.close()
+        if not ours.poll(START_S):
+            process.kill()
+            raise ClusterError(
+                f"a decoding process did not start within {START_S:g} s on a machine that is busy; lower "
+                "resources.workers or resources.threads, and run the same command again: what is done stays"
+            )
+        ours.recv()
+        return process, ours
+
+    def close(self) -> None:
+        """End the child; another one is started when it is needed."""
+        if self._child is not None:
+            process, pipe = self._child
+            self._child = None
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def _decode_for(pipe: Connection, crops: Mapping[str, Crop]) -> None:
+    """The child: answers each row of what it is sent, until nobody sends any more."""
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            for row in pipe.recv():
+                pipe.send(decode_row(row, crops))

@@ -1,0 +1,260 @@
+"""Learner and reference: open_clip models, named by what they are and loaded from the root everywhere.
+
+Whatever form a model comes in (open_clip name and tag, checkpoint file, folder, JSON config), it is stored once in
+the root as an open_clip `local-dir` folder under the hash of its content. Workers load that, so a cluster needs no
+shared disk beside the root, and `open_clip.create_model("local-dir:…/models/<sha>")` opens it anywhere.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import open_clip
+import PIL.Image
+import safetensors.torch
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchvision.transforms import Compose, Normalize, ToTensor
+
+from curate.errors import UserError
+from curate.models.create import CONFIG_NAME, OpenClip, create_model, open_folder
+from curate.models.hub import without_hub
+from curate.models.spec import WEIGHTS_NAME, EncoderSpec
+from curate.recipe import DeviceType, EncoderSection, Precision
+from curate.storage import Store
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The pixels that a model sees of a picture, [H, W, 3]; goes to other processes, where the model need not."""
+
+    transform: Compose
+
+    def __call__(self, image: PIL.Image.Image) -> npt.NDArray[np.uint8]:
+        """Crop one picture."""
+        return np.asarray(self.transform(image))
+
+
+class Encoder:
+    """A loaded model with its own transform and tokenizer; `encode` is the whole interface."""
+
+    def __init__(self, spec: EncoderSpec, model: Any, tokenizer: Any, device: torch.device) -> None:
+        self.spec = spec
+        self.device = device
+        self.model = model.eval().requires_grad_(False)
+        self.tokenize: Callable[[Sequence[str]], Tensor] = tokenizer
+        # open_clip's transform, cut before its last two steps: 8-bit pixels are a quarter of the floats to hold and
+        # to send, and the same division by 255 and normalisation of a whole batch gives the same floats.
+        *crop, to_tensor, self._shift = eval_transform(self.model).transforms
+        assert isinstance(to_tensor, ToTensor), to_tensor
+        assert isinstance(self._shift, Normalize), self._shift
+        self.crop = Crop(Compose(crop))
+        # Not the transform's own repr, which tells no fill colour.
+        cfg = _preprocess_cfg(self.model)
+        self.view = repr((cfg.size, cfg.interpolation, cfg.resize_mode, cfg.fill_color))
+        """Encoders with equal views see equal pixels before normalisation."""
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pixels uint8 [n, H, W, 3] on any device as open_clip's transform ends with them, float32 [n, 3, H, W]."""
+        images: Tensor = self._shift(pixels.permute(0, 3, 1, 2).contiguous().float().div(255))
+        return images
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of pairs.
+
+        Args:
+            pixels: uint8 [n, H, W, 3] as `crop` makes them.
+            texts: int64 [n, L] as `tokenize` makes them.
+
+        Returns:
+            zimg and ztxt, float32 [n, D] on the CPU; a row may be non-finite or zero, which is the caller's to judge.
+        """
+        bf16 = self.spec.precision == "bf16"
+        images = self.normalize(pixels.to(self.device, non_blocking=True))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            zimg = self.model.encode_image(images, normalize=False)
+            ztxt = self.model.encode_text(texts.to(self.device, non_blocking=True), normalize=False)
+        # In float32: in bfloat16 a row that was divided by its norm is up to 0.3 % off unit length.
+        return normalize(zimg.float(), dim=-1).cpu(), normalize(ztxt.float(), dim=-1).cpu()
+
+
+def load_encoder(store: Store, spec: EncoderSpec, device: torch.device) -> Encoder:
+    """Load a model from the root to embed with; raises as `load_model`."""
+    model, _, tokenizer = load_model(store, spec, device)
+    return Encoder(spec, model, tokenizer, device)
+
+
+def load_model(store: Store, spec: EncoderSpec, device: torch.device) -> OpenClip:
+    """Load a model from the root to train on.
+
+    Raises:
+        UserError: if the stored files are not the ones that the record names.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = store.local_path(spec.folder) or fetch_model(store, spec, Path(scratch))
+        weights, config = folder / WEIGHTS_NAME, folder / CONFIG_NAME
+        found = _sha256(weights) if weights.is_file() else "none"
+        if found != spec.weights_sha256:
+            raise UserError(
+                f"{spec.folder}/{WEIGHTS_NAME}: expected sha256 {spec.weights_sha256[:12]}, found {found[:12]}; "
+                "the file was changed after it was stored: restore it from a copy of the root"
+            )
+        if not config.is_file() or _identity(folder, found) != spec.model:
+            raise UserError(
+                f"{spec.folder}/{CONFIG_NAME}: expected the configuration and tokenizer that its folder names, found "
+                "others; one was changed after it was stored: restore the folder from a copy of the root"
+            )
+        with without_hub():  # all that a model needs lies in its folder
+            return open_folder(folder, device=device)
+
+
+def fetch_model(store: Store, spec: EncoderSpec, folder: Path) -> Path:
+    """Copy a model out of the root, as a folder that open_clip's `local-dir:` opens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in store.list(spec.folder):
+        with store.open_input(name) as source, (folder / Path(name).name).open("wb") as target:
+            shutil.copyfileobj(source, target, 2**24)
+    return folder
+
+
+def store_encoder(
+    store: Store, section: EncoderSection, *, role: str, base: Path, seed: int, device_type: DeviceType = "cpu"
+) -> EncoderSpec:
+    """Make the model that a recipe names and store it in the root, unless it is there already.
+
+    Args:
+        store: the root.
+        section: the recipe's `[reference]` or `[learner]`.
+        role: `reference` or `learner`, for messages.
+        base: the recipe's folder, where JSON configs lie; other paths start at the working directory.
+        seed: of random weights, where the recipe names no pretrained ones.
+        device_type: what the model will run on.
+
+    Raises:
+        UserError: unknown model or tag, weights that are missing, do not fit or are not finite, an untrusted pickle, a
+            hub that does not answer.
+    """
+    model, config, tokenizer = create_model(section, role=role, base=base, seed=seed)
+    return store_model(
+        store, model, config, tokenizer, source=section.source, precision=section.precision_on(device_type)
+    )
+
+
+def store_model(
+    store: Store,
+    model: torch.nn.Module,
+    config: dict[str, Any],
+    tokenizer: Any,
+    *,
+    source: str,
+    precision: Precision = "fp32",
+) -> EncoderSpec:
+    """Write an open_clip model as `models/<sha>/`; its name is its content, so doing it twice changes nothing.
+
+    Raises:
+        UserError: a weight is not finite: nothing that such a model embeds can be used.
+    """
+    check_storable(model, config, source=source)
+    with store.local_scratch() as scratch:
+        folder = scratch / "model"
+        folder.mkdir()
+        (folder / CONFIG_NAME).write_text(json.dumps(_stored_config(model, config), indent=2))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        safetensors.torch.save_file(tensors, folder / WEIGHTS_NAME)
+        if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer):
+            tokenizer.save_pretrained(folder)
+        if (text := _hub_text_tower(model)) is not None:
+            text.config.save_pretrained(folder)
+        weights = _sha256(folder / WEIGHTS_NAME)
+        spec = EncoderSpec(
+            model=_identity(folder, weights),
+            source=source,
+            weights_sha256=weights,
+            embed_dim=config["embed_dim"],
+            logit_scale=float(tensors["logit_scale"].exp()),
+            logit_bias=float(tensors["logit_bias"]) if "logit_bias" in tensors else 0.0,
+            precision=precision,
+        )
+        # The configuration goes last: a folder that has one is complete.
+        if not store.exists(f"{spec.folder}/{CONFIG_NAME}"):
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+                store.put_file(path, f"{spec.folder}/{path.name}")
+    return spec
+
+
+def check_storable(model: torch.nn.Module, config: dict[str, Any], *, source: str) -> None:
+    """Check a model as `store_model` does, and write nothing.
+
+    Raises:
+        UserError: as `store_model`.
+    """
+    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{source}: the weights {broken} are not all finite; take a checkpoint from before they broke")
+    _stored_config(model, config)
+
+
+def _hub_text_tower(model: Any) -> Any | None:
+    """The text tower if it is one of transformers', else None."""
+    text = getattr(model, "text", None)
+    return text if isinstance(text, open_clip.hf_model.HFTextEncoder) else None
+
+
+def is_two_towers(model: Any) -> bool:
+    """Whether a model's forward pass returns both embeddings, the scale and, if it has one, the bias."""
+    return isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP) and not model.output_dict
+
+
+def eval_transform(model: Any) -> Compose:
+    """open_clip's own transform for inference: the pixels that scores and plain training see."""
+    return image_transform_v2(_preprocess_cfg(model), is_train=False)
+
+
+def _preprocess_cfg(model: Any) -> PreprocessCfg:
+    """What open_clip's transform for a model is made from."""
+    return PreprocessCfg(**model.visual.preprocess_cfg)
+
+
+def _stored_config(model: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """What an open_clip `local-dir` folder says of a model; of its transform all that open_clip would not do by itself.
+
+    As `save_config_for_hf` has it, and what that leaves out: without its fill colour a picture that is padded embeds
+    differently. The size is the model's own when it is loaded.
+
+    Raises:
+        UserError: the transform has another size than the model.
+    """
+    cfg = _preprocess_cfg(model)
+    own = model.visual.image_size
+    if tuple(open_clip.utils.to_2tuple(cfg.size)) != tuple(open_clip.utils.to_2tuple(own)):
+        raise UserError(
+            f"the model's transform makes pictures of {cfg.size}, its image tower takes {own}; make them equal"
+        )
+    always = {name: getattr(cfg, name) for name in ("mean", "std", "interpolation", "resize_mode")}
+    usual = asdict(PreprocessCfg())
+    others = {name: value for name, value in asdict(cfg).items() if name != "size" and value != usual[name]}
+    return {"model_cfg": config, "preprocess_cfg": always | others}
+
+
+def _identity(folder: Path, weights_sha256: str) -> str:
+    """Name of a model: hash of its configuration, of the hash of its weights, and of what else lies in its folder."""
+    digest = hashlib.sha256((folder / CONFIG_NAME).read_bytes() + weights_sha256.encode())
+    for path in sorted(folder.iterdir()):
+        if path.name not in (CONFIG_NAME, WEIGHTS_NAME):  # of a tokenizer of its own, and of a text tower
+            digest.update(f"{path.name} {_sha256(path)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,295 @@
+"""CuratedReader: committed rounds as exact training batches, for one rank or many.
+
+A sub-batch was chosen as a whole, so a batch is exactly one sub-batch, its rows in the order drawn, never mixed with
+another's. On N ranks each rank reads its own slice. The whole state is one integer: the number, counted from the first
+row of round 0, of the next batch; so training may go on with another number of ranks and reads the same order.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from curate.errors import CurateError, UserError
+from curate.messages import one_line
+from curate.parquet import open_table
+from curate.pool.images import clean_caption, decode_image
+from curate.pool.shards import ADDED_COLUMN, caption_bytes, image_bytes
+from curate.rounds.manifest import CuratedFile, Manifest, manifest_name, read_manifest, round_folder
+from curate.rounds.stream import await_round
+from curate.storage import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """This rank's slice of one sub-batch, b/W rows in the order drawn."""
+
+    number: int
+    """Of the batch, counted from round 0 on."""
+    round: int
+    sub_batch: int
+    last: bool
+    """Whether its round ends with it: a good moment to publish a learner."""
+    uids: list[str]
+    images: Tensor | list[PIL.Image.Image]
+    """[b/W, 3, H, W] if the reader was given `preprocess`, else pictures."""
+    texts: Tensor | list[str]
+    """[b/W, L] if the reader was given `tokenize`, else captions."""
+
+    def pin_memory(self) -> "Batch":
+        """What `DataLoader(pin_memory=True)` calls."""
+        pinned = {
+            name: value.pin_memory() for name in ("images", "texts") if isinstance(value := getattr(self, name), Tensor)
+        }
+        return Batch(**self.__dict__ | pinned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where one batch lies: all that a worker process needs to read it."""
+
+    number: int
+    round: int
+    sub_batch: int
+    last: bool
+    file: str
+    first_row: int
+    rows: int
+    image: str
+    caption: str
+
+
+class CuratedReader:
+    """Iterate over the batches of committed rounds, in order.
+
+    Args:
+        root: the root of the curation, as in the recipe.
+        rank: of this process.
+        world_size: number of ranks; must divide b.
+        preprocess: open_clip's transform of a picture; pictures are returned as they are if None.
+        tokenize: open_clip's tokenizer; captions are returned as they are if None.
+        workers: processes that read, decode and tokenise ahead; batches come in order all the same.
+        batch_size: global batch size that the trainer is about to use; refused unless it is b.
+        follow: wait for the next round where the committed ones end, until somebody ends the stream.
+        timeout_s: with `follow`, how long to wait for a round; for ever if None.
+        verify: also hash each file, whole, when it is first opened. Without it the size of a file is compared, and each
+            page that is read with its checksum.
+
+    Raises:
+        UserError: no such root, b not divisible by `world_size`, another batch size, a damaged file or manifest.
+        StreamStalledError: with `follow`, neither a round nor the end of the stream came within `timeout_s`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        preprocess: Callable[[PIL.Image.Image], Tensor] | None = None,
+        tokenize: Callable[[list[str]], Tensor] | None = None,
+        workers: int = 0,
+        batch_size: int | None = None,
+        follow: bool = False,
+        timeout_s: float | None = None,
+        verify: bool = False,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank = {rank}: must be at least 0 and below world_size = {world_size}")
+        self.store = Store(root)
+        self.rank = rank
+        self.world_size = world_size
+        self.batch_size = batch_size
+        self.follow = follow
+        self.timeout_s = timeout_s
+        self.verify = verify
+        self.workers = workers
+        self._next = 0
+        self._passed: list[tuple[str, int]] = []  # sha256 and stop_batch of the rounds that lie behind
+        self._batches = _Batches(self.store, preprocess, tokenize)
+
+    def state_dict(self) -> dict[str, int]:
+        """`{"next_batch": n}`: what has been handed out, whatever the workers have read ahead."""
+        return {"next_batch": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on at the batch that a `state_dict` names, of this or any other number of ranks.
+
+        Raises:
+            UserError: not the state of a reader.
+        """
+        number = state.get("next_batch")
+        if not isinstance(number, int) or number < 0:
+            raise UserError(f"state: expected {{'next_batch': n}} with n at least 0, found {state!r}")
+        self._next = number
+
+    def __iter__(self) -> Generator[Batch]:
+        places = _Places()
+        loader: DataLoader[Batch | CurateError] = DataLoader(
+            self._batches,
+            batch_size=None,
+            sampler=places,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+        )
+        # A round once read is not read again, but for those that an earlier state goes back to.
+        while self._passed and self._passed[-1][1] > self._next:
+            self._passed.pop()
+        try:
+            while (found := self._read_round(len(self._passed))) is not None:
+                manifest, digest = found
+                self._check_parent(manifest)
+                if self._next < manifest.stop_batch:
+                    self._check_sizes(manifest)
+                    self._check_files(manifest)
+                    places.places = self._of_round(manifest)[self._next - manifest.first_batch :]
+                    for batch in loader:
+                        if isinstance(batch, CurateError):
+                            raise copy.copy(batch)  # anew: one that this frame holds would keep it alive
+                        self._next = batch.number + 1
+                        yield batch
+                self._passed.append((digest, manifest.stop_batch))
+        finally:
+            del loader  # its workers end now; the garbage collector would wait 5 s for each of them
+        stop = self._passed[-1][1] if self._passed else 0
+        if self._next > stop:
+            raise UserError(
+                f"{self.store.url}: the state says that batch {self._next} is next, but the committed rounds hold only "
+                f"{stop}; the state belongs to another root"
+            )
+
+    def _read_round(self, number: int) -> tuple[Manifest, str] | None:
+        """The manifest of a round, with `follow` once it is there; None where the stream ends."""
+        if self.follow:
+            return await_round(self.store, number, timeout_s=self.timeout_s)
+        found = read_manifest(self.store, number)
+        if found is None and number == 0:
+            raise UserError(f"{self.store.url}: expected a committed round, found none; run: curate round RECIPE")
+        return found
+
+    def _check_parent(self, manifest: Manifest) -> None:
+        parent, stop = self._passed[-1] if self._passed else (None, 0)
+        if (manifest.parent, manifest.first_batch) != (parent, stop):
+            raise UserError(
+                f"{manifest_name(manifest.round)}: its parent is {manifest.parent}, but round {manifest.round - 1} as "
+                f"read here is {parent}; the rounds of two roots are mixed: restore the root"
+            )
+
+    def _check_sizes(self, manifest: Manifest) -> None:
+        name = manifest_name(manifest.round)
+        b = manifest.sub_batch_size
+        if b % self.world_size:
+            raise UserError(
+                f"{name}: {b} pairs per batch do not divide over {self.world_size} ranks; use a divisor of {b}"
+            )
+        if self.batch_size not in (None, b):
+            raise UserError(
+                f"{name}: its batches hold {b} pairs and were chosen as wholes, the trainer asked for "
+                f"{self.batch_size}; train with batches of {b}, or curate with sub_batch_size = {self.batch_size}"
+            )
+
+    def _check_files(self, manifest: Manifest) -> None:
+        for file in manifest.files:
+            self._check_file(file, f"{round_folder(manifest.round)}/{file.name}")
+
+    def _check_file(self, file: CuratedFile, name: str) -> None:
+        size = self.store.size(name)
+        if size != file.size:
+            raise UserError(f"{name}: expected {file.size} bytes, found {size}; restore the file")
+        if self.verify:
+            with self.store.open_input(name) as handle:
+                found = hashlib.file_digest(handle, "sha256").hexdigest()
+            if found != file.sha256:
+                raise UserError(f"{name}: expected sha256 {file.sha256[:12]}, found {found[:12]}; restore the file")
+
+    def _of_round(self, manifest: Manifest) -> list[_Place]:
+        """This rank's slice of each sub-batch of a round."""
+        b = manifest.sub_batch_size
+        share = b // self.world_size
+        return [
+            _Place(
+                number=manifest.first_batch + sub_batch,
+                round=manifest.round,
+                sub_batch=sub_batch,
+                last=sub_batch + 1 == manifest.sub_batches,
+                file=f"{round_folder(manifest.round)}/{file.name}",
+                first_row=(sub_batch - file.first_sub_batch) * b + self.rank * share,
+                rows=share,
+                image=str(manifest.columns["image"]),
+                caption=str(manifest.columns["caption"]),
+            )
+            for file in sorted(manifest.files, key=lambda file: file.first_sub_batch)
+            for sub_batch in range(file.first_sub_batch, file.first_sub_batch + file.sub_batches)
+        ]
+
+
+class _Places(Sampler[_Place]):
+    """The places of one round. The loader keeps its workers from round to round and asks here what to read."""
+
+    def __init__(self) -> None:
+        self.places: Sequence[_Place] = ()
+
+    def __iter__(self) -> Iterator[_Place]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class _Batches(Dataset[Batch | CurateError]):
+    """From a place to the batch that lies there: the work of a worker process.
+
+    A mistake is returned, not raised: on its way from a worker a raised one becomes a traceback.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        preprocess: Callable[[PIL.Image.Image], Tensor] | None,
+        tokenize: Callable[[list[str]], Tensor] | None,
+    ) -> None:
+        self.store = store
+        self.preprocess = preprocess
+        self.tokenize = tokenize
+
+    def __getitem__(self, place: _Place) -> Batch | CurateError:
+        # Published images were decoded once before, so this cannot fail but for damage on the way; and a damaged
+        # file makes pyarrow raise whatever it likes.
+        try:
+            rows = _read_rows(self.store, place)
+            images = [decode_image(data) for data in image_bytes(rows.column(place.image)).to_pylist()]
+            captions = [clean_caption(raw) for raw in caption_bytes(rows.column(place.caption)).to_pylist()]
+            uids = rows.column(ADDED_COLUMN).field("uid").to_pylist()
+        except CurateError as error:  # the store refused or failed, or the file is damaged
+            return error
+        except Exception as error:
+            reason = one_line(error)
+            where = f"{place.file}: cannot be read at sub-batch {place.sub_batch}"
+            return UserError(f"{where} ({reason}); restore the file")
+        return Batch(
+            number=place.number,
+            round=place.round,
+            sub_batch=place.sub_batch,
+            last=place.last,
+            uids=uids,
+            images=torch.stack([self.preprocess(image) for image in images]) if self.preprocess else images,
+            texts=self.tokenize(captions) if self.tokenize else captions,
+        )
+
+
+def _read_rows(store: Store, place: _Place) -> Any:
+    """The rows of a place as one record batch; only the row groups that they lie in are read."""
+    with open_table(store, place.file) as parquet:
+        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+        ends = np.cumsum(sizes)
+        first, last = np.searchsorted(ends, [place.first_row, place.first_row + place.rows - 1], side="right")
+        table = parquet.read_row_groups(range(first, last + 1), columns=[place.image, place.caption, ADDED_COLUMN])
+    start = place.first_row - int(ends[first] - sizes[first])
+    return table.slice(start, place.rows).combine_chunks().to_batches()[0]

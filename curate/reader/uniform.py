@@ -1,0 +1,115 @@
+"""Uniform batches straight from a pool: what a learner is trained on without curation."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+from curate.errors import ShardDamagedError, UserError
+from curate.pool.images import Dropped, clean_caption, decode_image
+from curate.pool.shards import Pool, caption_bytes, image_bytes, read_batches
+from curate.seeds import derive_seed
+
+SHUFFLED_ROWS = 65_536
+"""Encoded rows that are held and mixed: a pool below this size is shuffled perfectly, a larger one in stretches."""
+READ_ROWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformBatch:
+    """Pairs drawn without regard to what they are."""
+
+    number: int
+    """Of the batch, counted from the first of epoch 0."""
+    images: Tensor
+    """[b, 3, H, W]"""
+    texts: Tensor
+    """[b, L]"""
+
+
+def uniform_batches(
+    pool: Pool,
+    batch_size: int,
+    *,
+    seed: int,
+    preprocess: Callable[[PIL.Image.Image], Tensor],
+    tokenize: Callable[[list[str]], Tensor],
+    threads: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[UniformBatch]:
+    """Endless batches, epoch after epoch in new orders; rows that cannot be used are passed over.
+
+    Args:
+        pool: the inventory.
+        batch_size: b.
+        seed: of the recipe.
+        preprocess: open_clip's transform.
+        tokenize: open_clip's tokenizer.
+        threads: that decode.
+        rank: whose slice of each batch is given; b divides by `world_size`.
+        world_size: number of ranks, each of which decodes all, because a row's place depends on those before it.
+
+    Raises:
+        UserError: a whole epoch holds fewer than b usable rows, or b does not divide by `world_size`.
+        InputChangedError: a shard is not the file that was inventoried, or is damaged and not to be skipped.
+    """
+    if batch_size % world_size:
+        raise UserError(f"{batch_size} pairs per batch do not divide over {world_size} ranks; use a divisor")
+    share = batch_size // world_size
+    number = 0
+    with ThreadPoolExecutor(threads) as executor:
+        pairs: list[tuple[Tensor, str]] = []
+        for epoch in range(2**31):
+            found = 0
+            for rows in _shuffled(pool, np.random.default_rng(derive_seed(seed, "uniform", epoch))):
+                for start in range(0, len(rows), batch_size):
+                    decoded = executor.map(
+                        lambda row: _usable(row[0], row[1], preprocess), rows[start : start + batch_size]
+                    )
+                    usable = [pair for pair in decoded if pair is not None]
+                    found += len(usable)
+                    pairs += usable
+                    while len(pairs) >= batch_size:
+                        mine, pairs = pairs[rank * share : (rank + 1) * share], pairs[batch_size:]
+                        images = torch.stack([image for image, _ in mine])
+                        texts = tokenize([caption for _, caption in mine])
+                        yield UniformBatch(number=number, images=images, texts=texts)
+                        number += 1
+            if found < batch_size:
+                raise UserError(f"pool: {found} of {pool.rows} rows can be used, a batch wants {batch_size}")
+
+
+def _shuffled(pool: Pool, rng: np.random.Generator) -> Iterator[list[tuple[bytes | None, bytes | None]]]:
+    """Stretches of at most `SHUFFLED_ROWS` encoded rows, shards in random order, rows mixed within a stretch.
+
+    Of a damaged shard, where bad ones are skipped, those before the damage.
+    """
+    held: list[tuple[bytes | None, bytes | None]] = []
+    columns = [pool.columns.image, pool.columns.caption]
+    for index in rng.permutation(len(pool.shards)):
+        try:
+            for batch in read_batches(pool.shards[index], columns, batch_rows=READ_ROWS):
+                images = image_bytes(batch.column(columns[0])).to_pylist()
+                held += zip(images, caption_bytes(batch.column(columns[1])).to_pylist(), strict=True)
+                if len(held) >= SHUFFLED_ROWS:
+                    yield [held[i] for i in rng.permutation(len(held))]
+                    held = []
+        except ShardDamagedError:
+            if pool.on_bad_shard == "fail":
+                raise
+    yield [held[i] for i in rng.permutation(len(held))]
+
+
+def _usable(
+    data: bytes | None, raw: bytes | None, preprocess: Callable[[PIL.Image.Image], Tensor]
+) -> tuple[Tensor, str] | None:
+    try:
+        caption = clean_caption(raw)
+        return preprocess(decode_image(data)), caption
+    except Dropped:
+        return None

@@ -1,0 +1,131 @@
+"""Garbage: what lies in a root and is needed by nobody any more, after a period of grace.
+
+Never what a reader or a trainer may still read (manifests, curated files, learners, models, checkpoints), what a round
+in progress has made, what a later round compares with or `curate show` explains rounds by (the selected rows of
+committed rounds, their index and windows), or the embeddings of a reference. Of a candidate that was not chosen `show`
+knows the learner's loss no more.
+"""
+
+import contextlib
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from curate.models.learners import newest_learner, read_learner
+from curate.rounds.manifest import Manifest, last_round, read_manifest, round_folder, steps_folder
+from curate.rounds.plan import Plan, plan_name
+from curate.storage import Store
+
+GRACE_S = 24 * 3600.0
+SCOPE = re.compile(r"embeddings/[^/]+/(window|sample)-[^/]+")
+PARTS = re.compile(r"(rounds/[^/]+/steps-[^/]+|windows/[^/]+|(index|dedup)/[^/]+/[^/]+)/[a-z]+(-[^/.]+)*-\d{6}")
+"""Files of parts, which whoever wants them makes again: alone among a root's files they have no suffix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Garbage:
+    """A file that can go."""
+
+    kind: str
+    """Why, for people."""
+    name: str
+    """Within the root; or, of what a killed process left on a local disk, its path."""
+    size: int
+
+
+Old = Callable[[str, str], Iterator[Garbage]]
+"""From a kind and a name: the file, if it is there and old enough."""
+
+
+def find_garbage(store: Store, *, grace_s: float = GRACE_S, now: float | None = None) -> Iterator[Garbage]:
+    """What can go, by kinds. Reads every manifest and every learner's record: a job that is run once in a while.
+
+    Args:
+        store: the root.
+        grace_s: files that were written less than so many seconds ago stay, whatever they are.
+        now: seconds since 1970; the time of this machine if None. A store has a clock of its own: grace covers both.
+    """
+    until = (time.time() if now is None else now) - grace_s
+
+    def old(kind: str, name: str) -> Iterator[Garbage]:
+        written, size = store.modified(name), store.size(name)
+        if written is not None and size is not None and written <= until:
+            yield Garbage(kind=kind, name=name, size=size)
+
+    newest = last_round(store)
+    rounds = [found[0] for number in range(newest + 1) if (found := read_manifest(store, number))]
+    yield from _of_learners(store, rounds, old)
+    for manifest in rounds:
+        yield from _of_round(store, round_folder(manifest.round), manifest, old)
+    for folder in (
+        *store.list("windows"),
+        *(inner for kind in ("index", "dedup") for outer in store.list(kind) for inner in store.list(outer)),
+    ):
+        for name in store.list(folder):
+            if PARTS.fullmatch(name):
+                yield from old("parts that a killed step left", name)
+    yield from _of_killed(store, until)
+
+
+def _of_learners(store: Store, rounds: Sequence[Manifest], old: Old) -> Iterator[Garbage]:
+    """Embeddings by learners that are neither the newest, nor the newest round's, nor that of a round in progress."""
+    kept = {manifest.lineage["reference"]["model"] for manifest in rounds}
+    if rounds and rounds[-1].lineage["learner"]:
+        kept.add(rounds[-1].lineage["learner"]["model"])
+    begun = plan_name(len(rounds))
+    if store.exists(begun):
+        plan = Plan.from_bytes(store.read_bytes(begun), begun)
+        kept |= {plan.reference.model, *([plan.learner.model] if plan.learner else [])}
+    newest = newest_learner(store)
+    if newest is None:
+        return
+    learners = set()
+    for number in range(newest.number):
+        with contextlib.suppress(FileNotFoundError):  # a trainer may pass over numbers
+            learners.add(read_learner(store, number).encoder.model)
+    for folder in store.list("embeddings"):
+        if folder.rpartition("/")[2].partition("-")[0] not in learners - kept - {newest.encoder.model}:
+            continue
+        for name in store.list(folder):
+            for file in store.list(name) if SCOPE.fullmatch(name) else [name]:
+                yield from old("embeddings by learners that no round scores with any more", file)
+
+
+def _of_round(store: Store, folder: str, manifest: Manifest, old: Old) -> Iterator[Garbage]:
+    """What a committed round did not need: steps of other plans, and curated files that no manifest names."""
+    steps = steps_folder(manifest.round, manifest.lineage["plan"])
+    named = {f"{folder}/{file.name}" for file in manifest.files}
+    for name in store.list(folder):
+        if "/steps-" in name:
+            for file in store.list(name):
+                if name != steps:
+                    yield from old("steps of attempts that were not committed", file)
+                elif PARTS.fullmatch(file):
+                    yield from old("parts that a killed step left", file)
+        elif "/curated-" in name and name not in named:
+            yield from old("curated files that no manifest names", name)
+
+
+def _of_killed(store: Store, until: float) -> Iterator[Garbage]:
+    """Temporary files and folders of killed processes, which only a local root has."""
+    place = store.local_path("root")
+    if place is None:
+        return
+    for path in sorted([*place.parent.rglob(".tmp-*"), *place.parent.rglob(".probe-*")]):
+        if path.exists() and path.stat().st_mtime <= until:
+            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            size = sum(file.stat().st_size for file in files)
+            yield Garbage(kind="temporary files of killed processes", name=str(path), size=size)
+
+
+def remove_garbage(store: Store, garbage: Garbage) -> None:
+    """Remove it; nothing to do if somebody else did."""
+    if not Path(garbage.name).is_absolute():
+        store.delete(garbage.name)
+    elif Path(garbage.name).is_dir():
+        shutil.rmtree(garbage.name, ignore_errors=True)
+    else:
+        Path(garbage.name).unlink(missing_ok=True)
