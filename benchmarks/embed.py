@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -111,29 +112,36 @@ def make_pool(folder: Path, rows: int, shards: int, image_size: int) -> Pool:
 
 
 def bare_rate(pool: Pool, encoder: Encoder, seconds: float = 4.0) -> float:
-    """Rows a second that one thread decodes and crops, and does nothing else with."""
+    """Rows that one thread decodes and crops in a second of CPU time, and does nothing else with."""
     table = pq.read_table(pool.shards[0].path, columns=["jpg", "caption"])
     rows = list(zip(table["jpg"].to_pylist(), table["caption"].cast("binary").to_pylist(), strict=True))
-    crops, begun, count = {encoder.view: encoder.crop}, time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
+    crops, begun, count = {encoder.view: encoder.crop}, time.thread_time(), 0
+    while time.thread_time() - begun < seconds:
         decode_row(rows[count % len(rows)], crops)
         count += 1
-    return count / (time.perf_counter() - begun)
+    return count / (time.thread_time() - begun)
 
 
-def drive(pool: Pool, driven: Driven, store: Store, settings: EmbedSection, at_once: int, **how: Any) -> float:
-    """Embed a pool as one actor does; returns seconds, the start of the loader not counted."""
+def drive(
+    pool: Pool, driven: Driven, store: Store, settings: EmbedSection, at_once: int, **how: Any
+) -> tuple[float, float]:
+    """Embed a pool as one actor does; returns seconds, and CPU seconds of its loaders, their start not counted."""
     embedder = Embedder({"x": driven}, settings, **how)  # type: ignore[dict-item]
     embedder.embed(pool.shards[0], {"x": "warm"}, store)
     driven.calls.clear()
     driven.events.clear()
-    begun = time.perf_counter()
+    begun, spent = time.perf_counter(), children_s()
     with ThreadPoolExecutor(at_once) as callers:
         for found in [callers.submit(embedder.embed, s, {"x": f"x/{s.index}"}, store) for s in pool.shards]:
             found.result()
-    took = time.perf_counter() - begun
+    took, spent = time.perf_counter() - begun, children_s() - spent
     embedder.close()
-    return took
+    return took, spent
+
+
+def children_s() -> float:
+    """CPU time, s, of all processes below this one."""
+    return sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children(recursive=True))
 
 
 def serve(latency_ms: float) -> None:
@@ -225,16 +233,15 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
         pool, store, server = on_s3(pool, args.latency_ms)
     driven = Driven(encoder, None if args.model else args.wait_ms / 1000, args.batch_size)
     try:
-        took = drive(pool, driven, store, settings, 4, loaders=args.loaders)
+        took, spent = drive(pool, driven, store, settings, 4, loaders=args.loaders)
     finally:
         if server is not None:
             server.kill()
     found = driven.report()
-    workers = max(1, args.loaders)
     found |= {
         "rows_per_s": pool.rows / took,
-        "bare_rows_per_s": bare,
-        "of_bare_per_worker": pool.rows / took / workers / bare,
+        "bare_rows_per_cpu_s": bare,
+        "of_bare_per_worker": pool.rows / spent / bare if spent else np.nan,
     }
     if args.device == "cuda":
         rate = matmul_rate()
