@@ -139,6 +139,11 @@ class EmbedSection(Section):
 
     batch_size: int = Field(256, ge=1, description="pairs per forward pass")
     chunk_rows: int = Field(1024, ge=1, description="rows decoded ahead while the model runs")
+    exact_pixels: bool = Field(
+        False,
+        description="resize as open_clip's transform does to the last bit, when embedding and in `curate train`; "
+        "PENDING; another choice embeds the pool anew",
+    )
 
 
 class EvaluationSet(Section):
@@ -386,6 +391,8 @@ class Recipe(Section):
     def of_round(self) -> dict[str, Any]:
         """The fields that decide what a round contains, as stored in its plan and its manifest."""
         fields = self.model_dump(mode="json", exclude={"root", "resources", "train", "evaluate", "schedule"})
+        if self.embed.exact_pixels:
+            del fields["embed"]["exact_pixels"]  # rounds that were begun before there was a choice
         del fields["pool"]["max_dropped_share"]  # when a round stops: one that was stopped goes on if it is raised
         if self.dedup is not None:
             del fields["dedup"]["max_dropped_share"]  # likewise
