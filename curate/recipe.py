@@ -141,8 +141,9 @@ class EmbedSection(Section):
     chunk_rows: int = Field(1024, ge=1, description="rows decoded ahead while the model runs")
     exact_pixels: bool = Field(
         False,
-        description="resize as open_clip's transform does to the last bit, when embedding and in `curate train`; "
-        "PENDING; another choice embeds the pool anew",
+        description="embed and train on the pixels of open_clip's transform to the last bit; without it they are up to "
+        "2 levels off (1 - cos of embeddings at most 1e-7, random ViT-B/32) in .4 of its time; changed, the pool is "
+        "embedded anew",
     )
 
 
