@@ -5,23 +5,21 @@ the root as an open_clip `local-dir` folder under the hash of its content. Worke
 shared disk beside the root, and `open_clip.create_model("local-dir:…/models/<sha>")` opens it anywhere.
 """
 
+import functools
 import hashlib
 import json
 import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import open_clip
-import PIL.Image
 import safetensors.torch
 import torch
-from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transform import MaybeConvertMode, PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -29,6 +27,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 from curate.errors import UserError
 from curate.models.causal import CausalTexts
 from curate.models.create import CONFIG_NAME, OpenClip, create_model, open_folder
+from curate.models.crop import Crop
 from curate.models.hub import without_hub
 from curate.models.spec import WEIGHTS_NAME, EncoderSpec
 from curate.recipe import DeviceType, EncoderSection, Precision
@@ -36,17 +35,6 @@ from curate.storage import Store
 
 CACHED_FLOATS = 2**17
 """Normalised together on a CPU: half a megabyte, which the second cache of a core holds."""
-
-
-@dataclass(frozen=True)
-class Crop:
-    """The pixels that a model sees of a picture, [H, W, 3]; goes to other processes, where the model need not."""
-
-    transform: Compose
-
-    def __call__(self, image: PIL.Image.Image) -> npt.NDArray[np.uint8]:
-        """Crop one picture."""
-        return np.asarray(self.transform(image))
 
 
 class Encoder:
@@ -68,19 +56,14 @@ class Encoder:
         self.device = device
         self.model = model.eval().requires_grad_(False)
         self.tokenize: Callable[[Sequence[str]], Tensor] = tokenizer
-        # open_clip's transform, cut before its last two steps: 8-bit pixels are a quarter of the floats to hold and
-        # to send, and the same division by 255 and normalisation of a whole batch gives the same floats.
-        *crop, to_tensor, shift = eval_transform(self.model).transforms
-        assert isinstance(to_tensor, ToTensor), to_tensor
-        assert isinstance(shift, Normalize), shift
-        self.crop = Crop(Compose(crop))
+        self.crop, self._shift = split_transform(self.model, exact=spec.exact_pixels)
         # Not the transform's own repr, which tells no fill colour.
         cfg = _preprocess_cfg(self.model)
-        self.view = repr((cfg.size, cfg.interpolation, cfg.resize_mode, cfg.fill_color))
+        way = ("fast",) if self.crop.fast else ()
+        self.view = repr((cfg.size, cfg.interpolation, cfg.resize_mode, cfg.fill_color, *way))
         """Encoders with equal views see equal pixels before normalisation."""
         self.wording = hashlib.sha256(pickle.dumps(tokenizer)).hexdigest()[:16]
         """Encoders with equal wordings see equal tokens."""
-        self._mean, self._std = (torch.tensor(list(of), device=device).view(3, 1, 1) for of in (shift.mean, shift.std))
         self._texts = CausalTexts(self.model)
         self._encode_image = torch.compile(self._image_tower, dynamic=False) if compile_for else self._image_tower
         self._least = compile_for or 0
@@ -88,27 +71,8 @@ class Encoder:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def normalize(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
-        """Pixels as open_clip's transform ends with them, within one pass and one buffer.
-
-        Args:
-            pixels: uint8 [n, H, W, 3] on any device.
-            out: [n, 3, H, W] on that device, of any float type; a new float32 one if None.
-
-        Returns:
-            `out`. On a CPU the floats are open_clip's own, (p / 255 - mean) / std; on a GPU one kernel makes
-            p * (1 / 255 std) - mean / std of them, which is less than 1e-6 away.
-        """
-        planes = pixels.permute(0, 3, 1, 2)
-        if out is None:
-            out = torch.empty(planes.shape, device=pixels.device)
-        mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
-        if pixels.device.type != "cpu":
-            return torch.addcmul(-mean / std, planes, 1 / (255 * std), out=out)
-        # A few pictures at a time: what stays in a core's cache is read and written four times for the price of one.
-        step = max(1, CACHED_FLOATS // max(1, planes[:1].numel()))
-        for start in range(0, len(planes), step):
-            out[start : start + step].copy_(planes[start : start + step]).div_(255).sub_(mean).div_(std)
-        return out
+        """As `normalize_pixels`, for this model."""
+        return normalize_pixels(pixels, self._shift, out)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor, texts: Tensor, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -295,6 +259,60 @@ def is_two_towers(model: Any) -> bool:
 def eval_transform(model: Any) -> Compose:
     """open_clip's own transform for inference: the pixels that scores and plain training see."""
     return image_transform_v2(_preprocess_cfg(model), is_train=False)
+
+
+def split_transform(model: Any, *, exact: bool = True) -> tuple[Crop, Normalize]:
+    """open_clip's transform, cut before its last two steps: the crop, and the normalisation that is left.
+
+    8-bit pixels are a quarter of the floats to hold and to send, and `normalize_pixels` of a whole batch gives the
+    same floats.
+
+    Args:
+        model: open_clip's.
+        exact: as `Crop.exact`.
+    """
+    *crop, to_rgb, to_tensor, shift = eval_transform(model).transforms
+    assert isinstance(to_rgb, MaybeConvertMode), to_rgb  # our pictures are RGB
+    assert isinstance(to_tensor, ToTensor), to_tensor
+    assert isinstance(shift, Normalize), shift
+    return Crop(Compose(crop), exact), shift
+
+
+def normalize_pixels(pixels: Tensor, shift: Normalize, out: Tensor | None = None) -> Tensor:
+    """Pixels as open_clip's transform ends with them, with no buffer but the one that is returned.
+
+    Args:
+        pixels: uint8 [n, H, W, 3] on any device.
+        shift: the transform's own last step.
+        out: [n, 3, H, W] on that device, of any float type; a new float32 one if None.
+
+    Returns:
+        `out`. On a CPU the floats are open_clip's own, (p / 255 - mean) / std; on a GPU one kernel makes
+        p * (1 / 255 std) - mean / std of them, which is less than 1e-6 away.
+    """
+    planes = pixels.permute(0, 3, 1, 2)
+    if out is None:
+        out = torch.empty(planes.shape, device=pixels.device)
+    if pixels.device.type != "cpu":
+        return fused_shift(planes, shift, out)
+    mean, std = (torch.tensor(list(of)).view(3, 1, 1) for of in (shift.mean, shift.std))
+    # A few pictures at a time: what stays in a core's cache is read and written four times for the price of one.
+    step = max(1, CACHED_FLOATS // max(1, planes[:1].numel()))
+    for start in range(0, len(planes), step):
+        out[start : start + step].copy_(planes[start : start + step]).div_(255).sub_(mean).div_(std)
+    return out
+
+
+def fused_shift(planes: Tensor, shift: Normalize, out: Tensor) -> Tensor:
+    """Write (p / 255 - mean) / std of uint8 [n, 3, H, W] into `out`, as one multiplication and addition each."""
+    factor, offset = _line(tuple(shift.mean), tuple(shift.std), planes.device)
+    return torch.addcmul(offset, planes, factor, out=out)
+
+
+@functools.cache  # a copy of a few numbers to a GPU waits for all that it has to do before
+def _line(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    m, s = (torch.tensor(of, dtype=torch.float64).view(3, 1, 1) for of in (mean, std))
+    return (1 / (255 * s)).float().to(device), (-m / s).float().to(device)
 
 
 def _preprocess_cfg(model: Any) -> PreprocessCfg:
