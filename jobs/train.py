@@ -43,6 +43,7 @@ from curate.models.publish import first_learner
 from curate.pool.inventory import take_inventory
 from curate.reader.curated import Batch, CuratedReader
 from curate.reader.evaluate import HeldOut, evaluate, load_held_out
+from curate.reader.pieces import one_ahead
 from curate.reader.uniform import UniformBatch, uniform_batches
 from curate.recipe import DeviceType, Recipe
 from curate.seeds import derive_seed
@@ -200,17 +201,23 @@ class _Training:
         first, left = self.progress.next_batch, self.settings.steps - self.progress.step
         if left <= 0:
             return
-        batches = uniform_batches(
-            take_inventory(self.recipe.pool),
-            self.recipe.selection.sub_batch_size,
-            seed=self.recipe.seed,
-            preprocess=self.crop.tensor,
-            tokenize=self.tokenizer,
-            threads=max(1, self.settings.workers),
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-        )
-        yield from islice(batches, first, first + left)
+
+        def batches(check: Callable[[], None] = lambda: None) -> Generator[UniformBatch]:
+            return uniform_batches(
+                take_inventory(self.recipe.pool),
+                self.recipe.selection.sub_batch_size,
+                seed=self.recipe.seed,
+                preprocess=self.crop.tensor,
+                tokenize=self.tokenizer,
+                threads=max(1, self.settings.workers),
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+                pin_memory=self.ranks.device_type == "cuda",
+                check=check,
+            )
+
+        with contextlib.closing(one_ahead(batches) if self.settings.workers else batches()) as made:
+            yield from islice(made, first, first + left)
 
     def _rounds(self) -> Generator[Batch]:
         """Committed batches, round after round, as the first rank finds them."""
@@ -223,6 +230,7 @@ class _Training:
             workers=self.settings.workers,
             follow=True,
             timeout_s=VISIBLE_S,
+            pin_memory=self.ranks.device_type == "cuda",
         )
         batches: Iterator[Batch] | None = None
         with contextlib.ExitStack() as stack:
