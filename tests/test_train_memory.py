@@ -1,5 +1,6 @@
 """What `curate check` says that the trainer holds is what it holds."""
 
+import ctypes
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tests.test_train_step import trainee_of
 torch.set_num_threads(1)
 pytestmark = [
     pytest.mark.timeout(240),
-    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="where Linux tells the peak"),
+    pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator, Linux's account"),
 ]
 
 FORK = multiprocessing.get_context("fork")  # a process of its own has a peak of its own
@@ -38,11 +39,16 @@ def peak_bytes() -> int:
 def test_what_is_stated_is_what_is_held(tmp_path: Path, b: int, how: dict[str, Any]) -> None:
     settings = TrainSection(**how)
     store = Store(str(tmp_path / "root"))
-    model = load_model(store, tiny_encoder(store, tmp_path, vision_cfg=VISION), CPU)[0]
-    stated = trainer_memory(model, rows=b, batch=b, embed_dim=16, settings=settings, device_type="cpu")
+    spec = tiny_encoder(store, tmp_path, vision_cfg=VISION)
 
-    def train() -> int:
-        """What a process grows by that makes a model and trains it once."""
+    def train() -> tuple[int, int]:
+        """What a process is said to grow by that makes a model and trains it once, and what it does."""
+        # glibc keeps what is freed and fills its gaps badly: up to 1.7 times what tensors hold, as seen. Not here.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**16)  # M_TRIM_THRESHOLD
+        model = load_model(store, spec, CPU)[0]
+        stated = trainer_memory(model, rows=b, batch=b, embed_dim=16, settings=settings, device_type="cpu")
         small = trainee_of(tmp_path / "small", "sigmoid", micro_batch=2)
         take_step(small, torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.ones(2, 24, dtype=torch.int64), rate=0.1)
         before = peak_bytes()
@@ -51,12 +57,12 @@ def test_what_is_stated_is_what_is_held(tmp_path: Path, b: int, how: dict[str, A
             trainee.model.set_grad_checkpointing()
         pixels = torch.ones(b, 64, 64, 3, dtype=torch.uint8)
         take_step(trainee, pixels, torch.ones(b, 24, dtype=torch.int64), rate=0.1)
-        return peak_bytes() - before
+        return stated.device + stated.batches, peak_bytes() - before
 
     receive, send = FORK.Pipe(duplex=False)
     process = FORK.Process(target=lambda: send.send(train()))
     process.start()
-    held = receive.recv()
-    process.join()
-    total = stated.device + stated.batches
-    assert total / 1.5 < held < total * 1.5, f"stated {total:,}, held {held:,}"
+    process.join(200)
+    assert process.exitcode == 0
+    stated, held = receive.recv()
+    assert stated / 1.5 < held < stated * 1.5, f"stated {stated:,}, held {held:,}"
