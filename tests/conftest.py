@@ -12,15 +12,40 @@ import pytest
 from curate import access
 from tests.faults import FaultProxy
 
+FIRST = ("ray", "test_submit", "test_devices", "test_train_ranks", "test_environment", "test_encoder")
+"""Groups that take longest, so that neither process works alone at the end."""
 
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a card are skipped where there is none."""
+    """Where pytest runs in several processes, each file is one's, and all that share a Ray; the longest come first.
+
+    Tests that need a card are skipped where there is none.
+    """
     import torch
 
+    def group(item: pytest.Item) -> str:
+        return "ray" if "ray_local" in getattr(item, "fixturenames", ()) else item.path.stem
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+        items.sort(key=lambda item: FIRST.index(group(item)) if group(item) in FIRST else len(FIRST))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made stays to the end; without it the garbage collector is done within milliseconds."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Bindings count at the end what nobody took back."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
