@@ -95,7 +95,7 @@ def test_help_is_quick_because_it_loads_nothing() -> None:
     assert ended.returncode == 0
     for verb in ("check", "round", "train", "show", "reshard"):
         assert f"\n  {verb} " in ended.stdout
-    assert elapsed_s < 10  # half a second alone on a machine; several where torch is loaded
+    assert elapsed_s < 30  # half a second on a machine of its own; what it loads is looked at below
 
     program = "import sys, jobs.cli; print(*sorted({'torch', 'ray', 'open_clip', 'pyarrow'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=HOUSE, capture_output=True, text=True, check=True)

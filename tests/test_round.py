@@ -85,7 +85,7 @@ def recipe_of(world: Path, root: Path | str, **changes: Any) -> Recipe:
 @pytest.fixture(scope="module")
 def committed(world: Path, ray_local: None) -> tuple[Recipe, Manifest]:
     """On Ray: of a wider scope than `without_ray`, it is made before that replaces Ray."""
-    recipe = recipe_of(world, world / "root", resources__workers=2, resources__threads=2)
+    recipe = recipe_of(world, world / "root", resources__workers=2)
     return recipe, run_round(recipe, base=world)
 
 
@@ -149,8 +149,8 @@ def test_running_a_round_again_returns_the_committed_manifest(world: Path, commi
 def test_the_manifest_does_not_depend_on_workers_threads_or_place(
     world: Path, tmp_path: Path, committed: tuple[Recipe, Manifest]
 ) -> None:
-    """Two actors of two threads on Ray, and one process that does one thing after the other."""
-    other = recipe_of(world, tmp_path / "elsewhere")
+    """Two actors on Ray, and two threads of one process that does one thing after the other."""
+    other = recipe_of(world, tmp_path / "elsewhere", resources__threads=2)
     run_round(other, base=world)
     assert manifest_bytes(other) == manifest_bytes(committed[0])
 

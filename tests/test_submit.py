@@ -162,7 +162,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     port = free_port()
-    command = ["ray", "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={short}", "--port=0"]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={short}", "--port=0"]
     command += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={free_port()}"]
     command += ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
     with (short / "head.log").open("w") as log:
