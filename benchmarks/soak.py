@@ -4,8 +4,10 @@
     python -m benchmarks.soak --rounds 20 --json out.json
 
 One process is scheduler and driver of all rounds, as `curate rounds` is. After every tenth the trainer goes through all
-of them, and the next round scores with its learner. Printed after every fifth round: what this process holds, what
-Ray's processes hold together, and what lies outside the root in the temporary folder and in shared memory.
+of them, and the next round scores with its learner; then the garbage of the root goes, and with it the rows of all but
+the newest five rounds and the models of all learners but the first and the newest. Printed after every fifth: what
+this process holds, what Ray's processes hold together, and what lies outside the root in the temporary folder and in
+shared memory.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from curate.recipe import Recipe
+from curate.rounds.gc import find_garbage, remove_garbage
 from curate.storage import Store
 from jobs.cli import silence_open_clip
 from jobs.drawn_pool import draw_pool
@@ -24,6 +27,7 @@ from jobs.rounds import in_own_ray, schedule_rounds
 from jobs.train import train
 
 MIB = 1 << 20
+KEPT_ROUNDS = 5
 LEARNER = {
     "embed_dim": 16,
     "init_logit_scale": 2.302585,
@@ -52,6 +56,8 @@ def main() -> None:
             run_round(number)
             if (number + 1) % arguments.trainer_every == 0:
                 train(recipe, base=base)
+                for garbage in find_garbage(store, grace_s=0, keep_rounds=KEPT_ROUNDS, keep_learners=1):
+                    remove_garbage(store, garbage)
             if (number + 1) % 5 == 0:
                 found.append({"rounds": number + 1, "s": round(time.monotonic() - begun), **held(base)})
                 print("  ".join(f"{name} {value:>6,}" for name, value in found[-1].items()), flush=True)

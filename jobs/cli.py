@@ -230,14 +230,32 @@ def gc(
     root: Annotated[str, typer.Argument(help="root of a curation")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and remove nothing")] = False,
     grace: Annotated[float, typer.Option(help="hours: what is younger stays", min=0)] = 24.0,
+    keep_rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="remove the rows, not the manifest, of all rounds but the newest, if the newest learner has seen them",
+            min=1,
+        ),
+    ] = None,
+    keep_learners: Annotated[
+        int | None, typer.Option(help="remove the models of all learners but the first and the newest", min=1)
+    ] = None,
 ) -> None:
     """Remove what nobody needs any more: what killed steps left, and embeddings by learners of earlier rounds."""
     from curate.rounds.gc import find_garbage, remove_garbage  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
 
     store = Store(expand(root))
+    in_use: list[str] = []
+    if keep_learners is not None:
+        from jobs.checkpoint import checkpoints, load_checkpoint  # noqa: PLC0415 imports torch
+
+        in_use = [load_checkpoint(store, name)[0].start.model for name in checkpoints(store)]
+    garbage = find_garbage(
+        store, grace_s=3600 * grace, keep_rounds=keep_rounds, keep_learners=keep_learners, in_use=in_use
+    )
     rows: dict[str, dict[str, Any]] = {}
-    for found in tqdm(find_garbage(store, grace_s=3600 * grace), desc="garbage", unit="file", disable=None):
+    for found in tqdm(garbage, desc="garbage", unit="file", disable=None):
         row = rows.setdefault(found.kind, {"what": found.kind, "files": 0, "MiB": 0.0})
         row["files"] += 1
         row["MiB"] += found.size / 2**20

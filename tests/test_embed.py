@@ -423,6 +423,7 @@ def test_an_actor_that_cannot_load_its_model_says_so_when_it_is_asked(tmp_path: 
         list(actor(pa.Table.from_pylist([item])))
 
 
+@pytest.mark.usefixtures("ray_local")
 def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(tmp_path: Path, store: Store):
     from pipelines.embed import EmbedShards
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from curate.errors import UserError
 from curate.reader.curated import CuratedReader
+from curate.rounds.explain import describe_round
 from curate.rounds.gc import PARTS, find_garbage, remove_garbage
+from curate.rounds.manifest import read_manifest
 from curate.rounds.trace import explain_uid
 from curate.storage import Store
 from jobs.train import train
@@ -33,10 +36,10 @@ def curated(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def collect(root: Path, grace_s: float = -5) -> dict[str, set[str]]:
+def collect(root: Path, grace_s: float = -5, **keep: int) -> dict[str, set[str]]:
     """What was removed, by kinds."""
     store, found = Store(str(root)), {}
-    for garbage in list(find_garbage(store, grace_s=grace_s)):
+    for garbage in list(find_garbage(store, grace_s=grace_s, **keep)):
         remove_garbage(store, garbage)
         found.setdefault(garbage.kind, set()).add(Path(garbage.name).name)
     return found
@@ -59,6 +62,55 @@ def test_all_goes_on_as_if_nothing_had_gone(world: Path, curated: Path, tmp_path
     assert collect(cleaned) == {}
     assert {uid: explain_uid(Store(str(cleaned)), uid) for uid in before} == before
     assert go_on(world, cleaned) == go_on(world, whole)
+
+
+def test_rounds_expire_if_asked(world: Path, curated: Path, tmp_path: Path) -> None:
+    whole, expired = tmp_path / "whole", tmp_path / "expired"
+    shutil.copytree(curated, whole)
+    run_round(recipe(world, str(whole)), base=world)
+    train(recipe(world, str(whole)), base=world)
+    shutil.copytree(whole, expired)
+    uid = next(iter(CuratedReader(str(whole)))).uids[0]
+    removed = collect(expired, keep_rounds=1, keep_learners=1)
+    assert "rows of earlier rounds" in removed
+    assert removed["models of earlier learners"] == {"open_clip_config.json", "open_clip_model.safetensors"}
+    assert {path.name for path in (expired / "rounds/r000000").iterdir() if path.is_file()} == {
+        "manifest.json",
+        "plan.json",
+        "expired.json",
+    }
+    # Whoever needs the rows is told; whoever does not goes on as if they were there.
+    with pytest.raises(UserError, match=r"rows of round 0 were removed by curate gc --keep-rounds; go on from .* \d+"):
+        next(iter(CuratedReader(str(expired))))
+    store = Store(str(expired))
+    stop = read_manifest(store, 1)[0].stop_batch
+    (found,) = explain_uid(store, uid)
+    assert found["rounds"][0] == {"round": 0, "outcome": "round_expired"}
+    assert describe_round(store, 0)["expired"]
+    assert not describe_round(store, 2)["expired"]
+    for root in (whole, expired):
+        run_round(recipe(world, str(root)), base=world)
+        train(recipe(world, str(root)), base=world)
+    after = [[list(batch.uids) for batch in _from(str(root), stop)] for root in (whole, expired)]
+    assert after[0] == after[1] != []
+    newer = [{k: v for k, v in published(str(root)).items() if k > "rounds/r000002"} for root in (whole, expired)]
+    assert newer[0] == newer[1]
+
+
+def _from(root: str, batch: int) -> CuratedReader:
+    reader = CuratedReader(root)
+    reader.load_state_dict({"next_batch": batch})
+    return reader
+
+
+def test_a_round_that_no_learner_has_seen_does_not_expire(world: Path, curated: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(curated, root)
+    for _ in range(2):  # beyond what the newest learner was trained on
+        run_round(recipe(world, str(root)), base=world)
+    collect(root, keep_rounds=1)
+    expired = [path.parent.name for path in sorted(root.glob("rounds/*/expired.json"))]
+    assert expired == ["r000000", "r000001"]
 
 
 def test_what_killed_commands_left_goes(world: Path, curated: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from curate.messages import one_line
 from curate.parquet import open_table
 from curate.pool.images import clean_caption, decode_image
 from curate.pool.shards import ADDED_COLUMN, caption_bytes, image_bytes
-from curate.rounds.manifest import CuratedFile, Manifest, manifest_name, read_manifest, round_folder
+from curate.rounds.manifest import CuratedFile, Manifest, is_expired, manifest_name, read_manifest, round_folder
 from curate.rounds.stream import await_round
 from curate.storage import Store
 
@@ -197,10 +197,15 @@ class CuratedReader:
 
     def _check_files(self, manifest: Manifest) -> None:
         for file in manifest.files:
-            self._check_file(file, f"{round_folder(manifest.round)}/{file.name}")
+            self._check_file(manifest, file, f"{round_folder(manifest.round)}/{file.name}")
 
-    def _check_file(self, file: CuratedFile, name: str) -> None:
+    def _check_file(self, manifest: Manifest, file: CuratedFile, name: str) -> None:
         size = self.store.size(name)
+        if size is None and is_expired(self.store, manifest.round):
+            raise UserError(
+                f"{name}: the rows of round {manifest.round} were removed by curate gc --keep-rounds; go on from a "
+                f"state whose next_batch is {manifest.stop_batch} or more"
+            )
         if size != file.size:
             raise UserError(f"{name}: expected {file.size} bytes, found {size}; restore the file")
         if self.verify:

@@ -7,7 +7,7 @@ from curate.embed.files import DAMAGED_SHARD, damage_of
 from curate.errors import UserError
 from curate.models.spec import EncoderSpec
 from curate.pool.shards import load_pool
-from curate.rounds.manifest import Manifest, last_round, read_manifest
+from curate.rounds.manifest import Manifest, is_expired, last_round, read_manifest
 from curate.storage import Store
 
 
@@ -57,6 +57,7 @@ def describe_round(store: Store, number: int) -> dict[str, Any]:
         "round": number,
         "manifest_sha256": sha256,
         "parent": manifest.parent,
+        "expired": is_expired(store, number),
         "pool_rows": manifest.pool_rows,
         "skipped_shards": _skipped_shards(store, manifest),
         "steps": [tally.to_json() for tally in manifest.tallies],

@@ -16,6 +16,7 @@ from curate.storage import Store
 from curate.tally import Tally, check_chain
 
 FORMAT_VERSION = 4
+EXPIRED = "expired.json"
 BY_SUB_BATCH = ("learnability", "uniform_learnability", "reference_loss")
 
 
@@ -112,6 +113,16 @@ def steps_folder(number: int, plan: str) -> str:
 def manifest_name(number: int) -> str:
     """Name of a round's manifest within the root."""
     return f"{round_folder(number)}/manifest.json"
+
+
+def expire(store: Store, number: int) -> None:
+    """Say that the rows of a round are to be removed; who misses them then is told so."""
+    store.put_if_absent(f"{round_folder(number)}/{EXPIRED}", seal({"round": number}))
+
+
+def is_expired(store: Store, number: int) -> bool:
+    """Whether the rows of a round were removed, because nobody was to need them any more."""
+    return store.exists(f"{round_folder(number)}/{EXPIRED}")
 
 
 def read_manifest(store: Store, number: int) -> tuple[Manifest, str] | None:

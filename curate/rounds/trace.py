@@ -25,7 +25,7 @@ from curate.errors import UserError
 from curate.models.spec import EncoderSpec
 from curate.pool.shards import Pool, Shard, load_pool
 from curate.rounds.explain import committed_rounds
-from curate.rounds.manifest import Manifest, steps_folder
+from curate.rounds.manifest import Manifest, is_expired, steps_folder
 from curate.select.files import read_selected, selected_name
 from curate.select.index import Index, look_up, read_duplicates, read_index, uid_digest
 from curate.select.windows import (
@@ -76,7 +76,12 @@ def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
     for row in rows:
         content, key = row.pop("content"), row.pop("key")
         if row["status"] == "ok":
-            row["rounds"] = [_follow(store, context, key, row["row"], content) for context in contexts]
+            row["rounds"] = [
+                {"round": context.manifest.round, "outcome": "round_expired"}
+                if is_expired(store, context.manifest.round)
+                else _follow(store, context, key, row["row"], content)
+                for context in contexts
+            ]
     return rows
 
 
