@@ -416,7 +416,8 @@ def test_a_sheet_shows_what_captions_say_and_obeys_nothing(tmp_path: Path, kinds
     assert html.escape(evil) in sheet
 
 
-def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(ray_local: None, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_ray")
+def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(tmp_path: Path) -> None:
     write_tiny(tmp_path, "tiny.json")
     draw_pool(tmp_path / "pool", rows=300, shards=3, seed=0, image_size=32, duplicate_share=0.1, broken_share=0.02)
     draw_pool(tmp_path / "test-set", rows=10, shards=1, seed=0, image_size=32)
