@@ -31,6 +31,7 @@ from curate.storage import Store
 from jobs.dedup_sheet import write_sheet
 from jobs.drawn_pool import draw_pair, draw_pool
 from jobs.tables import dedup_tables
+from pipelines import grouping
 from pipelines import neighbours as pipeline
 from pipelines.dedup import dedup_pool, dedup_recipe
 from tests.helpers import embedded_pool, write_pool, write_tiny
@@ -128,6 +129,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pools have cells and several tasks."""
     monkeypatch.setattr(neighbours, "FEW_ROWS", 500)
     monkeypatch.setattr(pipeline, "ROWS_PER_TASK", 1000)
+    monkeypatch.setattr(grouping, "TASK_PAIRS", 200)
 
 
 def run(store: Store, shards: Mapping[str, Sequence[Row]], section: DedupSection) -> dict[tuple[str, int], Row]:
@@ -271,7 +273,7 @@ def test_what_is_left_undone_is_done_to_the_same_bytes(ray_local: None, small: N
     assert len(files) == 2 * 3 + 5
     for gone in (
         ["dedup.json"],
-        ["dedup.json", "dropped.parquet"],
+        ["dedup.json", "dropped-000000.parquet"],
         ["dedup.json", "pairs-000001.parquet"],
         list(files),
     ):
