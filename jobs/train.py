@@ -24,7 +24,14 @@ from tqdm import tqdm
 
 from curate.errors import CommitConflictError, UserError
 from curate.models.create import create_model
-from curate.models.encoder import eval_transform, is_two_towers, load_model, store_encoder, store_model
+from curate.models.encoder import (
+    is_two_towers,
+    load_model,
+    normalize_pixels,
+    split_transform,
+    store_encoder,
+    store_model,
+)
 from curate.models.learners import (
     LearnerCheckpoint,
     newest_learner,
@@ -111,7 +118,7 @@ class _Training:
                 f"{start.source}, {start.precision}"
             )
         self.model, self.config, self.tokenizer = load_model(self.store, self.progress.start, ranks.device)
-        self.preprocess = eval_transform(self.model)
+        self.crop, self.shift = split_transform(self.model, exact=recipe.embed.exact_pixels)
         check_trainable(self.model, recipe)
         loss, bias = recipe.selection.loss, getattr(self.model, "logit_bias", None)
         if loss == "softmax" and bias is not None:
@@ -177,7 +184,7 @@ class _Training:
             take_inventory(self.recipe.pool),
             self.recipe.selection.sub_batch_size,
             seed=self.recipe.seed,
-            preprocess=self.preprocess,
+            preprocess=self.crop,
             tokenize=self.tokenizer,
             threads=max(1, self.settings.workers),
             rank=self.ranks.rank,
@@ -191,7 +198,7 @@ class _Training:
             self.recipe.root,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            preprocess=self.preprocess,
+            preprocess=self.crop,
             tokenize=self.tokenizer,
             workers=self.settings.workers,
             follow=True,
@@ -241,7 +248,7 @@ class _Training:
             self.model,
             self.optimizer,
             self.criterion,
-            batch.images.to(device),
+            normalize_pixels(batch.images.to(device), self.shift),
             batch.texts.to(device),
             rate=rate,
             grad_clip=settings.grad_clip,
@@ -298,12 +305,13 @@ class _Training:
         found = evaluate(
             self.model,
             self.tokenizer,
-            self.preprocess,
+            self.crop,
             self.held_out,
             device=self.ranks.device,
             batch_size=section.batch_size,
             templates=section.templates,
             threads=max(1, self.settings.workers),
+            normalize_images=lambda pixels: normalize_pixels(pixels, self.shift),
         )
         self.log.write(self.progress.step, **found)
         self.say(f"step {self.progress.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))

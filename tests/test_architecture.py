@@ -20,7 +20,7 @@ ROOMS = {
         *("recipe", "recipe_file"),
     ],
     "pool": ["images", "column_types", "hive", "shards", "inventory", "img2dataset", "reshard"],
-    "models": ["spec", "hub", "weights", "create", "encoder", "learners", "publish"],
+    "models": ["spec", "hub", "weights", "create", "crop", "encoder", "learners", "publish"],
     # the steps of a round, each after the files that it exchanges with others
     "embed": ["decode", "files", "shard"],
     "dedup": ["files", "grouping", "forests", "neighbours"],

@@ -69,14 +69,15 @@ def test_a_process_in_which_a_row_hangs_ends() -> None:
 SITE = f"""
 import os, time
 import curate.pool.images
-real = curate.pool.images.decode_image
-def decode_image(data, **how):
+decode_image, decode_pixels = curate.pool.images.decode_image, curate.pool.images.decode_pixels
+def decode(real, data, how):
     if {CRASH!r} in (data or b""):
         os.abort()
     while {HANG!r} in (data or b""):
         time.sleep(1)
     return real(data, **how)
-curate.pool.images.decode_image = decode_image
+curate.pool.images.decode_image = lambda data, **how: decode(decode_image, data, how)
+curate.pool.images.decode_pixels = lambda data, **how: decode(decode_pixels, data, how)
 """
 RECIPE = """
 root = "root"

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import curate.embed.decode
 import curate.embed.shard
+import curate.models.crop
 from curate.embed.files import (
     DAMAGED_SHARD,
     EMBEDDING_NONFINITE,
@@ -311,8 +311,8 @@ def test_two_encoders_share_one_decoding(store: Store, pool: Pool, encoder: Enco
     twin = load_encoder(store, tiny_encoder(store, tmp_path / "t", seed=2), CPU)
     alone = [embedded(store, pool, e, name=f"alone/{i}", chunk_rows=11) for i, e in enumerate((encoder, other, twin))]
     decoded = []
-    decode = curate.embed.decode.decode_image
-    monkeypatch.setattr(curate.embed.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decode = curate.models.crop.decode_image
+    monkeypatch.setattr(curate.models.crop, "decode_image", lambda data: decoded.append(data) or decode(data))
     cropped = []
     for e in (encoder, other, twin):
         crop = e.crop
@@ -330,8 +330,8 @@ def test_two_encoders_share_one_decoding(store: Store, pool: Pool, encoder: Enco
 def test_rows_that_nobody_wants_are_not_even_decoded(store: Store, pool: Pool, encoder: Encoder, monkeypatch):
     whole = embedded(store, pool, encoder)
     decoded = []
-    decode = curate.embed.decode.decode_image
-    monkeypatch.setattr(curate.embed.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decode = curate.models.crop.decode_image
+    monkeypatch.setattr(curate.models.crop, "decode_image", lambda data: decoded.append(data) or decode(data))
     rows = np.flatnonzero(contents(whole["content"])[:, 0] % np.uint64(3) == 0)
     assert 5 < len(rows) < 55
     some = embedded(store, pool, encoder, name="some/x", rows=rows, chunk_rows=7)
