@@ -16,7 +16,7 @@ ROOMS = {
     # what everything rests on; the paper's words and its algorithm, arrays alone; what the user says
     "": [
         *("errors", "messages", "seeds", "access", "storage", "sealed", "parquet", "parts", "tally"),
-        *("criteria", "jest"),
+        *("criteria", "kernels", "logits", "jest"),
         *("recipe", "recipe_file"),
     ],
     "pool": ["images", "column_types", "hive", "shards", "inventory", "img2dataset", "reshard"],

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from curate import jest
+from curate import jest, logits
 from curate.jest import Embeddings, SubBatch, diagonal_losses, jointly_sample_batch, sub_batch_learnability
 from tests.oracles.jest_literal import batch_loss, gumbel_rows, sigmoid_literal, softmax_literal
 
@@ -90,7 +90,7 @@ def test_draws_the_rows_of_the_papers_listing_in_its_order(loss, gain, dtype):
     tile=st.integers(1, 200),
 )
 def test_agrees_with_the_listing_at_every_size_criterion_and_tile(*, monkeypatch, data, B, loss, criterion, gain, tile):
-    monkeypatch.setitem(jest.TILE_LOGITS, "cpu", tile)
+    monkeypatch.setitem(logits.TILE_LOGITS, "cpu", tile)
     b = data.draw(st.integers(1, B))
     n_chunks = data.draw(st.integers(1, b))
     learner, reference = make_pool(B, D=8, clusters=5, seed=B)
@@ -117,7 +117,7 @@ def test_agrees_with_the_listing_at_every_size_criterion_and_tile(*, monkeypatch
 @pytest.mark.parametrize("loss", jest.LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_learnability_of_a_batch_is_the_difference_of_the_losses_one_trains_with(monkeypatch, loss, dtype):
-    monkeypatch.setitem(jest.TILE_LOGITS, "cpu", 3_000)
+    monkeypatch.setitem(logits.TILE_LOGITS, "cpu", 3_000)
     monkeypatch.setattr(jest, "COLUMNS_PER_TILE", 70)
     learner, reference = make_pool(400, dtype=dtype)
     rows = torch.randperm(400, generator=seeded())[:211]
@@ -171,6 +171,7 @@ def test_joint_equals_independent_on_a_rank_one_score_matrix():
     # No embeddings give score[i, j] = u_i · u_j exactly, since the sigmoid loss turns its sign on the diagonal: so the
     # scores enter at the seam between scoring and drawing.
     u = torch.rand(200, generator=seeded(), dtype=torch.float64) + 0.1
+    share = jest._Share(200, u.device, None)
 
     class RankOne:
         def __init__(self):
@@ -179,7 +180,7 @@ def test_joint_equals_independent_on_a_rank_one_score_matrix():
         def extend(self, new):
             self.scores += 2 * u * u[new].sum()
 
-    joint, alone = (jest._draw(RankOne(), sizes, 1e9, seeded()) for sizes in ([5] * 8, [40]))
+    joint, alone = (jest._draw(RankOne(), share, sizes, 1e9, seeded()) for sizes in ([5] * 8, [40]))
     assert joint.positions.tolist() == alone.positions.tolist() == u.argsort(descending=True)[:40].tolist()
 
 
@@ -392,7 +393,7 @@ def test_no_tensor_is_larger_than_the_embeddings_or_a_tile(loss):
         drawn = jointly_sample_batch(learner, reference, sub_batch_size=b, n_chunks=4, loss=loss, generator=seeded())
         sub_batch_learnability(learner, reference, drawn.positions, loss=loss)
         sub_batch_learnability(learner, reference, torch.arange(B), loss=loss)
-    assert b * D < largest.elements <= max(B * D, jest.TILE_LOGITS["cpu"]) < b * b < B * B
+    assert b * D < largest.elements <= max(B * D, logits.TILE_LOGITS["cpu"]) < b * b < B * B
     with LargestTensor() as largest:
         learner.zimg @ learner.ztxt.T
     assert largest.elements == B * B  # the check sees what it must forbid
