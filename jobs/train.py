@@ -24,7 +24,15 @@ from tqdm import tqdm
 
 from curate.errors import CommitConflictError, UserError
 from curate.models.create import create_model
-from curate.models.encoder import eval_transform, is_two_towers, load_model, store_encoder, store_model
+from curate.models.encoder import (
+    eval_transform,
+    is_two_towers,
+    load_model,
+    normalize_pixels,
+    split_transform,
+    store_encoder,
+    store_model,
+)
 from curate.models.learners import (
     LearnerCheckpoint,
     newest_learner,
@@ -35,12 +43,13 @@ from curate.models.publish import first_learner
 from curate.pool.inventory import take_inventory
 from curate.reader.curated import Batch, CuratedReader
 from curate.reader.evaluate import HeldOut, evaluate, load_held_out
+from curate.reader.pieces import one_ahead
 from curate.reader.uniform import UniformBatch, uniform_batches
 from curate.recipe import DeviceType, Recipe
 from curate.seeds import derive_seed
 from curate.storage import Store
 from jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
-from jobs.optimize import learning_rate, make_criterion, make_optimizer, take_step
+from jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
 from jobs.ranks import Ranks, join_ranks
 from jobs.stretch import Stretch, committed_stretch, starved_stretch
 from jobs.train_log import TrainingLog, log_folder
@@ -111,7 +120,7 @@ class _Training:
                 f"{start.source}, {start.precision}"
             )
         self.model, self.config, self.tokenizer = load_model(self.store, self.progress.start, ranks.device)
-        self.preprocess = eval_transform(self.model)
+        self.crop, self.shift = split_transform(self.model)
         check_trainable(self.model, recipe)
         loss, bias = recipe.selection.loss, getattr(self.model, "logit_bias", None)
         if loss == "softmax" and bias is not None:
@@ -119,8 +128,7 @@ class _Training:
         self.optimizer = make_optimizer(self.model, self.settings)
         if checkpoint is not None:
             restore(tensors, self.model, self.optimizer)
-        self.parallel = ranks.wrap(self.model)
-        self.criterion = make_criterion(loss, ranks)
+        self.trainee = self._trainee()
         self.first_step = self.progress.step
         self.losses: list[float] = []
         self.held_out: HeldOut | None = None
@@ -165,6 +173,26 @@ class _Training:
             first=self.ranks.first,
         )
 
+    def _trainee(self) -> Trainee:
+        """The model, ready for its first step."""
+        settings, ranks = self.settings, self.ranks
+        if settings.grad_checkpointing:
+            self.model.set_grad_checkpointing()
+        if settings.compile:
+            # In place, so that names of weights stay. Parts of a batch have two sizes at most, each compiled by itself.
+            self.model.compile(dynamic=False)
+        return Trainee(
+            model=self.model,
+            parallel=ranks.wrap(self.model),
+            optimizer=self.optimizer,
+            loss=self.recipe.selection.loss,
+            ranks=ranks,
+            normalize=lambda pixels: normalize_pixels(pixels, self.shift),
+            micro_batch=settings.micro_batch,
+            grad_clip=settings.grad_clip,
+            compiled=settings.compile,
+        )
+
     # --- which batches ---------------------------------------------------------------------------------------------
 
     def _pool(self) -> Generator[UniformBatch]:
@@ -173,17 +201,23 @@ class _Training:
         first, left = self.progress.next_batch, self.settings.steps - self.progress.step
         if left <= 0:
             return
-        batches = uniform_batches(
-            take_inventory(self.recipe.pool),
-            self.recipe.selection.sub_batch_size,
-            seed=self.recipe.seed,
-            preprocess=self.preprocess,
-            tokenize=self.tokenizer,
-            threads=max(1, self.settings.workers),
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-        )
-        yield from islice(batches, first, first + left)
+
+        def batches(check: Callable[[], None] = lambda: None) -> Generator[UniformBatch]:
+            return uniform_batches(
+                take_inventory(self.recipe.pool),
+                self.recipe.selection.sub_batch_size,
+                seed=self.recipe.seed,
+                preprocess=self.crop.tensor,
+                tokenize=self.tokenizer,
+                threads=max(1, self.settings.workers),
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+                pin_memory=self.ranks.device_type == "cuda",
+                check=check,
+            )
+
+        with contextlib.closing(one_ahead(batches) if self.settings.workers else batches()) as made:
+            yield from islice(made, first, first + left)
 
     def _rounds(self) -> Generator[Batch]:
         """Committed batches, round after round, as the first rank finds them."""
@@ -191,11 +225,12 @@ class _Training:
             self.recipe.root,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            preprocess=self.preprocess,
+            preprocess=self.crop.tensor,
             tokenize=self.tokenizer,
             workers=self.settings.workers,
             follow=True,
             timeout_s=VISIBLE_S,
+            pin_memory=self.ranks.device_type == "cuda",
         )
         batches: Iterator[Batch] | None = None
         with contextlib.ExitStack() as stack:
@@ -230,24 +265,14 @@ class _Training:
     # --- one step --------------------------------------------------------------------------------------------------
 
     def _step(self, batch: Batch | UniformBatch) -> None:
-        settings, device = self.settings, self.ranks.device
+        settings = self.settings
         step = self.progress.step + 1
         assert isinstance(batch.images, Tensor), "the reader was given a transform"
         assert isinstance(batch.texts, Tensor), "the reader was given a tokenizer"
         # What a step draws (dropout, say) depends on nothing before it, so that a resumed one draws the same.
         torch.manual_seed(derive_seed(self.recipe.seed, "step", step, self.ranks.rank))
         rate = learning_rate(step, settings)
-        loss, norm = take_step(
-            self.model,
-            self.optimizer,
-            self.criterion,
-            batch.images.to(device),
-            batch.texts.to(device),
-            rate=rate,
-            grad_clip=settings.grad_clip,
-            ranks=self.ranks,
-            parallel=self.parallel,
-        )
+        loss, norm = take_step(self.trainee, batch.images, batch.texts, rate=rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"step {step}: the loss is {loss} and its gradient's norm {norm}; the newest learner stays "
@@ -298,7 +323,7 @@ class _Training:
         found = evaluate(
             self.model,
             self.tokenizer,
-            self.preprocess,
+            eval_transform(self.model),
             self.held_out,
             device=self.ranks.device,
             batch_size=section.batch_size,

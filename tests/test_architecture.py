@@ -26,7 +26,7 @@ ROOMS = {
     "dedup": ["files", "grouping", "neighbours"],
     "select": ["topics", "windows", "index", "files", "draw"],
     "rounds": ["manifest", "write", "quality", "plan", "stream", "explain", "trace", "gc"],
-    "reader": ["curated", "uniform", "evaluate"],
+    "reader": ["pieces", "curated", "uniform", "evaluate"],
 }
 """The folders of curate/ and their modules: each imports only modules above itself, in its own folder or before it."""
 

@@ -24,6 +24,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms.functional import normalize as normalize_images
 
 from curate.errors import UserError
 from curate.models.create import CONFIG_NAME, OpenClip, create_model, open_folder
@@ -43,6 +44,10 @@ class Crop:
         """Crop one picture."""
         return np.asarray(self.transform(image))
 
+    def tensor(self, image: PIL.Image.Image) -> Tensor:
+        """Crop one picture, as a tensor uint8 [H, W, 3]."""
+        return torch.from_numpy(np.array(self.transform(image)))
+
 
 class Encoder:
     """A loaded model with its own transform and tokenizer; `encode` is the whole interface."""
@@ -52,21 +57,15 @@ class Encoder:
         self.device = device
         self.model = model.eval().requires_grad_(False)
         self.tokenize: Callable[[Sequence[str]], Tensor] = tokenizer
-        # open_clip's transform, cut before its last two steps: 8-bit pixels are a quarter of the floats to hold and
-        # to send, and the same division by 255 and normalisation of a whole batch gives the same floats.
-        *crop, to_tensor, self._shift = eval_transform(self.model).transforms
-        assert isinstance(to_tensor, ToTensor), to_tensor
-        assert isinstance(self._shift, Normalize), self._shift
-        self.crop = Crop(Compose(crop))
+        self.crop, self._shift = split_transform(self.model)
         # Not the transform's own repr, which tells no fill colour.
         cfg = _preprocess_cfg(self.model)
         self.view = repr((cfg.size, cfg.interpolation, cfg.resize_mode, cfg.fill_color))
         """Encoders with equal views see equal pixels before normalisation."""
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Pixels uint8 [n, H, W, 3] on any device as open_clip's transform ends with them, float32 [n, 3, H, W]."""
-        images: Tensor = self._shift(pixels.permute(0, 3, 1, 2).contiguous().float().div(255))
-        return images
+        """As `normalize_pixels`, for this model."""
+        return normalize_pixels(pixels, self._shift)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,6 +217,25 @@ def is_two_towers(model: Any) -> bool:
 def eval_transform(model: Any) -> Compose:
     """open_clip's own transform for inference: the pixels that scores and plain training see."""
     return image_transform_v2(_preprocess_cfg(model), is_train=False)
+
+
+def split_transform(model: Any) -> tuple[Crop, Normalize]:
+    """open_clip's transform, cut before its last two steps: the crop, and the normalisation that is left.
+
+    8-bit pixels are a quarter of the floats to hold and to send, and `normalize_pixels` of a whole batch gives the
+    same floats.
+    """
+    *crop, to_tensor, shift = eval_transform(model).transforms
+    assert isinstance(to_tensor, ToTensor), to_tensor
+    assert isinstance(shift, Normalize), shift
+    return Crop(Compose(crop)), shift
+
+
+def normalize_pixels(pixels: Tensor, shift: Normalize) -> Tensor:
+    """Pixels uint8 [n, H, W, 3] on any device as open_clip's transform ends with them, float32 [n, 3, H, W]."""
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    shifted: Tensor = normalize_images(images, shift.mean, shift.std, inplace=True)
+    return shifted
 
 
 def _preprocess_cfg(model: Any) -> PreprocessCfg:
