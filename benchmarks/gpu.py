@@ -33,7 +33,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import normalize
 
 Row = dict[str, Any]
@@ -66,13 +67,16 @@ class Where:
 
     @property
     def cuda(self) -> bool:
+        """Whether it is a card."""
         return self.device.type == "cuda"
 
     @property
     def left_s(self) -> float:
+        """Seconds until the deadline."""
         return self.deadline - time.monotonic()
 
     def wait(self) -> None:
+        """Until the device has done what it was given."""
         if self.cuda:
             torch.cuda.synchronize()
 
@@ -251,7 +255,7 @@ def _noise(n: int, generator: torch.Generator) -> Tensor:
 
 
 def planted(where: Where, rows: int) -> tuple[Tensor, Tensor]:
-    """Rows [n, D] in clusters with a common mean, a tenth of them copies of cosine .96 to .999; and [n] of what, or -1."""
+    """Rows [n, D] in clusters, a tenth of them copies of cosine .96 to .999; and [n] of which rows, or -1."""
     generator = torch.Generator(where.device).manual_seed(0)
 
     def noise(n: int) -> Tensor:
@@ -316,15 +320,12 @@ def dedup(where: Where) -> Iterator[Row]:
         # Home rows of each cell and then those on its border, as the pipeline's tasks are sent them.
         home, border = (torch.from_numpy(of).to(where.device) for of in (places.home, places.border))
         cell = torch.cat([home, border.flatten()])
-        of = torch.cat(
-            [
-                torch.arange(n, device=where.device),
-                torch.arange(n, device=where.device).repeat_interleave(border.shape[1]),
-            ]
-        )
+        row = torch.arange(n, device=where.device)
+        of = torch.cat([row, row.repeat_interleave(border.shape[1])])
         K = len(cells.centroids)
         order = torch.sort(torch.where(cell < 0, K, cell), stable=True).indices
-        members = of[order].split(torch.bincount(torch.where(cell < 0, K, cell), minlength=K + 1).tolist())[:K]
+        sizes = torch.bincount(torch.where(cell < 0, K, cell), minlength=K + 1).tolist()
+        members = torch.split(of[order], sizes)[:K]
         homes = torch.bincount(home, minlength=K).tolist()
         step("rows to cells")
         everyone = torch.ones(max(map(len, members)), dtype=torch.bool, device=where.device)
@@ -358,26 +359,29 @@ def dedup(where: Where) -> Iterator[Row]:
             "beyond": int(places.beyond.sum()),
         }
         if n <= 1_000_000:
-            unit, everyone = normalized(z), torch.ones(n, dtype=torch.bool, device=where.device)
-            del z
+            yield all_pairs(where, z, keys)
+        del z, of, order, members
 
-            def whole(unit: Tensor = unit, everyone: Tensor = everyone) -> Tensor:
-                by = near_pairs(unit, None, threshold, inner=len(unit), fresh=everyone, images_alone=~everyone)
-                return torch.cat([torch.from_numpy(i * len(unit) + j) for i, j, _ in by])
 
-            where.wait()
-            started = time.perf_counter()
-            truth = whole()
-            where.wait()
-            seconds = time.perf_counter() - started
-            yield {
-                "all pairs of": n,
-                "s": seconds,
-                "TFLOP/s": n * n * D / seconds / 1e12,
-                "pairs": len(truth),
-                "cells found of them": float(torch.isin(truth, keys).double().mean()),
-                "cells found others": int((~torch.isin(keys, truth)).sum()),
-            }
+def all_pairs(where: Where, z: Tensor, keys: Tensor) -> Row:
+    """Every pair of rows compared; how many of the pairs so found are among those that were found cell by cell."""
+    from curate.dedup.neighbours import Threshold, near_pairs, normalized
+
+    n, unit = len(z), normalized(z)
+    every = torch.ones(n, dtype=torch.bool, device=where.device)
+    where.wait()
+    started = time.perf_counter()
+    by = near_pairs(unit, None, Threshold(image=THRESHOLD), inner=n, fresh=every, images_alone=~every)
+    truth = torch.cat([torch.from_numpy(i * n + j) for i, j, _ in by])
+    seconds = time.perf_counter() - started
+    return {
+        "all pairs of": n,
+        "s": seconds,
+        "TFLOP/s": n * n * D / seconds / 1e12,
+        "pairs": len(truth),
+        "cells found of them": float(torch.isin(truth, keys).double().mean()),
+        "cells found others": int((~torch.isin(keys, truth)).sum()),
+    }
 
 
 # --- embed ---------------------------------------------------------------------------------------------------------
@@ -511,7 +515,7 @@ def train(where: Where) -> Iterator[Row]:
     for name in ("ViT-B-32", "ViT-B-16"):
         trainee = trainee_of(where, name, 16 if where.small else 1024)
         pixels, texts = batch_of(where, trainee.model, b)
-        losses = []
+        losses: list[float] = []
 
         def step(trainee: Any = trainee, pixels: Tensor = pixels, texts: Tensor = texts, losses: Any = losses) -> None:
             losses.append(take_step(trainee, pixels, texts, rate=1e-4)[0])
@@ -570,7 +574,7 @@ def ranks(where: Where) -> Iterator[Row]:
         yield {"cards": count, "left out": "needs two"}
         return
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_share, (count, folder, where.device.type, where.small), nprocs=count)
+        spawn(_share, (count, folder, where.device.type, where.small), nprocs=count)  # type: ignore[no-untyped-call]
         yield json.loads((Path(folder) / "found.json").read_text())
 
 
@@ -581,23 +585,25 @@ def _share(rank: int, count: int, folder: str, device_type: str, small: bool) ->
     if device.type == "cuda":
         torch.cuda.set_device(device)
     where = Where(device=device, small=small, deadline=time.monotonic() + 600)
-    store = distributed.FileStore(f"{folder}/store", count)
-    distributed.init_process_group("nccl" if where.cuda else "gloo", store=store, rank=rank, world_size=count)
+    method = f"file://{folder}/store"
+    distributed.init_process_group("nccl" if where.cuda else "gloo", init_method=method, rank=rank, world_size=count)
     B, b = (1_600, 320) if small else (163_840, 32_768)
     models = pairs(where, B)  # of one seed: every rank has all of them, and shows its part
     own = [
-        Embeddings(*(z.tensor_split(count)[rank].contiguous() for z in (m.zimg, m.ztxt)), m.logit_scale, m.logit_bias)
+        Embeddings(m.zimg.tensor_split(count)[rank], m.ztxt.tensor_split(count)[rank], m.logit_scale, m.logit_bias)
         for m in models
     ]
+    everyone = distributed.group.WORLD
 
-    def draw(learner: Any, reference: Any, group: Any) -> Tensor:
+    def draw(models: Any, group: Any) -> Tensor:
         generator = torch.Generator().manual_seed(7)
-        how = {"sub_batch_size": b, "n_chunks": CHUNKS, "generator": generator, "group": group}
-        return jointly_sample_batch(learner, reference, **how).positions
+        return jointly_sample_batch(
+            *models, sub_batch_size=b, n_chunks=CHUNKS, generator=generator, group=group
+        ).positions
 
-    alone_s = where.seconds(lambda: draw(*models, None))
-    shared_s = where.seconds(lambda: draw(*own, distributed.group.WORLD))
-    same = torch.equal(draw(*models, None), draw(*own, distributed.group.WORLD))
+    alone_s = where.seconds(lambda: draw(models, None))
+    shared_s = where.seconds(lambda: draw(own, everyone))
+    same = torch.equal(draw(models, None), draw(own, everyone))
     if rank == 0:
         found = {"cards": count, "B": B, "b": b, "one card s": alone_s, "all cards s": shared_s, "same rows": same}
         (Path(folder) / "found.json").write_text(json.dumps(found))

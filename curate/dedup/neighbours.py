@@ -53,6 +53,8 @@ FOUND = 2**22
 """Pairs that a kernel has room for, 32 MiB: of more it finds those of a part of the rows at a time."""
 PLACED_BYTES = 2**30
 """Distances from rows to centroids that CUDA holds at once, at most, and at most an eighth of what is free."""
+NORMED = 2**14
+"""Rows whose norms are computed at once, in float64: 64 MiB at D = 512."""
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -131,8 +133,8 @@ def normalized(z: Tensor) -> Tensor:
 
     Squares of float16 numbers up to 4 and their sum, if it is below 16, are exact in float64, in any order.
     """
-    norms: Tensor = torch.linalg.vector_norm(z, dim=1, keepdim=True, dtype=torch.float64)
-    return z.float() / norms.float()
+    norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float64) for part in torch.split(z, NORMED)]
+    return z.to(torch.float32, copy=True).div_(torch.cat(norms).float())
 
 
 def cell_count(rows: int) -> int:
