@@ -1,10 +1,14 @@
 """`curate.jest` against the paper's listing written out literally, and against what must hold of any joint draw."""
 
+import multiprocessing
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import distributed
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -397,6 +401,82 @@ def test_no_tensor_is_larger_than_the_embeddings_or_a_tile(loss):
     with LargestTensor() as largest:
         learner.zimg @ learner.ztxt.T
     assert largest.elements == B * B  # the check sees what it must forbid
+
+
+# --- several processes share one super-batch -----------------------------------------------------------------------
+
+
+def draws_of_ranks(folder, parts, **options):
+    """What each of several processes draws, that hold these many rows of `make_pool(sum(parts))`."""
+    FORK = multiprocessing.get_context("fork")
+
+    def process(rank):
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(parts), timeout=timedelta(seconds=60)
+        )
+        here = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
+        models = [rows_of(model, here) for model in make_pool(sum(parts), dtype=options.pop("dtype", torch.float64))]
+        try:
+            drawn = jointly_sample_batch(*models, generator=seeded(), group=distributed.group.WORLD, **options)
+            torch.save({name: getattr(drawn, name) for name in ("positions", "chunks", "scores")}, f"{folder}/{rank}")
+        except ValueError as error:
+            torch.save(str(error), f"{folder}/{rank}")
+        distributed.destroy_process_group()
+
+    processes = [FORK.Process(target=process, args=(rank,)) for rank in range(len(parts))]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(120)
+    assert [each.exitcode for each in processes] == [0] * len(parts)
+    return [torch.load(folder / str(rank)) for rank in range(len(parts))]
+
+
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [
+        ([150, 150], {"loss": "sigmoid"}),
+        ([150, 150], {"loss": "softmax"}),
+        ([7, 290, 3], {"loss": "sigmoid"}),  # chunks are larger than what a rank holds
+        ([100, 100, 100], {"loss": "softmax", "criterion": "easy_reference", "n_chunks": 7}),
+        ([299, 1], {"method": "independent"}),
+        ([60, 240], {"method": "uniform"}),
+    ],
+)
+def test_processes_that_share_a_super_batch_draw_what_one_would(tmp_path, parts, options):
+    options = {"sub_batch_size": 120, "n_chunks": 5} | options
+    alone = jointly_sample_batch(*make_pool(sum(parts)), generator=seeded(), **options)
+    for drawn in draws_of_ranks(tmp_path, parts, **options):
+        assert drawn["positions"].tolist() == alone.positions.tolist()
+        assert drawn["chunks"].tolist() == alone.chunks.tolist()
+        torch.testing.assert_close(drawn["scores"], alone.scores, rtol=1e-12, atol=1e-12)
+
+
+def test_processes_share_half_precision_rows_exactly(tmp_path):
+    options = {"sub_batch_size": 60, "n_chunks": 5}
+    alone = jointly_sample_batch(*make_pool(200, dtype=torch.float16), generator=seeded(), **options)
+    ours, others = draws_of_ranks(tmp_path, [120, 80], dtype=torch.float16, **options)
+    assert ours["positions"].tolist() == others["positions"].tolist()
+    assert ours["positions"][:12].tolist() == alone.positions[:12].tolist()
+    assert torch.equal(ours["scores"], others["scores"])
+
+
+def test_equal_keys_go_to_the_lower_row_whoever_holds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(jest, "_gumbel", lambda size, _: torch.arange(size, dtype=torch.float64) // 100)
+    for drawn in draws_of_ranks(tmp_path, [90, 210], sub_batch_size=130, method="uniform"):
+        assert drawn["positions"].tolist() == [*range(200, 300), *range(100, 130)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "b", "message"),
+    [
+        ([5, 5], 11, "sub_batch_size must be 1 to B = 10: found 11"),
+        ([5, 0], 3, "every rank must hold a row of the super-batch: found [5, 0]; divide it evenly"),
+    ],
+)
+def test_every_process_says_what_is_wrong(tmp_path, parts, b, message):
+    for said in draws_of_ranks(tmp_path, parts, sub_batch_size=b, n_chunks=1):
+        assert message in said
 
 
 # --- errors --------------------------------------------------------------------------------------------------------
