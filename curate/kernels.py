@@ -23,8 +23,8 @@ def reduce_logits(rows: Tensor, columns: Tensor, scale: float, bias: float, *, s
     """Reduce ``scale · rows @ columns.T + bias`` over the columns.
 
     Args:
-        rows: Half precision [B, D], contiguous.
-        columns: [c, D], of the same dtype, contiguous; c at least 1.
+        rows: Half precision [B, D].
+        columns: [c, D], of the same dtype; c at least 1.
         scale: Factor on each product.
         bias: Added to each.
         softplus: Sum softplus, or else give the log-sum-exp.
@@ -34,19 +34,20 @@ def reduce_logits(rows: Tensor, columns: Tensor, scale: float, bias: float, *, s
     """
     out = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     if len(rows):
-        _reduce_logits[(triton.cdiv(len(rows), LOGIT_TILE["ROWS"]),)](
-            rows.contiguous(),
-            columns.contiguous(),
-            out,
-            len(rows),
-            len(columns),
-            rows.shape[1],
-            float(scale),
-            float(bias),
-            SOFTPLUS=softplus,
-            WHOLE=rows.shape[1] % LOGIT_TILE["DEPTH"] == 0,
-            **LOGIT_TILE,
-        )
+        with torch.cuda.device_of(rows):  # type: ignore[no-untyped-call]
+            _reduce_logits[(triton.cdiv(len(rows), LOGIT_TILE["ROWS"]),)](
+                rows.contiguous(),
+                columns.contiguous(),
+                out,
+                len(rows),
+                len(columns),
+                rows.shape[1],
+                float(scale),
+                float(bias),
+                SOFTPLUS=softplus,
+                WHOLE=rows.shape[1] % LOGIT_TILE["DEPTH"] == 0,
+                **LOGIT_TILE,
+            )
     return out
 
 
@@ -59,7 +60,7 @@ def near_tiles(
         z: Half precision [n, D], contiguous; n below 2^31.
         threshold: Least product in float32.
         top: First i.
-        bottom: After the last i.
+        bottom: After the last i, at most 2^23 beyond the first.
         left: First j.
         right: After the last j.
         fresh: Bool [n].
@@ -71,21 +72,23 @@ def near_tiles(
     """
     found = torch.empty(capacity, dtype=torch.int64, device=z.device)
     count = torch.zeros(1, dtype=torch.int64, device=z.device)
-    _near_tiles[(triton.cdiv(right - left, NEAR_TILE["COLUMNS"]), triton.cdiv(bottom - top, NEAR_TILE["ROWS"]))](
-        z,
-        fresh.view(torch.uint8),
-        found,
-        count,
-        capacity,
-        top,
-        bottom,
-        left,
-        right,
-        z.shape[1],
-        float(threshold),
-        WHOLE=z.shape[1] % NEAR_TILE["DEPTH"] == 0,
-        **NEAR_TILE,
-    )
+    grid = triton.cdiv(right - left, NEAR_TILE["COLUMNS"]), triton.cdiv(bottom - top, NEAR_TILE["ROWS"])
+    with torch.cuda.device_of(z):  # type: ignore[no-untyped-call]
+        _near_tiles[grid](
+            z,
+            fresh.view(torch.uint8),
+            found,
+            count,
+            capacity,
+            top,
+            bottom,
+            left,
+            right,
+            z.shape[1],
+            float(threshold),
+            WHOLE=z.shape[1] % NEAR_TILE["DEPTH"] == 0,
+            **NEAR_TILE,
+        )
     return found, count
 
 

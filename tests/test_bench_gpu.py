@@ -37,17 +37,38 @@ def test_a_part_runs(tmp_path: Path, name: str) -> None:
         assert all(row["cosine to fp32"] > 0.9999 for row in found["rows"])
 
 
-def test_a_part_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
-    out = tmp_path / "out.json"
-    monkeypatch.setattr("sys.argv", ["gpu", "--device=cpu", "--small", "--only=card,ranks", f"--json={out}"])
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none")  # so that ranks do not find each other
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> object:
+    monkeypatch.setattr("sys.argv", ["gpu", "--device=cpu", "--small", *arguments])
     with pytest.raises(SystemExit) as status:
         main()
-    assert status.value.code == 1
-    report = json.loads(out.read_text())
-    assert "failed" not in report["card"]
-    assert "failed" in report["ranks"]
-    assert "1 of 2 parts ran; failed: ranks" in capfd.readouterr().out
+    return status.value.code
+
+
+def test_the_command_runs_parts_and_keeps_their_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "--only=card", f"--json={tmp_path / 'out.json'}") == 0
+    (first, rates) = json.loads((tmp_path / "out.json").read_text())["card"]["rows"]
+    assert first["torch"] == torch.__version__
+    assert rates["fp32"] > 0
+
+
+def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "--only=dedup,card", "--minutes=0.001", f"--json={tmp_path / 'out.json'}") == 1
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report.keys() == {"dedup", "card"}
+    assert report["dedup"]["failed"] == "no end within 0 s"
+
+
+def test_a_part_that_fails_keeps_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Where):
+        yield {"one": 1}
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(SECTIONS, "card", broken)
+    where = Where(device=CPU, small=True, deadline=time.monotonic() + 60)
+    with pytest.raises(SystemExit):
+        run_section("card", where, tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found == {"rows": [{"one": 1}], "failed": "RuntimeError: out of memory"}
 
 
 def test_a_card_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

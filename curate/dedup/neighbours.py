@@ -133,7 +133,9 @@ def normalized(z: Tensor) -> Tensor:
 
     Squares of float16 numbers up to 4 and their sum, if it is below 16, are exact in float64, in any order.
     """
-    norms = [torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float64) for part in torch.split(z, NORMED)]
+    norms = [
+        torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float64) for part in torch.split(z, NORMED)
+    ]
     return z.to(torch.float32, copy=True).div_(torch.cat(norms).float())
 
 
