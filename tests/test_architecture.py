@@ -23,7 +23,7 @@ ROOMS = {
     "models": ["spec", "hub", "weights", "create", "encoder", "learners", "publish"],
     # the steps of a round, each after the files that it exchanges with others
     "embed": ["decode", "files", "shard"],
-    "dedup": ["files", "grouping", "neighbours"],
+    "dedup": ["files", "grouping", "forests", "neighbours"],
     "select": ["topics", "windows", "index", "files", "draw"],
     "rounds": ["manifest", "write", "quality", "plan", "stream", "explain", "trace", "gc"],
     "reader": ["pieces", "curated", "uniform", "evaluate"],
