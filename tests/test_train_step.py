@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,26 @@ def test_grad_checkpointing_changes_nothing(tmp_path: Path, micro_batch: int) ->
     assert ours == pytest.approx(value, abs=1e-6)
     for name, grad in found.items():
         torch.testing.assert_close(grad, expected[name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.exhaustive  # the compiler takes its time
+@pytest.mark.filterwarnings("ignore")  # and says what it thinks of the model
+@pytest.mark.parametrize("changes", [{}, DROPOUT])
+def test_a_compiled_model_learns_the_same(tmp_path: Path, changes: Any) -> None:
+    batch = batch_of(48)
+    trainee = replace(trainee_of(tmp_path, "sigmoid", micro_batch=16, **changes), compiled=True)
+    trainee.model.compile(dynamic=False)
+    names = set(trainee.model.state_dict())
+    value, found = gradients(trainee, *batch)
+    # What it drops is drawn by compiled code, so that the literal step runs the same.
+    whole = trainee_of(tmp_path, "sigmoid", **changes)
+    assert set(whole.model.state_dict()) == names
+    if changes:
+        whole.model.compile(dynamic=False)
+    expected_value, expected = literally(whole, *batch, micro_batch=16)
+    assert value == pytest.approx(expected_value, abs=1e-5)
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], atol=1e-5, rtol=1e-4)
 
 
 def test_batch_normalisation_cannot_be_split(tmp_path: Path) -> None:
