@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
@@ -49,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=lambda item: FIRST.index(stem(item.nodeid)) if stem(item.nodeid) in FIRST else len(FIRST))
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # not its keywords, in which the folder's name is, too
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
@@ -77,6 +76,8 @@ def moto_url() -> Iterator[str]:
 
 
 def _bucket(moto_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    import boto3  # a machine with a card, which runs tests/test_gpu.py alone, need not have it
+
     for key, value in {
         "AWS_ENDPOINT_URL": moto_url,
         "AWS_ACCESS_KEY_ID": "testing",

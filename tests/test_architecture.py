@@ -16,7 +16,7 @@ ROOMS = {
     # what everything rests on; the paper's words and its algorithm, arrays alone; what the user says
     "": [
         *("errors", "messages", "seeds", "access", "storage", "sealed", "parquet", "parts", "tally"),
-        *("criteria", "jest"),
+        *("criteria", "kernels", "logits", "jest"),
         *("recipe", "recipe_file"),
     ],
     "pool": ["images", "column_types", "hive", "shards", "inventory", "img2dataset", "reshard"],
@@ -26,7 +26,7 @@ ROOMS = {
     "dedup": ["files", "grouping", "forests", "neighbours"],
     "select": ["topics", "windows", "index", "files", "draw"],
     "rounds": ["manifest", "write", "quality", "plan", "stream", "explain", "trace", "gc"],
-    "reader": ["curated", "uniform", "evaluate"],
+    "reader": ["pieces", "curated", "uniform", "evaluate"],
 }
 """The folders of curate/ and their modules: each imports only modules above itself, in its own folder or before it."""
 
