@@ -138,7 +138,18 @@ class EmbedSection(Section):
     """The forward pass."""
 
     batch_size: int = Field(256, ge=1, description="pairs per forward pass")
-    chunk_rows: int = Field(1024, ge=1, description="rows decoded ahead while the model runs")
+    chunk_rows: int = Field(
+        1024, ge=1, description="rows decoded ahead while the model runs, and of each row group of an embedding file"
+    )
+    compile: bool = Field(
+        False, description="have torch.compile make the image towers on CUDA: a minute or two that pay for large pools"
+    )
+    exact_pixels: bool = Field(
+        False,
+        description="embed and train on the pixels of open_clip's transform to the last bit; without it they are up to "
+        "2 levels off (1 - cos of embeddings at most 1e-7, random ViT-B/32) in .4 of its time; changed, the pool is "
+        "embedded anew",
+    )
 
 
 class EvaluationSet(Section):
@@ -280,6 +291,12 @@ class ResourcesSection(Section):
         '"cuda" so many GPUs are waited for',
     )
     threads: int = Field(1, ge=1, description="decoding threads, and CPU threads of the model, per worker")
+    loaders: int | None = Field(
+        None,
+        ge=0,
+        description="decoding processes per worker, instead of threads; beside a GPU its share of the node's cores "
+        "less two if not given, else none",
+    )
     address: str = Field("local", description="Ray cluster: local, auto or ray://host:port")
 
 
@@ -398,6 +415,9 @@ class Recipe(Section):
     def of_round(self) -> dict[str, Any]:
         """The fields that decide what a round contains, as stored in its plan and its manifest."""
         fields = self.model_dump(mode="json", exclude={"root", "resources", "train", "evaluate", "schedule"})
+        del fields["embed"]["compile"]  # decides the last bits alone, as the device does
+        if self.embed.exact_pixels:
+            del fields["embed"]["exact_pixels"]  # rounds that were begun before there was a choice
         del fields["pool"]["max_dropped_share"]  # when a round stops: one that was stopped goes on if it is raised
         if self.dedup is not None:
             del fields["dedup"]["max_dropped_share"]  # likewise

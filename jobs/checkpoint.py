@@ -59,7 +59,7 @@ def save_checkpoint(store: Store, progress: Progress, model: torch.nn.Module, op
             tensors[f"optimizer.{name}.{key}"] = value.detach().cpu().contiguous()
     with store.local_scratch() as scratch:
         path = scratch / "checkpoint"
-        record = json.dumps(asdict(progress), sort_keys=True)
+        record = json.dumps(asdict(progress) | {"start": progress.start.to_json()}, sort_keys=True)
         safetensors.torch.save_file(tensors, path, {"progress": record, "sha256": _sha256(record, tensors)})
         store.put_file(path, f"{FOLDER}/checkpoint-{progress.step:09d}.safetensors")
     for name in checkpoints(store)[:-KEPT]:

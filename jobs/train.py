@@ -25,7 +25,6 @@ from tqdm import tqdm
 from curate.errors import CommitConflictError, UserError
 from curate.models.create import create_model
 from curate.models.encoder import (
-    eval_transform,
     is_two_towers,
     load_model,
     normalize_pixels,
@@ -120,7 +119,7 @@ class _Training:
                 f"{start.source}, {start.precision}"
             )
         self.model, self.config, self.tokenizer = load_model(self.store, self.progress.start, ranks.device)
-        self.crop, self.shift = split_transform(self.model)
+        self.crop, self.shift = split_transform(self.model, exact=recipe.embed.exact_pixels)
         check_trainable(self.model, recipe)
         loss, bias = recipe.selection.loss, getattr(self.model, "logit_bias", None)
         if loss == "softmax" and bias is not None:
@@ -207,7 +206,7 @@ class _Training:
                 take_inventory(self.recipe.pool),
                 self.recipe.selection.sub_batch_size,
                 seed=self.recipe.seed,
-                preprocess=self.crop.tensor,
+                preprocess=self.crop,
                 tokenize=self.tokenizer,
                 threads=max(1, self.settings.workers),
                 rank=self.ranks.rank,
@@ -225,7 +224,7 @@ class _Training:
             self.recipe.root,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
-            preprocess=self.crop.tensor,
+            preprocess=self.crop,
             tokenize=self.tokenizer,
             workers=self.settings.workers,
             follow=True,
@@ -323,12 +322,13 @@ class _Training:
         found = evaluate(
             self.model,
             self.tokenizer,
-            eval_transform(self.model),
+            self.crop,
             self.held_out,
             device=self.ranks.device,
             batch_size=section.batch_size,
             templates=section.templates,
             threads=max(1, self.settings.workers),
+            normalize_images=lambda pixels: normalize_pixels(pixels, self.shift),
         )
         self.log.write(self.progress.step, **found)
         self.say(f"step {self.progress.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))

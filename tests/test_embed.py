@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import curate.embed.decode
-import curate.embed.shard
+import curate.models.crop
 from curate.embed.files import (
     DAMAGED_SHARD,
     EMBEDDING_NONFINITE,
@@ -24,13 +23,14 @@ from curate.embed.files import (
     read_embeddings,
     vectors,
 )
-from curate.embed.shard import embed_damaged, embed_shard
+from curate.embed.run import embed_shard
+from curate.embed.shard import embed_damaged
 from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.models.encoder import Encoder, load_encoder
 from curate.models.spec import WEIGHTS_NAME
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool
-from curate.recipe import EmbedSection, PoolSection
+from curate.recipe import EmbedSection, PoolSection, ResourcesSection
 from curate.storage import Store
 from jobs.drawn_pool import draw_pair
 from tests.helpers import CPU, damage_page, drawn_pool, tiny_encoder, write_pool
@@ -311,8 +311,8 @@ def test_two_encoders_share_one_decoding(store: Store, pool: Pool, encoder: Enco
     twin = load_encoder(store, tiny_encoder(store, tmp_path / "t", seed=2), CPU)
     alone = [embedded(store, pool, e, name=f"alone/{i}", chunk_rows=11) for i, e in enumerate((encoder, other, twin))]
     decoded = []
-    decode = curate.embed.decode.decode_image
-    monkeypatch.setattr(curate.embed.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decode = curate.models.crop.decode_image
+    monkeypatch.setattr(curate.models.crop, "decode_image", lambda data: decoded.append(data) or decode(data))
     cropped = []
     for e in (encoder, other, twin):
         crop = e.crop
@@ -330,8 +330,8 @@ def test_two_encoders_share_one_decoding(store: Store, pool: Pool, encoder: Enco
 def test_rows_that_nobody_wants_are_not_even_decoded(store: Store, pool: Pool, encoder: Encoder, monkeypatch):
     whole = embedded(store, pool, encoder)
     decoded = []
-    decode = curate.embed.decode.decode_image
-    monkeypatch.setattr(curate.embed.decode, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decode = curate.models.crop.decode_image
+    monkeypatch.setattr(curate.models.crop, "decode_image", lambda data: decoded.append(data) or decode(data))
     rows = np.flatnonzero(contents(whole["content"])[:, 0] % np.uint64(3) == 0)
     assert 5 < len(rows) < 55
     some = embedded(store, pool, encoder, name="some/x", rows=rows, chunk_rows=7)
@@ -417,7 +417,7 @@ def test_an_actor_that_cannot_load_its_model_says_so_when_it_is_asked(tmp_path: 
     pool = drawn_pool(tmp_path / "pool", rows=2)
     spec = tiny_encoder(store, tmp_path)
     store.put_bytes(f"{spec.folder}/{WEIGHTS_NAME}", b"damaged")
-    actor = EmbedShards(store, [spec], [], EmbedSection(), 1, "fail")
+    actor = EmbedShards(store, [spec], [], EmbedSection(), ResourcesSection(), "fail")
     item = {"shard": asdict(pool.shards[0]), "encoders": [spec.sha], "wanted": None, "rows": 2}
     with pytest.raises(UserError, match=WEIGHTS_NAME):
         list(actor(pa.Table.from_pylist([item])))
@@ -437,7 +437,7 @@ def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(
         return [store.local_path(name).stat().st_ino for name in names]
 
     def actor() -> EmbedShards:
-        return EmbedShards(store, [spec], [], EmbedSection(), 1, "fail")
+        return EmbedShards(store, [spec], [], EmbedSection(), ResourcesSection(), "fail")
 
     whole = list(actor()(block))
     assert [receipt["rows"] for receipt in whole] == [[20]] * 3

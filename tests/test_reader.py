@@ -403,7 +403,7 @@ def test_a_follower_says_when_nothing_came_for_so_long(tmp_path: Path, pool: Poo
     assert sum(1 for _ in islice(batches, rounds)) == rounds
     with pytest.raises(StreamStalledError, match=f"round {rounds} did not come within 0.4 s"):
         next(batches)
-    assert 0.39 <= time.monotonic() - start < 5
+    assert 0.39 <= time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("rounds", [0, 2])

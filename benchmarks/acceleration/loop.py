@@ -246,5 +246,5 @@ def embed(encoder: Encoder, pairs: Pairs, rows: npt.NDArray[np.int64]) -> tuple[
         at = rows[start : start + EMBED_BATCH]
         pixels, texts = torch.from_numpy(np.asarray(pairs.pixels[at])), torch.from_numpy(np.asarray(pairs.texts[at]))
         for tower, found in zip(z, encoder.encode(pixels, texts.long()), strict=True):
-            tower[start : start + len(at)] = found.numpy()
+            tower[start : start + len(at)] = found.cpu().numpy()
     return z[0], z[1]

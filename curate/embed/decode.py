@@ -8,29 +8,35 @@ so that the row is known by where the child stopped.
 import contextlib
 import faulthandler
 import functools
+import math
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import PIL.Image
 
 from curate.errors import ClusterError
-from curate.pool.images import Dropped, clean_caption, decode_image
+from curate.models.crop import decode_for
+from curate.pool.images import Dropped, clean_caption
 
 WORKER_CRASH = "worker_crash"
 DECODE_TIMEOUT = "decode_timeout"
 DEADLINE_S = 30.0
 """For one row: the largest picture that is accepted takes a few seconds on a slow CPU."""
+SLACK = 0.1
+"""Of the deadline: so much later a process may be ended."""
 START_S = 120.0
 """For a child to start and import what it needs, on a machine that is busy."""
 
-Crop = Callable[[PIL.Image.Image], npt.NDArray[np.uint8]]
+Crop = Callable[[Any], npt.NDArray[np.uint8]]
+"""Of a picture as `decode_for` decodes it: `curate.models.crop.Crop`, or any function of Pillow's pictures."""
 Row = tuple[bytes | None, bytes | None]
 """Image and caption."""
 
@@ -54,49 +60,52 @@ def decode_row(row: Row, crops: Mapping[str, Crop]) -> Decoded:
     try:
         # The caption first: it costs nothing, and a row without one needs no decoding.
         caption = clean_caption(raw)
-        picture = decode_image(image)
+        picture = decode_for(image, crops.values())
     except Dropped as dropped:
         return Decoded(status=dropped.reason, error=dropped.error)
     pixels = {view: crop(picture) for view, crop in crops.items()}
-    return Decoded(status="ok", pixels=pixels, caption=caption, size=picture.size)
+    size = (picture.shape[1], picture.shape[0]) if isinstance(picture, np.ndarray) else picture.size
+    return Decoded(status="ok", pixels=pixels, caption=caption, size=size)
 
 
 class Watched:
     """Decodes in this process, in as many threads as call it, and ends the process when a row hangs.
 
     Python cannot interrupt a decoder that hangs; the C thread of `faulthandler` can end the process whatever it does.
+    To set its clock anew starts a thread, 30 µs or more: so it is not done for each row, but where the clock would
+    otherwise run out before a row that begins now has had its time.
     """
 
     def __init__(self, crops: Mapping[str, Crop], *, deadline_s: float = DEADLINE_S) -> None:
         self._crops = crops
         self._deadline_s = deadline_s
         self._busy = 0
+        self._set_at = -math.inf
         self._lock = threading.Lock()
 
     def __call__(self, rows: Sequence[Row]) -> list[Decoded]:
         """Decode rows, in order."""
         found = []
-        for row in rows:
-            with self._watch():
-                found.append(decode_row(row, self._crops))
-        return found
-
-    @contextlib.contextmanager
-    def _watch(self) -> Iterator[None]:
         self._step(1)
         try:
-            yield
+            for row in rows:
+                self._step(0)
+                found.append(decode_row(row, self._crops))
         finally:
             self._step(-1)
+        return found
 
     def _step(self, change: int) -> None:
-        """A row begins or ends: from now on some other has to within the deadline, unless none is under way."""
+        """Rows begin or end: from now on some row has to end within the deadline, unless none is under way."""
+        now = time.monotonic()
         with self._lock:
             self._busy += change
-            if self._busy:
-                faulthandler.dump_traceback_later(self._deadline_s, exit=True, file=_nowhere())
-            else:
+            if not self._busy:
                 faulthandler.cancel_dump_traceback_later()
+                self._set_at = -math.inf
+            elif now - self._set_at > SLACK * self._deadline_s:
+                faulthandler.dump_traceback_later((1 + SLACK) * self._deadline_s, exit=True, file=_nowhere())
+                self._set_at = now
 
 
 @functools.cache

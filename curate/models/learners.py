@@ -80,6 +80,6 @@ def record_learner(
     learner = LearnerCheckpoint(
         number=number, encoder=encoder, step=step, next_batch=next_batch, batch_losses=dict(batch_losses)
     )
-    record: dict[str, Any] = asdict(learner)
+    record: dict[str, Any] = asdict(learner) | {"encoder": encoder.to_json()}
     store.put_if_absent(learner_name(number), seal(record))
     return learner

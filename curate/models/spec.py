@@ -24,11 +24,15 @@ class EncoderSpec:
     logit_bias: float
     """0 for a model trained with the softmax loss."""
     precision: Precision = "fp32"
+    exact_pixels: bool = True
+    """Whether it scores the pixels of open_clip's transform to the last bit; of a learner's record the recipe of the
+    round that scores with it says so, not the record."""
 
     @property
     def sha(self) -> str:
-        """Names the embeddings: the same weights in another precision embed differently."""
-        return self.model if self.precision == "fp32" else f"{self.model}-{self.precision}"
+        """Names the embeddings: the same weights in another precision, or of other pixels, embed differently."""
+        ways = (*((self.precision,) if self.precision != "fp32" else ()), *(() if self.exact_pixels else ("fast",)))
+        return "-".join((self.model, *ways))
 
     @property
     def folder(self) -> str:
@@ -37,4 +41,7 @@ class EncoderSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for plans, manifests and learner records."""
-        return asdict(self)
+        record = asdict(self)
+        if self.exact_pixels:
+            del record["exact_pixels"]  # records of before there was a choice
+        return record

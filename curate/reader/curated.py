@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from curate.errors import CurateError, UserError
 from curate.messages import one_line
+from curate.models.crop import Preprocess, decode_for, pixels_of
 from curate.parquet import open_table
-from curate.pool.images import clean_caption, decode_image
+from curate.pool.images import clean_caption
 from curate.pool.shards import ADDED_COLUMN, caption_bytes, image_bytes
 from curate.reader.pieces import Joined, one_ahead, piece_bounds
 from curate.rounds.manifest import CuratedFile, Manifest, is_expired, manifest_name, read_manifest, round_folder
@@ -42,7 +43,7 @@ class Batch:
     """Whether its round ends with it: a good moment to publish a learner."""
     uids: list[str]
     images: Tensor | list[PIL.Image.Image]
-    """[b/W, 3, H, W] if the reader was given `preprocess`, else pictures."""
+    """[b/W, 3, H, W] if the reader was given `preprocess`, uint8 [b/W, H, W, 3] if that is a `Crop`; else pictures."""
     texts: Tensor | list[str]
     """[b/W, L] if the reader was given `tokenize`, else captions."""
 
@@ -78,7 +79,7 @@ class CuratedReader:
         root: the root of the curation, as in the recipe.
         rank: of this process.
         world_size: number of ranks; must divide b.
-        preprocess: open_clip's transform of a picture; pictures are returned as they are if None.
+        preprocess: open_clip's transform of a picture, or a `Crop`; pictures are returned as they are if None.
         tokenize: open_clip's tokenizer; captions are returned as they are if None.
         workers: processes that read, decode and tokenise ahead, a few hundred rows at a time; with any, one batch is
             put together while the last is used. Batches come in order all the same.
@@ -100,7 +101,7 @@ class CuratedReader:
         *,
         rank: int = 0,
         world_size: int = 1,
-        preprocess: Callable[[PIL.Image.Image], Tensor] | None = None,
+        preprocess: Preprocess | None = None,
         tokenize: Callable[[list[str]], Tensor] | None = None,
         workers: int = 0,
         batch_size: int | None = None,
@@ -321,7 +322,7 @@ class _Pieces(Dataset[_Piece | CurateError]):
     def __init__(
         self,
         store: Store,
-        preprocess: Callable[[PIL.Image.Image], Tensor] | None,
+        preprocess: Preprocess | None,
         tokenize: Callable[[list[str]], Tensor] | None,
     ) -> None:
         self.store = store
@@ -334,7 +335,8 @@ class _Pieces(Dataset[_Piece | CurateError]):
         # file makes pyarrow raise whatever it likes.
         try:
             rows = self._read_rows(place)
-            images = [decode_image(data) for data in image_bytes(rows.column(place.image)).to_pylist()]
+            encoded = image_bytes(rows.column(place.image)).to_pylist()
+            images: list[Any] = [decode_for(data, [self.preprocess]) for data in encoded]
             captions = [clean_caption(raw) for raw in caption_bytes(rows.column(place.caption)).to_pylist()]
             uids = rows.column(ADDED_COLUMN).field("uid").to_pylist()
         except CurateError as error:  # the store refused or failed, or the file is damaged
@@ -350,7 +352,7 @@ class _Pieces(Dataset[_Piece | CurateError]):
             last=place.last,
             left=place.left,
             uids=uids,
-            images=torch.stack([self.preprocess(image) for image in images]) if self.preprocess else images,
+            images=torch.stack([pixels_of(image, self.preprocess) for image in images]) if self.preprocess else images,
             texts=self.tokenize(captions) if self.tokenize else captions,
         )
 

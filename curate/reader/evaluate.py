@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import PIL.Image
 import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from curate.errors import UserError
-from curate.pool.images import Dropped, DropReason, clean_caption, decode_image
+from curate.models.crop import Preprocess, decode_for, pixels_of
+from curate.pool.images import Dropped, DropReason, clean_caption, decode_pixels
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, read_batches
 from curate.recipe import PoolSection
@@ -124,13 +124,14 @@ def load_held_out(
 def evaluate(
     model: Any,
     tokenize: Callable[[list[str]], Tensor],
-    preprocess: Callable[[PIL.Image.Image], Tensor],
+    preprocess: Preprocess,
     held_out: HeldOut,
     *,
     device: torch.device,
     batch_size: int,
     templates: Sequence[str],
     threads: int = 1,
+    normalize_images: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> dict[str, float]:
     """Embed the held-out set with the model as it is and judge it; the model is left as it was found.
 
@@ -143,12 +144,13 @@ def evaluate(
     Args:
         model: open_clip's, on its device, in any mode.
         tokenize: open_clip's tokenizer.
-        preprocess: open_clip's transform for inference.
+        preprocess: open_clip's transform for inference, or its crop.
         held_out: from `load_held_out`.
         device: the model's.
         batch_size: images, or texts, per forward pass.
         templates: texts in which `{}` stands for the class; used where the set has labels.
         threads: that decode.
+        normalize_images: what is left to do, on the device, to a batch of what `preprocess` makes.
 
     Returns:
         Shares in [0, 1]: `image_to_text_r1`, `image_to_text_r5`, `text_to_image_r1`, `text_to_image_r5`; with labels
@@ -157,9 +159,15 @@ def evaluate(
     with _in_eval(model), torch.inference_mode(), ThreadPoolExecutor(threads) as executor:
 
         def pixels(images: list[bytes]) -> Tensor:
-            return torch.stack(list(executor.map(lambda data: preprocess(decode_image(data)), images)))
+            return torch.stack(
+                list(executor.map(lambda data: pixels_of(decode_for(data, [preprocess]), preprocess), images))
+            )
 
-        zimg = _embed(model.encode_image, pixels, held_out.images, batch_size, device)  # [images, D]
+        def encode_image(images: Tensor, *, normalize: bool) -> Tensor:
+            zimg: Tensor = model.encode_image(normalize_images(images), normalize=normalize)
+            return zimg
+
+        zimg = _embed(encode_image, pixels, held_out.images, batch_size, device)  # [images, D]
         ztxt = _embed(model.encode_text, tokenize, held_out.captions, batch_size, device)  # [captions, D]
         pairs = torch.tensor(held_out.pairs, device=device)  # [rows, 2]
         to_text, to_image = count_rivals(zimg, ztxt, pairs), count_rivals(ztxt, zimg, pairs.flip(1))
@@ -262,7 +270,7 @@ def _tried(data: bytes | None, raw: bytes | None) -> tuple[str, DropReason | Non
     try:
         # The caption first, as everywhere: a row that lacks both is counted under the same reason.
         caption = clean_caption(raw)
-        decode_image(data)
+        decode_pixels(data)
     except Dropped as dropped:
         return "", dropped.reason
     return caption, None

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
 
 from curate.errors import ShardDamagedError, UserError
-from curate.pool.images import Dropped, clean_caption, decode_image
+from curate.models.crop import Preprocess, decode_for, pixels_of
+from curate.pool.images import Dropped, clean_caption
 from curate.pool.shards import Pool, caption_bytes, image_bytes, read_batches
 from curate.reader.pieces import PIECE_ROWS, Joined
 from curate.seeds import derive_seed
@@ -27,7 +27,7 @@ class UniformBatch:
     number: int
     """Of the batch, counted from the first of epoch 0."""
     images: Tensor
-    """[b/W, 3, H, W], or as `preprocess` makes them."""
+    """[b/W, 3, H, W], or uint8 [b/W, H, W, 3] of a `Crop`."""
     texts: Tensor
     """[b/W, L]"""
 
@@ -37,7 +37,7 @@ def uniform_batches(
     batch_size: int,
     *,
     seed: int,
-    preprocess: Callable[[PIL.Image.Image], Tensor],
+    preprocess: Preprocess,
     tokenize: Callable[[list[str]], Tensor],
     threads: int = 1,
     rank: int = 0,
@@ -51,7 +51,7 @@ def uniform_batches(
         pool: the inventory.
         batch_size: b.
         seed: of the recipe.
-        preprocess: open_clip's transform, or its crop alone.
+        preprocess: open_clip's transform, or a `Crop`.
         tokenize: open_clip's tokenizer.
         threads: that decode.
         rank: whose slice of each batch is given; b divides by `world_size`.
@@ -115,11 +115,9 @@ def _shuffled(pool: Pool, rng: np.random.Generator) -> Iterator[list[tuple[bytes
     yield [held[i] for i in rng.permutation(len(held))]
 
 
-def _usable(
-    data: bytes | None, raw: bytes | None, preprocess: Callable[[PIL.Image.Image], Tensor]
-) -> tuple[Tensor, str] | None:
+def _usable(data: bytes | None, raw: bytes | None, preprocess: Preprocess) -> tuple[Tensor, str] | None:
     try:
         caption = clean_caption(raw)
-        return preprocess(decode_image(data)), caption
+        return pixels_of(decode_for(data, [preprocess]), preprocess), caption
     except Dropped:
         return None

@@ -39,7 +39,9 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """JSON for the root."""
-        record = asdict(self)
+        record = asdict(self) | {"reference": self.reference.to_json()}
+        if self.learner is not None:
+            record["learner"] = self.learner.to_json()
         if not self.evaluation:
             del record["evaluation"]  # plans of rounds that were begun before there were any
         return seal(record)
@@ -172,6 +174,7 @@ def store_reference(store: Store, recipe: Recipe, *, base: Path, device_type: De
     if section is None:
         raise UserError("reference: must be given for a round; add [reference] with model and pretrained")
     spec = store_encoder(store, section, role="reference", base=base, seed=recipe.seed, device_type=device_type)
+    spec = replace(spec, exact_pixels=recipe.embed.exact_pixels)
     newest = read_manifest(store, last_round(store))
     if newest is None or section.precision != "auto":
         return spec
@@ -180,7 +183,8 @@ def store_reference(store: Store, recipe: Recipe, *, base: Path, device_type: De
 
 
 def _as_scored(learner: EncoderSpec, recipe: Recipe) -> EncoderSpec:
-    """The learner in the precision that the recipe names, else in that which it was published with."""
+    """The learner on the recipe's pixels, in the precision that it names, else in that which it was published with."""
+    learner = replace(learner, exact_pixels=recipe.embed.exact_pixels)
     precision = recipe.learner.precision
     return learner if precision == "auto" else replace(learner, precision=precision)
 
