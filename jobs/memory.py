@@ -104,6 +104,9 @@ def trainer_memory(
 
 def _peak_bytes(model: Any, pixels: tuple[int, ...], context_length: int, *, bf16: bool) -> int:
     """Most bytes that a forward and backward pass holds at once, beside the weights and their gradients."""
+    # Without a GPU, fake tensors pretend that there is one. Autograd counts devices at its first backward pass: were
+    # that one of theirs, it would start threads for a GPU, and processes forked later could not differentiate.
+    torch.autograd.backward(torch.ones(1, requires_grad=True).sum())
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         state: dict[str, Tensor] = {
             name: fake.from_tensor(value) for name, value in model.state_dict(keep_vars=True).items()
