@@ -100,6 +100,20 @@ MUTANTS = [
         f"{CRASH}[dedup]",
     ),
     Mutant(
+        "forests that share a row are joined",
+        "curate/dedup/forests.py",
+        "        above[roots] = roots[best_connected(number, number[forest.head], len(roots))]",
+        "        pass",
+        "tests/test_forests.py -k bucket",
+    ),
+    Mutant(
+        "what was grouped by other pairs goes with them",
+        "curate/dedup/files.py",
+        "[account, *grouped, *parts,",
+        "[account, *parts,",
+        "tests/test_forests.py -k damaged_file",
+    ),
+    Mutant(
         "pairs say that a task is done",
         "pipelines/neighbours.py",
         "if pairs_name(folder, task) not in there",
