@@ -298,11 +298,9 @@ def test_a_recipe_of_the_trainer_alone(folder: Path) -> None:
     lines = said(folder, "train.data=pool")
     assert lines[-4].startswith("next round: none without [reference], for curate train alone")
     assert lines[-3] == "learner: tiny.json, fp32 on cpu"
-    assert lines[-2:] == [
-        "train: one rank holds about 0.01 GB on its cpu (weights, gradients and moments 0.01 GB, activations of 8 "
-        "pairs 0.00 GB, the loss 0.00 GB), 0.00 GB in memory (shares of 8 pictures 0.00 GB, loaders 0.00 GB)",
-        "train: 1 uniform batches of 8",
-    ]
+    assert lines[-2].startswith("train: one rank holds about 0.0")
+    assert "activations of 8 pairs 0.00 GB" in lines[-2]
+    assert lines[-1] == "train: 1 uniform batches of 8"
     assert said(folder, "train.data=pool", "selection.filter_ratio=0.99")
     line = refused(folder, "train.data=pool", "selection.sub_batch_size=100")
     assert "a batch wants 100 pairs, the pool holds 80 rows" in line
