@@ -494,8 +494,8 @@ def run(where: Where) -> Iterator[Row]:
     """One model's real run, from shards on disk to embedding files, beside what its encoder alone does."""
     import open_clip
     import pyarrow.parquet as pq
-    from curate.embed.run import Embedder  # type: ignore[import-not-found,unused-ignore]
 
+    from curate.embed.run import Embedder
     from curate.pool.inventory import take_inventory
     from curate.recipe import EmbedSection, PoolSection
     from curate.storage import Store
