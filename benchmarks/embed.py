@@ -146,7 +146,7 @@ def children_s() -> float:
 
 def serve(latency_ms: float) -> None:
     """An S3 server, in memory, that thinks before it answers; until it is killed."""
-    from moto.server import DomainDispatcherApplication, create_backend_app  # noqa: PLC0415
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app  # noqa: PLC0415
     from werkzeug.serving import make_server  # noqa: PLC0415
 
     answer = DomainDispatcherApplication(create_backend_app)
