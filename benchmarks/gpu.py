@@ -18,7 +18,7 @@ none of the others. Weights are random, and rows are drawn on the device; nothin
 """
 
 import argparse
-import inspect
+import copy
 import json
 import os
 import platform
@@ -437,10 +437,7 @@ def batch_of(where: Where, model: Any, n: int, tokens: int | None = None) -> tup
 
 
 def embed(where: Where) -> Iterator[Row]:
-    from curate.models.encoder import Encoder
-
     rate = matmul_tflops(where)
-    compiles = "compile_for" in inspect.signature(Encoder.__init__).parameters
     for compiled in (False, True) if not where.small else (False,):
         for name, gflop in GFLOPS.items():
             if compiled and where.left_s < 75:
@@ -448,9 +445,8 @@ def embed(where: Where) -> Iterator[Row]:
                 continue
             n = 8 if where.small else 512
             model = model_of(where, name)
-            if compiled and not compiles:
-                model.encode_image = torch.compile(model.encode_image, dynamic=False)
-            encoder = encoder_of(where, model, **({"compile_for": n} if compiled and compiles else {}))
+            own = copy.deepcopy(model)  # which the encoder casts
+            encoder = encoder_of(where, own, **({"compile_for": n} if compiled else {}))
             started = time.perf_counter()
             encoder.encode(*batch_of(where, model, n))
             where.wait()
@@ -475,7 +471,7 @@ def embed(where: Where) -> Iterator[Row]:
                     **(share or {"share of bf16 matmul": None}),
                     "cosine to fp32": _fidelity(where, model, encoder, batches[0]),
                 }
-            del model, encoder, batches
+            del model, own, encoder, batches
             if where.cuda:
                 torch.cuda.empty_cache()
 
@@ -485,8 +481,7 @@ def _fidelity(where: Where, model: Any, encoder: Any, batch: tuple[Tensor, Tenso
     """Least cosine of a few embeddings with those of plain open_clip in float32."""
     pixels, texts = (part[:16].to(where.device) for part in batch)
     own = torch.cat([z.to(where.device)[:16] for z in encoder.encode(*batch)])
-    image = type(model).encode_image  # not one that was compiled
-    plain = torch.cat([image(model, encoder.normalize(pixels)), model.encode_text(texts)])
+    plain = torch.cat([model.encode_image(encoder.normalize(pixels)), model.encode_text(texts)])
     return float((own * normalize(plain, dim=1)).sum(1).min())
 
 
