@@ -7,6 +7,7 @@
     kernels     tile shapes of the fused logits, and what the same takes when logits are written out
     selection   `jointly_sample_batch`: time, peak memory, share of the card's matmul rate
     dedup       cells, borders and pairs of planted rows, and all pairs of 1 M at once
+    run         embedding from shards to files: how busy its loaders keep the encoder
     embed       `Encoder.encode`: pairs a second, and the share of the matmul rate by published GFLOPs
     train       `take_step` at b = 32,768 in micro-batches
     resume      the loss after a checkpoint was loaded, beside the loss without
@@ -17,16 +18,18 @@ none of the others. Weights are random, and rows are drawn on the device; nothin
 """
 
 import argparse
-import inspect
+import copy
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +52,7 @@ GFLOPS = {
 TINY = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 24, "vocab_size": 512, "width": 16, "heads": 2, "layers": 1},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 D, CHUNKS = 512, 16
 THRESHOLD = 0.95
@@ -400,20 +403,22 @@ def model_of(where: Where, name: str) -> Any:
     return open_clip.create_model(name, pretrained=None, pretrained_image=False, device=where.device)
 
 
-def encoder_of(where: Where, model: Any, **how: Any) -> Any:
+def encoder_of(where: Where, model: Any, tokenizer: Any = None, **how: Any) -> Any:
     from curate.models.encoder import Encoder
     from curate.models.spec import EncoderSpec
 
+    with torch.no_grad():
+        width = model.encode_text(torch.zeros(1, model.context_length, dtype=torch.int64, device=where.device)).shape[1]
     spec = EncoderSpec(
         model="random",
         source="random",
         weights_sha256="",
-        embed_dim=0,
+        embed_dim=width,
         logit_scale=1.0,
         logit_bias=0.0,
         precision="bf16" if where.cuda else "fp32",
     )
-    return Encoder(spec, model, None, where.device, **how)
+    return Encoder(spec, model, tokenizer, where.device, **how)
 
 
 def batch_of(where: Where, model: Any, n: int, tokens: int | None = None) -> tuple[Tensor, Tensor]:
@@ -432,10 +437,7 @@ def batch_of(where: Where, model: Any, n: int, tokens: int | None = None) -> tup
 
 
 def embed(where: Where) -> Iterator[Row]:
-    from curate.models.encoder import Encoder
-
     rate = matmul_tflops(where)
-    compiles = "compile_for" in inspect.signature(Encoder.__init__).parameters
     for compiled in (False, True) if not where.small else (False,):
         for name, gflop in GFLOPS.items():
             if compiled and where.left_s < 75:
@@ -443,9 +445,8 @@ def embed(where: Where) -> Iterator[Row]:
                 continue
             n = 8 if where.small else 512
             model = model_of(where, name)
-            if compiled and not compiles:
-                model.encode_image = torch.compile(model.encode_image, dynamic=False)
-            encoder = encoder_of(where, model, **({"compile_for": n} if compiled and compiles else {}))
+            own = copy.deepcopy(model)  # which the encoder casts
+            encoder = encoder_of(where, own, **({"compile_for": n} if compiled else {}))
             started = time.perf_counter()
             encoder.encode(*batch_of(where, model, n))
             where.wait()
@@ -470,7 +471,7 @@ def embed(where: Where) -> Iterator[Row]:
                     **(share or {"share of bf16 matmul": None}),
                     "cosine to fp32": _fidelity(where, model, encoder, batches[0]),
                 }
-            del model, encoder, batches
+            del model, own, encoder, batches
             if where.cuda:
                 torch.cuda.empty_cache()
 
@@ -480,9 +481,68 @@ def _fidelity(where: Where, model: Any, encoder: Any, batch: tuple[Tensor, Tenso
     """Least cosine of a few embeddings with those of plain open_clip in float32."""
     pixels, texts = (part[:16].to(where.device) for part in batch)
     own = torch.cat([z.to(where.device)[:16] for z in encoder.encode(*batch)])
-    image = type(model).encode_image  # not one that was compiled
-    plain = torch.cat([image(model, encoder.normalize(pixels)), model.encode_text(texts)])
+    plain = torch.cat([model.encode_image(encoder.normalize(pixels)), model.encode_text(texts)])
     return float((own * normalize(plain, dim=1)).sum(1).min())
+
+
+def run(where: Where) -> Iterator[Row]:
+    """One model's real run, from shards on disk to embedding files, beside what its encoder alone does."""
+    import open_clip
+    import pyarrow.parquet as pq
+
+    from curate.embed.run import Embedder
+    from curate.pool.inventory import take_inventory
+    from curate.recipe import EmbedSection, PoolSection
+    from curate.storage import Store
+    from jobs.drawn_pool import draw_pool
+
+    rows, copies, batch = (32, 3, 8) if where.small else (2_048, 24, 512)
+    loaders = 0 if where.small else max(1, (os.cpu_count() or 1) - 2)
+    with tempfile.TemporaryDirectory() as folder:
+        pool = Path(folder) / "pool"
+        draw_pool(pool, rows=rows, shards=1, seed=0, image_size=32 if where.small else 256)
+        (first,) = pool.glob("*.parquet")
+        for number in range(copies):  # to draw them all would take minutes
+            shutil.copyfile(first, pool / f"copy-{number:02d}.parquet")
+        shards = take_inventory(PoolSection(path=str(pool), uid="key")).shards
+        for name in ("ViT-B-32", "ViT-B-16"):
+            model = model_of(where, name)
+            encoder = encoder_of(
+                where, model, tokenizer=open_clip.get_tokenizer("ViT-B-32", context_length=model.context_length)
+            )
+            pixels, texts = batch_of(where, model, batch)
+            texts.copy_(encoder.tokenize(pq.read_table(first)["caption"].to_pylist()[:batch]))
+            times = 1 if where.small else 20
+
+            def alone(
+                encoder: Any = encoder, pixels: Tensor = pixels, texts: Tensor = texts, times: int = times
+            ) -> None:
+                for _ in range(times):
+                    encoder.encode(pixels, texts)
+
+            alone_s = where.seconds(alone)
+            embedder = Embedder({"m": encoder}, EmbedSection(batch_size=batch), loaders=loaders)
+            store = Store(f"{folder}/root")
+
+            def one(number: int, embedder: Any = embedder, store: Any = store, name: str = name) -> None:
+                embedder.embed(shards[number], {"m": f"{name}/{number}"}, store)
+
+            one(0)  # the loaders start
+            started = time.perf_counter()
+            with ThreadPoolExecutor(3) as threads:
+                list(threads.map(one, range(1, len(shards))))
+            seconds = time.perf_counter() - started
+            embedder.close()
+            ours, bare = rows * (len(shards) - 1) / seconds, batch * times / alone_s
+            yield {
+                "model": name,
+                "loaders": loaders,
+                "pairs": rows * (len(shards) - 1),
+                "s": seconds,
+                "pairs/s": ours,
+                "encoder alone, pairs/s": bare,
+                "share of it": ours / bare,
+            }
 
 
 # --- train ---------------------------------------------------------------------------------------------------------
@@ -624,6 +684,7 @@ SECTIONS: dict[str, Callable[[Where], Iterator[Row]]] = {
     "train": train,
     "resume": resume,
     "ranks": ranks,
+    "run": run,
     "embed": embed,
 }
 """In the order in which they run: what takes what is left of the time comes last."""

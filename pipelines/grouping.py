@@ -66,17 +66,19 @@ from pipelines.neighbours import Compared
 TASK_PAIRS = 2**20
 """Pairs that one task holds. A file of pairs that has more is read whole; a group of rows that has more is decided
 whole, by a task that asks for as much memory: a million blank pictures that nothing collapsed are one group."""
-DECIDE_BYTES = 600
-"""Of memory for each pair that a task decides,"""
-PLANT_BYTES = 300
-"""that it makes a forest of,"""
-SPREAD_BYTES = 300
-"""that it sends to the buckets;"""
+DECIDE_BYTES = 700
+"""Of memory for each pair that a task decides (509 to 655 measured, with 4 million to 250,000 that share no row),"""
+PLANT_BYTES = 200
+"""that it makes a forest of (177),"""
+SPREAD_BYTES = 350
+"""that it sends to the buckets (304 to 320);"""
 JOIN_BYTES = 40
-"""for each row of a forest, while all forests are joined. That is one task: what it holds are ids of rows that have a
-near-duplicate, and never pairs. In several it would take a round of messages for each doubling of the longest chain."""
+"""for each row of a forest while all forests are joined (30), and"""
+FOREST_BYTES = 60
+"""for each row of the one that is being joined (50). Joining is one task: what it holds are ids of rows that have a
+near-duplicate, and no pairs; in several it would take a round of messages for each doubling of the longest chain."""
 WRITE_BYTES = 200
-"""And for each dropped row of a file."""
+"""And for each dropped row of a file (180)."""
 LARGEST = 20
 """Groups that the account describes,"""
 MEASURED = 256
@@ -220,7 +222,8 @@ def _decide_in_buckets(grouping: _Grouping) -> list[_Told]:
     sources = range(len(grouping.sources))
     most = max(sum(file.rows for file in some) for some in grouping.sources)
     rows = run_tasks(_plant, sources, grouping, title="forests", memory=PLANT_BYTES * most)
-    (pairs,) = run_tasks(_join, [sum(rows)], grouping, title="forests joined", memory=JOIN_BYTES * sum(rows))
+    memory = JOIN_BYTES * sum(rows) + FOREST_BYTES * max(rows)
+    (pairs,) = run_tasks(_join, [sum(rows)], grouping, title="forests joined", memory=memory)
     grouping = replace(grouping, buckets=len(pairs))
     run_tasks(_spread, sources, grouping, title="pairs by group", memory=SPREAD_BYTES * most)
     told: dict[int, _Told] = {}

@@ -219,7 +219,8 @@ def measure_grouping(count: int, most_pairs: int) -> list[dict[str, Any]]:
         started = time.monotonic()
         told = [peak_of(task, item, shared) for item in items]
         if told:
-            peak, units = max(peak for _, peak in told), memory // ASKED[task.__name__]
+            peak = max(peak for _, peak in told)
+            units = items[0] if task.__name__ == "_join" else memory // ASKED[task.__name__]
             facts = {"pairs": count, "step": title, "tasks": len(told), "pairs or rows of the largest": units}
             figures = {"peak MiB": peak >> 20, "bytes each": round(peak / units), "asked": ASKED[task.__name__]}
             found.append(facts | figures | {"seconds": round(time.monotonic() - started, 1)})

@@ -60,26 +60,17 @@ def join(forests: Callable[[], Iterator[Forest]], rows: int, most_pairs: int) ->
 
     Args:
         forests: reads all of them, one after the other; is called three times, so that one at a time is held.
-        rows: of all forests; one that is in several counts in each.
+        rows: of all forests, one at least; one that is in several counts in each.
         most_pairs: of a bucket.
     """
-    ids, end = np.empty(rows, np.int64), 0
-    for forest in forests():
-        ids[end : end + len(forest.ids)] = forest.ids
-        end += len(forest.ids)
-    ids.sort()
-    new = np.ones(rows, bool)
-    new[1:] = ids[1:] != ids[:-1]
-    ids = ids[new]
-
+    ids = _all_ids(forests(), rows)
     above = np.arange(len(ids))  # of each row another, never a later one, which pairs connect it with
     for forest in forests():
         at = np.searchsorted(ids, forest.ids)
         roots, number = np.unique(_roots(above, at), return_inverse=True)
         above[roots] = roots[best_connected(number, number[forest.head], len(roots))]
         above[at] = above[roots[number]]
-    while not np.array_equal(higher := above[above], above):
-        above = higher
+    above = _roots(above, above)
 
     first = np.flatnonzero(above == np.arange(len(ids)))
     pairs = np.zeros(len(first), np.int64)
@@ -87,11 +78,32 @@ def join(forests: Callable[[], Iterator[Forest]], rows: int, most_pairs: int) ->
         heads = np.flatnonzero(forest.pairs)
         group = np.searchsorted(first, above[np.searchsorted(ids, forest.ids[heads])])
         np.add.at(pairs, group, forest.pairs[heads])
-    before = np.cumsum(pairs) - pairs
-    number = np.unique(before // most_pairs, return_inverse=True)[1]  # a giant leaves a gap
-    sizes = np.zeros(number.max(initial=-1) + 1, np.int64)
+    number = _filled(pairs, most_pairs)
+    sizes = np.zeros(number[-1] + 1, np.int64)
     np.add.at(sizes, number, pairs)
     return Buckets(pairs=sizes, number=number, first=first, ids=ids, first_of=above)
+
+
+def _all_ids(forests: Iterator[Forest], rows: int) -> Ints:
+    """The ids of all forests, ascending, each once; `rows` counts each as often as it comes."""
+    ids, end = np.empty(rows, np.int64), 0
+    for forest in forests:
+        ids[end : end + len(forest.ids)] = forest.ids
+        end += len(forest.ids)
+    ids.sort()
+    new = np.ones(rows, bool)
+    new[1:] = ids[1:] != ids[:-1]
+    return ids[new]
+
+
+def _filled(pairs: Ints, most_pairs: int) -> Ints:
+    """Number of the bucket of each group, by the pairs of each."""
+    number = np.cumsum(pairs)
+    number -= pairs
+    number //= most_pairs
+    begins = np.zeros(len(number), bool)
+    begins[1:] = number[1:] != number[:-1]  # a giant leaves a gap
+    return np.cumsum(begins, out=number)
 
 
 def _roots(above: Ints, at: Ints) -> Ints:

@@ -259,7 +259,7 @@ class Processes:
         suspects = self._stream.at_work()
         self._stream.end()
         del self._found  # which waits for those that are alive, and ends them
-        apart = Apart(self._reading.crops, deadline_s=self._deadline_s)
+        apart = Apart(self._reading.crops, deadline_s=self._deadline_s, method="forkserver")
         for job, number in suspects:
             for some in self._asked.get(job, []):
                 if number in some.numbers:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,6 +75,15 @@ class Piece:
     """int64 [u, L] by `Encoder.wording`: each caption once."""
     of: Tensor
     """int64 [n], which of the texts each row has."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """On its way to another process: of tensors only the pixels, for each takes a connection of its own."""
+        texts = {wording: texts.numpy() for wording, texts in self.texts.items()}
+        return self.__dict__ | {"rows": self.rows.numpy(), "texts": texts, "of": self.of.numpy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        texts = {wording: torch.from_numpy(texts) for wording, texts in state["texts"].items()}
+        self.__dict__.update(state, rows=torch.from_numpy(state["rows"]), texts=texts, of=torch.from_numpy(state["of"]))
 
     def table(self) -> pa.Table:
         """The rows; a view of `rows`."""
