@@ -3,7 +3,6 @@
     python -m benchmarks.embed                                        # a stand-in for the device; a few minutes
     python -m benchmarks.embed --latency-ms 30                        # pool and root behind a slow S3 server
     python -m benchmarks.embed --device cuda --model ViT-B-16 --loaders 14 --rows 4000 --shards 40
-    python -m benchmarks.embed --whole                                # the step beside a hand-written Ray Data job
 
 The stand-in decodes and tokenises as a model of 224 px does, and in place of the towers waits, off the lock, as long as
 an H100 needs for 256 pairs of ViT-B/16: 21 ms. Where decoding cannot keep up with that, `--wait-ms` waits longer.

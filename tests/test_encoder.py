@@ -16,10 +16,18 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import Normalize, ToTensor
 
 from curate.errors import UserError
 from curate.models.create import CONFIG_NAME, create_model
-from curate.models.encoder import eval_transform, load_encoder, load_model, store_encoder
+from curate.models.encoder import (
+    eval_transform,
+    fused_shift,
+    load_encoder,
+    load_model,
+    normalize_pixels,
+    store_encoder,
+)
 from curate.models.spec import WEIGHTS_NAME, EncoderSpec
 from curate.recipe import EncoderSection
 from curate.storage import Store
@@ -412,6 +420,26 @@ def test_pixels_and_embeddings_are_those_of_open_clips_own_transform(tmp_path: P
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, torch.nn.functional.normalize(raw, dim=-1), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(ours.norm(dim=1), torch.ones(7))
+
+
+def test_normalised_pixels_are_open_clips_own_on_a_cpu_and_an_ulp_or_two_off_in_one_kernel() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3, 40, 1)[..., None].expand(3, 40, 256, 3)
+    shift = Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    theirs = torch.stack([shift(ToTensor()(Image.fromarray(image.numpy()))) for image in pixels])
+    assert normalize_pixels(pixels, shift).equal(theirs)
+    fused = fused_shift(pixels.permute(0, 3, 1, 2), shift, torch.empty_like(theirs))
+    assert (fused - theirs).abs().max() < 1e-6
+    half = fused_shift(pixels.permute(0, 3, 1, 2), shift, torch.empty(theirs.shape, dtype=torch.bfloat16))
+    torch.testing.assert_close(half.float(), theirs, atol=0, rtol=2**-8)
+
+
+def test_equal_captions_may_be_encoded_once(tmp_path: Path, store: Store) -> None:
+    encoder = load_encoder(store, tiny_encoder(store, tmp_path), CPU)
+    pixels = torch.randint(0, 255, (5, 32, 32, 3), dtype=torch.uint8)
+    texts = encoder.tokenize(["a red ring", "a blue star above a green circle"])
+    of = torch.tensor([0, 1, 1, 0, 1])
+    for once, each in zip(encoder.encode(pixels, texts, of), encoder.encode(pixels, texts[of]), strict=True):
+        torch.testing.assert_close(once, each, atol=1e-6, rtol=1e-5)
 
 
 def test_a_row_embeds_the_same_whatever_stands_beside_it(tmp_path: Path, store: Store):

@@ -5,6 +5,7 @@ the root as an open_clip `local-dir` folder under the hash of its content. Worke
 shared disk beside the root, and `open_clip.create_model("local-dir:…/models/<sha>")` opens it anywhere.
 """
 
+import functools
 import hashlib
 import json
 import pickle
@@ -22,7 +23,6 @@ from open_clip.transform import MaybeConvertMode, PreprocessCfg, image_transform
 from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.transforms import Compose, Normalize, ToTensor
-from torchvision.transforms.functional import normalize as normalize_images
 
 from curate.errors import UserError
 from curate.models.causal import CausalTexts
@@ -59,7 +59,7 @@ class Encoder:
         self._dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
         self.model = model.eval().requires_grad_(False).to(self._dtype)
         self.tokenize: Callable[[Sequence[str]], Tensor] = tokenizer
-        self.crop, shift = split_transform(self.model, exact=spec.exact_pixels)
+        self.crop, self._shift = split_transform(self.model, exact=spec.exact_pixels)
         # Not the transform's own repr, which tells no fill colour.
         cfg = _preprocess_cfg(self.model)
         way = ("fast",) if self.crop.fast else ()
@@ -67,7 +67,6 @@ class Encoder:
         """Encoders with equal views see equal pixels before normalisation."""
         self.wording = hashlib.sha256(pickle.dumps(tokenizer)).hexdigest()[:16]
         """Encoders with equal wordings see equal tokens."""
-        self._mean, self._std = (torch.tensor(list(of), device=device).view(3, 1, 1) for of in (shift.mean, shift.std))
         self._texts = CausalTexts(self.model)
         self._encode_image = torch.compile(self._image_tower, dynamic=False) if compile_for else self._image_tower
         self._least = compile_for or 0
@@ -75,27 +74,8 @@ class Encoder:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def normalize(self, pixels: Tensor, out: Tensor | None = None) -> Tensor:
-        """Pixels as open_clip's transform ends with them, within one pass and one buffer.
-
-        Args:
-            pixels: uint8 [n, H, W, 3] on any device.
-            out: [n, 3, H, W] on that device, of any float type; a new float32 one if None.
-
-        Returns:
-            `out`. On a CPU the floats are open_clip's own, (p / 255 - mean) / std; on a GPU one kernel makes
-            p * (1 / 255 std) - mean / std of them, which is less than 1e-6 away.
-        """
-        planes = pixels.permute(0, 3, 1, 2)
-        if out is None:
-            out = torch.empty(planes.shape, device=pixels.device)
-        mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
-        if pixels.device.type != "cpu":
-            return torch.addcmul(-mean / std, planes, 1 / (255 * std), out=out)
-        # A few pictures at a time: what stays in a core's cache is read and written four times for the price of one.
-        step = max(1, CACHED_FLOATS // max(1, planes[:1].numel()))
-        for start in range(0, len(planes), step):
-            out[start : start + step].copy_(planes[start : start + step]).div_(255).sub_(mean).div_(std)
-        return out
+        """As `normalize_pixels`, for this model."""
+        return normalize_pixels(pixels, self._shift, out)
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor, texts: Tensor, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -299,11 +279,41 @@ def split_transform(model: Any, *, exact: bool = True) -> tuple[Crop, Normalize]
     return Crop(Compose(crop), exact), shift
 
 
-def normalize_pixels(pixels: Tensor, shift: Normalize) -> Tensor:
-    """Pixels uint8 [n, H, W, 3] on any device as open_clip's transform ends with them, float32 [n, 3, H, W]."""
-    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    shifted: Tensor = normalize_images(images, shift.mean, shift.std, inplace=True)
-    return shifted
+def normalize_pixels(pixels: Tensor, shift: Normalize, out: Tensor | None = None) -> Tensor:
+    """Pixels as open_clip's transform ends with them, with no buffer but the one that is returned.
+
+    Args:
+        pixels: uint8 [n, H, W, 3] on any device.
+        shift: the transform's own last step.
+        out: [n, 3, H, W] on that device, of any float type; a new float32 one if None.
+
+    Returns:
+        `out`. On a CPU the floats are open_clip's own, (p / 255 - mean) / std; on a GPU one kernel makes
+        p * (1 / 255 std) - mean / std of them, which is less than 1e-6 away.
+    """
+    planes = pixels.permute(0, 3, 1, 2)
+    if out is None:
+        out = torch.empty(planes.shape, device=pixels.device)
+    if pixels.device.type != "cpu":
+        return fused_shift(planes, shift, out)
+    mean, std = (torch.tensor(list(of)).view(3, 1, 1) for of in (shift.mean, shift.std))
+    # A few pictures at a time: what stays in a core's cache is read and written four times for the price of one.
+    step = max(1, CACHED_FLOATS // max(1, planes[:1].numel()))
+    for start in range(0, len(planes), step):
+        out[start : start + step].copy_(planes[start : start + step]).div_(255).sub_(mean).div_(std)
+    return out
+
+
+def fused_shift(planes: Tensor, shift: Normalize, out: Tensor) -> Tensor:
+    """Write (p / 255 - mean) / std of uint8 [n, 3, H, W] into `out`, as one multiplication and addition each."""
+    factor, offset = _line(tuple(shift.mean), tuple(shift.std), planes.device)
+    return torch.addcmul(offset, planes, factor, out=out)
+
+
+@functools.cache  # a copy of a few numbers to a GPU waits for all that it has to do before
+def _line(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    m, s = (torch.tensor(of, dtype=torch.float64).view(3, 1, 1) for of in (mean, std))
+    return (1 / (255 * s)).float().to(device), (-m / s).float().to(device)
 
 
 def _preprocess_cfg(model: Any) -> PreprocessCfg:
