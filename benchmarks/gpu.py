@@ -529,7 +529,7 @@ def run(where: Where) -> Iterator[Row]:
 
             one(0)  # the loaders start
             started = time.perf_counter()
-            with ThreadPoolExecutor(3) as threads:
+            with ThreadPoolExecutor(copies) as threads:
                 list(threads.map(one, range(1, len(shards))))
             seconds = time.perf_counter() - started
             embedder.close()
@@ -537,6 +537,8 @@ def run(where: Where) -> Iterator[Row]:
             yield {
                 "model": name,
                 "loaders": loaders,
+                "of kind": type(embedder._loader).__name__,
+                "/dev/shm MiB": shutil.disk_usage("/dev/shm").free // MIB,
                 "pairs": rows * (len(shards) - 1),
                 "s": seconds,
                 "pairs/s": ours,
