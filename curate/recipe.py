@@ -138,7 +138,12 @@ class EmbedSection(Section):
     """The forward pass."""
 
     batch_size: int = Field(256, ge=1, description="pairs per forward pass")
-    chunk_rows: int = Field(1024, ge=1, description="rows decoded ahead while the model runs")
+    chunk_rows: int = Field(
+        1024, ge=1, description="rows decoded ahead while the model runs, and of each row group of an embedding file"
+    )
+    compile: bool = Field(
+        False, description="have torch.compile make the image towers on CUDA: a minute or two that pay for large pools"
+    )
     exact_pixels: bool = Field(
         False,
         description="embed and train on the pixels of open_clip's transform to the last bit; without it they are up to "
@@ -286,6 +291,12 @@ class ResourcesSection(Section):
         '"cuda" so many GPUs are waited for',
     )
     threads: int = Field(1, ge=1, description="decoding threads, and CPU threads of the model, per worker")
+    loaders: int | None = Field(
+        None,
+        ge=0,
+        description="decoding processes per worker, instead of threads; beside a GPU its share of the node's cores "
+        "less two if not given, else none",
+    )
     address: str = Field("local", description="Ray cluster: local, auto or ray://host:port")
 
 
@@ -304,6 +315,18 @@ class TrainSection(Section):
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's")
     beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's; 0.999 spikes at high filter ratios (paper, A.2)")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    # Of ViT-B/16 in bf16 that is 20 GB of activations, or 3 with grad_checkpointing, as `jobs.memory` computes them;
+    # `curate check` says what yours hold.
+    micro_batch: int = Field(
+        256,
+        ge=1,
+        description="pairs of a forward pass on each rank; a larger share of a batch is embedded in parts, twice, with "
+        "the loss and the gradient of the whole batch: as many as memory holds are fastest",
+    )
+    grad_checkpointing: bool = Field(
+        False, description="keep fewer activations and compute them again: less memory, a third more time"
+    )
+    compile: bool = Field(False, description="torch.compile the learner: faster steps after minutes of compiling")
     workers: int = Field(0, ge=0, description="decoding processes per rank, or threads with data = pool")
     follow: Literal["stop", "wait", "repeat"] = Field(
         "stop",
@@ -392,6 +415,7 @@ class Recipe(Section):
     def of_round(self) -> dict[str, Any]:
         """The fields that decide what a round contains, as stored in its plan and its manifest."""
         fields = self.model_dump(mode="json", exclude={"root", "resources", "train", "evaluate", "schedule"})
+        del fields["embed"]["compile"]  # decides the last bits alone, as the device does
         if self.embed.exact_pixels:
             del fields["embed"]["exact_pixels"]  # rounds that were begun before there was a choice
         del fields["pool"]["max_dropped_share"]  # when a round stops: one that was stopped goes on if it is raised

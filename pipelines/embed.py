@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import loky
 import pyarrow as pa
 import ray
 import ray.data
@@ -18,9 +19,11 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 from tqdm import tqdm
 
-from curate.embed.decode import Apart, Watched
+from curate.embed.decode import Apart
 from curate.embed.files import embedding_name
-from curate.embed.shard import crops_of, embed_damaged, embed_shard
+from curate.embed.loader import start_server
+from curate.embed.run import Embedder, reading_for
+from curate.embed.shard import embed_damaged
 from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
 from curate.models.spec import WEIGHTS_NAME, EncoderSpec
 from curate.pool.shards import Columns, Pool, Shard
@@ -46,6 +49,11 @@ MOST_BLOCKS = 1000
 CPU_SHARE = 0.9
 ACTOR_BYTES = 3 * 2**29
 """What an actor holds beside its weights: `import open_clip` alone leaves a process at 1.3 GB."""
+LOADER_BYTES = 2**29
+"""What a decoding process of an actor holds that it does not share with the others: pieces, and a row group."""
+SHARDS_AT_ONCE = 2
+"""That an actor is given: while it waits for the last rows of one and uploads, it is at the next. Beside a GPU twice
+as many, whose slices are enough for a dozen decoding processes."""
 
 
 def missing_shards(store: Store, shards: Sequence[Shard], spec: EncoderSpec, scope: str = "") -> set[int]:
@@ -124,7 +132,9 @@ def _embed(
         return
     # Twice: while a model is loaded it is there, and its checkpoint as well.
     memory = ACTOR_BYTES + 2 * sum(store.size(f"{spec.folder}/{WEIGHTS_NAME}") or 0 for spec in encoders)
+    memory += LOADER_BYTES * _loaders(resources, devices.gpus, largest_node("CPU"), largest_node("GPU"))
     workers = min(_workers(resources, devices, memory), len(items))
+    at_once = SHARDS_AT_ONCE * (2 if devices.gpus else 1)
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
@@ -134,10 +144,15 @@ def _embed(
         warnings.filterwarnings("ignore", message="`ray_remote_args`")
         receipts = blocks.map_batches(
             EmbedShards,
-            fn_constructor_args=(store, list(encoders), list(wanted), settings, resources.threads, on_bad_shard),
+            fn_constructor_args=(store, list(encoders), list(wanted), settings, resources, on_bad_shard),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=workers),
+            compute=ActorPoolStrategy(
+                size=workers,
+                max_tasks_in_flight_per_actor=at_once,
+                max_concurrent_calls_per_actor=at_once,
+                enable_true_multi_threading=True,
+            ),
             num_cpus=None if devices.gpus else CPU_SHARE * resources.threads,
             num_gpus=1 if devices.gpus else None,
             memory=memory,
@@ -182,8 +197,15 @@ def _workers(resources: ResourcesSection, devices: Devices, memory: int) -> int:
     return min(resources.workers or max(1, free_cpus() // resources.threads), places_for(memory))
 
 
+def _loaders(resources: ResourcesSection, gpus: int, cores: float, gpus_of_node: float) -> int:
+    """Decoding processes of an actor, whose node has so many cores."""
+    if resources.loaders is not None:
+        return resources.loaders
+    return max(1, int(cores / max(1, gpus_of_node)) - 2) if gpus else 0
+
+
 class EmbedShards:
-    """The actor: holds the encoders, embeds the shards that it is given one at a time."""
+    """The actor: holds the encoders, embeds the shards that it is given; several threads may call it at a time."""
 
     def __init__(
         self,
@@ -191,29 +213,39 @@ class EmbedShards:
         encoders: Sequence[EncoderSpec],
         wanted: Sequence[Wanted],
         settings: EmbedSection,
-        threads: int,
+        resources: ResourcesSection,
         on_bad_shard: BadShardPolicy,
     ) -> None:
         logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every load on the root logger
-        torch.set_num_threads(threads)
+        torch.set_num_threads(resources.threads)
         self.store = store
-        self.settings = settings
-        self.threads = threads
         self.wanted = wanted
         self.on_bad_shard = on_bad_shard
         self.failure: CurateError | None = None
         try:
-            self._load(encoders)
+            self._load(encoders, settings, resources)
         except CurateError as error:
             self.failure = error  # raised here it would be lost: Ray tells of a constructor its traceback alone
 
-    def _load(self, encoders: Sequence[EncoderSpec]) -> None:
+    def _load(self, encoders: Sequence[EncoderSpec], settings: EmbedSection, resources: ResourcesSection) -> None:
+        where = device()
+        gpu = where.type == "cuda"
+        if loaders := _loaders(resources, int(gpu), loky.cpu_count(), _gpus_here() if gpu else 0):
+            start_server(["ray"])  # imports what they need while this process loads its models
         # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
         from curate.models.encoder import load_encoder  # noqa: PLC0415
 
-        self.encoders = {spec.sha: load_encoder(self.store, spec, device()) for spec in encoders}
-        # Ray starts an actor again that died, and gives it the shards that it died of.
-        self.decode = (Apart if restarted() else Watched)(crops_of(self.encoders.values()))
+        compile_for = settings.batch_size if settings.compile and gpu else None
+        self.encoders = {spec.sha: load_encoder(self.store, spec, where, compile_for=compile_for) for spec in encoders}
+        self.embedder = Embedder(
+            self.encoders,
+            settings,
+            threads=resources.threads,
+            loaders=loaders,
+            # Ray starts an actor again that died, and gives it the shards that it died of.
+            decode=Apart(reading_for(self.encoders).crops) if restarted() else None,
+            preload=("ray",),
+        )
 
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
         """Embed the shards of a batch; yields one receipt per shard."""
@@ -222,27 +254,31 @@ class EmbedShards:
         for item in batch.to_pylist():
             shard = Shard(**item["shard"] | {"columns": Columns(**item["shard"]["columns"])})
             some = None if item["wanted"] is None else self.wanted[item["wanted"]]
-            names = {sha: embedding_name(sha, shard, some.scope if some else "") for sha in item["encoders"]}
+            scope = some.scope if some else ""
             # A block holds many shards of a large pool, and Ray gives all of them again to the actor that takes over
             # from one that died.
-            encoders = {name: self.encoders[sha] for sha, name in names.items() if not self.store.exists(name)}
+            names = {
+                sha: name
+                for sha in item["encoders"]
+                if not self.store.exists(name := embedding_name(sha, shard, scope))
+            }
             damage = ""
             counts: dict[str, int] = {}
             try:
-                if encoders:
-                    counts = embed_shard(
-                        shard,
-                        encoders,
-                        self.store,
-                        self.settings,
-                        threads=self.threads,
-                        rows=some.rows(self.store, shard) if some else None,
-                        decode=self.decode,
-                    )
+                if names:
+                    rows = some.rows(self.store, shard) if some else None
+                    counts = self.embedder.embed(shard, names, self.store, rows=rows)
             except ShardDamagedError as error:
                 # Not raised: all other shards are read, so that all that are damaged are told together.
                 damage = str(error)
                 if self.on_bad_shard == "skip":
+                    encoders = {name: self.encoders[sha] for sha, name in names.items()}
                     counts = embed_damaged(shard, encoders, self.store, error)
             dropped = sum(rows for status, rows in counts.items() if status != "ok")
             yield {"rows": [item["rows"]], "dropped": [dropped], "damage": [damage]}
+
+
+def _gpus_here() -> float:
+    """GPUs of this node, among which its cores are shared."""
+    here = ray.get_runtime_context().get_node_id()
+    return max(float(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["NodeID"] == here)

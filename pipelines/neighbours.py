@@ -38,6 +38,7 @@ from curate.dedup.neighbours import (
     Threshold,
     cell_count,
     near_pairs,
+    normalized,
     sample_share,
     train_cells,
     unit_rows,
@@ -420,6 +421,7 @@ def search_cells(
     evaluation = compared.tiers(rows.nodes["id"]) == EVALUATION
     captions = rows.ztxt.shape[1] > 0
     where = device()
+    zimg, ztxt = torch.from_numpy(rows.zimg).to(where), torch.from_numpy(rows.ztxt).to(where)
     found = [np.empty(0, PAIR)]
     for cell in cells:
         home = places.home == cell
@@ -430,9 +432,10 @@ def search_cells(
         found.append(copies)
         here = here[kept]
         here = here[np.lexsort([~fresh[here], ~home[here]])]
+        at = torch.from_numpy(here).to(where)
         pairs = near_pairs(
-            torch.from_numpy(unit_rows(rows.zimg[here])).to(where),
-            torch.from_numpy(unit_rows(rows.ztxt[here])).to(where) if captions else None,
+            normalized(zimg[at]),
+            normalized(ztxt[at]) if captions else None,
             threshold,
             inner=int(home[here].sum()),
             fresh=torch.from_numpy(fresh[here]).to(where),

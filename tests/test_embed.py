@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import curate.embed.shard
 import curate.models.crop
 from curate.embed.files import (
     DAMAGED_SHARD,
@@ -24,13 +23,14 @@ from curate.embed.files import (
     read_embeddings,
     vectors,
 )
-from curate.embed.shard import embed_damaged, embed_shard
+from curate.embed.run import embed_shard
+from curate.embed.shard import embed_damaged
 from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.models.encoder import Encoder, load_encoder
 from curate.models.spec import WEIGHTS_NAME
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool
-from curate.recipe import EmbedSection, PoolSection
+from curate.recipe import EmbedSection, PoolSection, ResourcesSection
 from curate.storage import Store
 from jobs.drawn_pool import draw_pair
 from tests.helpers import CPU, damage_page, drawn_pool, tiny_encoder, write_pool
@@ -417,7 +417,7 @@ def test_an_actor_that_cannot_load_its_model_says_so_when_it_is_asked(tmp_path: 
     pool = drawn_pool(tmp_path / "pool", rows=2)
     spec = tiny_encoder(store, tmp_path)
     store.put_bytes(f"{spec.folder}/{WEIGHTS_NAME}", b"damaged")
-    actor = EmbedShards(store, [spec], [], EmbedSection(), 1, "fail")
+    actor = EmbedShards(store, [spec], [], EmbedSection(), ResourcesSection(), "fail")
     item = {"shard": asdict(pool.shards[0]), "encoders": [spec.sha], "wanted": None, "rows": 2}
     with pytest.raises(UserError, match=WEIGHTS_NAME):
         list(actor(pa.Table.from_pylist([item])))
@@ -437,7 +437,7 @@ def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(
         return [store.local_path(name).stat().st_ino for name in names]
 
     def actor() -> EmbedShards:
-        return EmbedShards(store, [spec], [], EmbedSection(), 1, "fail")
+        return EmbedShards(store, [spec], [], EmbedSection(), ResourcesSection(), "fail")
 
     whole = list(actor()(block))
     assert [receipt["rows"] for receipt in whole] == [[20]] * 3

@@ -121,7 +121,7 @@ def test_tiles_find_what_the_whole_product_holds(data: st.DataObject) -> None:
     caption = data.draw(st.sampled_from([None, 0.7]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "TILE", data.draw(st.integers(1, 20)))
-        patch.setattr(neighbours, "VERIFIED", 7)
+        patch.setitem(neighbours.VERIFIED, "cpu", 7)
         found = list(
             near_pairs(
                 torch.from_numpy(z),

@@ -30,6 +30,11 @@ PAIR = np.dtype([("better", "<i8"), ("worse", "<i8"), ("cosine", "<f4"), ("kind"
 KINDS = ("near_duplicate", "duplicate_image", "duplicate_exact")
 """What the kinds 0, 1 and 2 of a pair are: near by cosine, the same image bytes, the same pair."""
 CONTAMINATED = "contaminated"
+REASONS = (*KINDS, CONTAMINATED)
+"""Why a row leaves."""
+ENDS = ("id", "duplicate_of", "representative")
+DROPPED = np.dtype([*((end, "<i8") for end in ENDS), ("cosine", "<f4"), ("why", "i1")])
+"""A row that leaves; `why` is a place in `REASONS`."""
 EVALUATION = -1
 """The tier of rows of evaluation sets: they are better than any row of the pool and are never dropped."""
 
@@ -172,7 +177,7 @@ def decide(pairs: Pairs, tiers: npt.NDArray[np.integer], rule: Rule) -> Decision
     inside = np.flatnonzero(left[pairs["better"]] & left[pairs["worse"]])
     edges = pairs[inside]
     better, worse = edges["better"], edges["worse"]
-    group = _best_connected(better, worse, n)
+    group = best_connected(better, worse, n)
     if rule == "greedy":
         strongest = _strongest(worse, better, edges)
         tied[worse[strongest]] = inside[strongest]
@@ -181,7 +186,7 @@ def decide(pairs: Pairs, tiers: npt.NDArray[np.integer], rule: Rule) -> Decision
         for tier in np.unique(tiers[left]):
             now = np.flatnonzero(tiers[worse] <= tier)  # the worse row is the later one
             here = left & (tiers == tier)
-            stays = here & (_best_connected(better[now], worse[now], n) == np.arange(n))
+            stays = here & (best_connected(better[now], worse[now], n) == np.arange(n))
             # Whatever was decided before is: a way ends at the first earlier row, and goes on as that one's does.
             towards = _towards((left & (tiers < tier)) | stays, better[now], worse[now])
             goes = np.flatnonzero(here & ~stays)
@@ -221,7 +226,18 @@ def _neighbours_of(
     return rows[strongest], others[strongest], indices[strongest]
 
 
-def _best_connected(better: Ints, worse: Ints, n: int) -> Ints:
+def dropped_rows(decisions: Decisions, ids: Ints) -> npt.NDArray[np.void]:
+    """The rows that leave, by id: [m] of `DROPPED`; `ids` [n] are in the order of rank."""
+    rows = np.zeros(len(decisions.dropped), DROPPED)
+    for end, at in zip(ENDS, (decisions.dropped, decisions.duplicate_of, decisions.representative), strict=True):
+        rows[end] = ids[at]
+    rows["cosine"] = decisions.cosine
+    for number, reason in enumerate(REASONS):
+        rows["why"][decisions.reason == reason] = number
+    return rows[np.argsort(rows["id"])]
+
+
+def best_connected(better: Ints, worse: Ints, n: int) -> Ints:
     """For each of n rows the first of those that pairs connect it with."""
     graph = coo_array((np.ones(len(better), np.int8), (better, worse)), shape=(n, n))
     count, label = connected_components(graph, directed=False)

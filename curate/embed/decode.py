@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -115,13 +115,26 @@ def _nowhere() -> int:
 
 
 class Apart:
-    """Decodes in a child process, one row after the other: a row that kills or holds it up costs the child alone."""
+    """Decodes in a child process, one row after the other: a row that kills or holds it up costs the child alone.
 
-    def __init__(self, crops: Mapping[str, Crop], *, deadline_s: float = DEADLINE_S) -> None:
+    Args:
+        crops: as `decode_row`.
+        deadline_s: for one row.
+        method: how the child starts. Not by a fork: of a process with threads, and with CUDA, none is sound.
+    """
+
+    def __init__(
+        self,
+        crops: Mapping[str, Crop],
+        *,
+        deadline_s: float = DEADLINE_S,
+        method: Literal["spawn", "forkserver"] = "spawn",
+    ) -> None:
         self._crops = crops
         self._deadline_s = deadline_s
+        self._method = method
         self._lock = threading.Lock()
-        self._child: tuple[SpawnProcess, Connection] | None = None
+        self._child: tuple[BaseProcess, Connection] | None = None
 
     def __call__(self, rows: Sequence[Row]) -> list[Decoded]:
         """Decode rows, in order; those that kill the child or hold it up have the status that says so."""
@@ -150,9 +163,8 @@ class Apart:
             return [*found, Decoded(status=WORKER_CRASH, error=error)]
         return found
 
-    def _start(self) -> tuple[SpawnProcess, Connection]:
-        # Not a fork: of a process with threads, and with CUDA, none is sound.
-        context = multiprocessing.get_context("spawn")
+    def _start(self) -> tuple[BaseProcess, Connection]:
+        context: Any = multiprocessing.get_context(self._method)
         ours, theirs = context.Pipe()
         process = context.Process(target=_decode_for, args=(theirs, self._crops), daemon=True)
         process.start()

@@ -1,10 +1,9 @@
-"""Embed one shard: decode each pair once, run it through every encoder that asks, write one file per encoder."""
+"""What becomes of a shard: the parts of its embedding files, put together in order, one file per encoder."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+import queue
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,92 +11,134 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
-from curate.embed.decode import Crop, Decoded, Row, Watched
 from curate.embed.files import (
-    CONTENT_BYTES,
     DAMAGED_SHARD,
     EMBEDDING_NONFINITE,
     EMBEDDING_ZERO,
     embedding_schema,
-    pair_hashes,
     uid_texts,
 )
+from curate.embed.pieces import Piece, dropped_rows
 from curate.errors import ShardDamagedError
 from curate.parquet import CHECKED
-from curate.pool.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
-from curate.pool.shards import (
-    READ_ROWS,
-    Columns,
-    Shard,
-    caption_bytes,
-    image_bytes,
-    read_batches,
-    read_some,
-)
-from curate.recipe import EmbedSection
+from curate.pool.shards import READ_ROWS, Shard, read_batches
 from curate.storage import Store
 
 if TYPE_CHECKING:
     from curate.models.encoder import Encoder
 
-Decode = Callable[[Sequence[Row]], list[Decoded]]
+F16 = npt.NDArray[np.float16]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """One row on its way through the encoders."""
+@dataclass
+class Part:
+    """Consecutive pieces of a shard: a row group of its embedding files, while its pieces come in any order."""
 
-    row: int
-    uid: str | None
-    content: bytes
-    picture: bytes
-    decoded: Decoded
+    piece_rows: int
+    missing: int
+    """Pieces."""
+    pieces: dict[int, Piece] = field(default_factory=dict)
+    """Without pixels and texts; by place within the part."""
+    z: dict[str, Tensor] = field(default_factory=dict)
+    """zimg and ztxt, float16 [2, rows, D], by encoder; the rows of a piece begin at a multiple of `piece_rows`. On the
+    device until the part is complete."""
+    copied: "torch.cuda.Event | None" = None
+    """When `z` has come back from the device."""
+
+    def add(self, place: int, piece: Piece, z: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
+        """Take in a piece and its embeddings float32 [n, D]; says whether the part is complete."""
+        at = place * self.piece_rows
+        for name, towers in z.items():
+            if name not in self.z:
+                shape = 2, (self.missing + len(self.pieces)) * self.piece_rows, towers[0].shape[1]
+                self.z[name] = torch.zeros(shape, dtype=torch.float16, device=towers[0].device)
+            for held, tower in zip(self.z[name], towers, strict=True):
+                held[at : at + len(tower)].copy_(tower)
+        self.pieces[place] = piece
+        self.missing -= 1
+        return not self.missing
+
+    def send_back(self) -> None:
+        """Begin to copy the embeddings back from a GPU, behind what computes them; nothing to do on a CPU."""
+        for name, z in self.z.items():
+            if z.is_cuda:
+                self.z[name] = torch.empty(z.shape, dtype=z.dtype, pin_memory=True).copy_(z, non_blocking=True)
+                self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self.copied.record()
+
+    def tables(
+        self, encoders: "Mapping[str, Encoder]", *, some: bool
+    ) -> tuple[dict[str, pa.Table], npt.NDArray[np.object_]]:
+        """The part's rows of each encoder's file, and their statuses for the tally."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        places = sorted(self.pieces)
+        rows = pa.concat_tables([self.pieces[place].table() for place in places])
+        oks = [(place * self.piece_rows, self.pieces[place].ok) for place in places]
+        statuses = np.array(rows["status"].to_pylist(), object)
+        tables = {}
+        for name, encoder in encoders.items():
+            width = encoder.spec.embed_dim
+            held = self.z[name].numpy() if name in self.z else np.zeros((2, 0, width), np.float16)
+            z = np.concatenate([held[:, at : at + ok] for at, ok in oks], axis=1)
+            tables[name] = _with_vectors(rows, z, some=some)
+            own = np.array(tables[name]["status"].to_pylist(), object)
+            statuses = np.where(own != np.array(rows["status"].to_pylist(), object), own, statuses)
+        return tables, statuses
 
 
-def embed_shard(
-    shard: Shard,
-    encoders: "Mapping[str, Encoder]",
-    store: Store,
-    settings: EmbedSection,
-    *,
-    threads: int = 1,
-    rows: npt.NDArray[np.int64] | None = None,
-    decode: Decode | None = None,
-) -> dict[str, int]:
-    """Write the embedding files of one shard.
+@dataclass
+class Job:
+    """A shard on its way through the encoders; made by who writes its files, filled by who runs the models."""
 
-    Args:
-        shard: of the pool.
-        encoders: by the name, within the root, of the file to write.
-        store: the root.
-        settings: sizes.
-        threads: decoding threads; the model runs meanwhile.
-        rows: numbers of the rows that are wanted, ascending; the file holds these alone. All if None.
-        decode: decodes rows for all encoders; in this process, watched, if None.
+    names: Mapping[str, str]
+    """Of the embedding files, by encoder."""
+    pieces: int
+    piece_rows: int
+    part_pieces: int
+    """Pieces of each part."""
+    done: "queue.SimpleQueue[tuple[int, Part] | BaseException]" = field(default_factory=queue.SimpleQueue)
+    _begun: dict[int, Part] = field(default_factory=dict)
 
-    Returns:
-        Rows by status; the same for every encoder but for rows whose embedding is unusable, which are counted once.
+    def add(self, piece: Piece, z: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Take in a piece and its embeddings."""
+        number, place = divmod(piece.number, self.part_pieces)
+        if number not in self._begun:
+            missing = min(self.part_pieces, self.pieces - number * self.part_pieces)
+            self._begun[number] = Part(piece_rows=self.piece_rows, missing=missing)
+        if self._begun[number].add(place, piece, z):
+            part = self._begun.pop(number)
+            part.send_back()
+            self.done.put((number, part))
 
-    Raises:
-        InputChangedError: if the shard is not the file that was inventoried.
-        ShardDamagedError: if a page of it cannot be read; nothing is written then.
-    """
+    def parts(self) -> Iterator[Part]:
+        """The complete parts, in order, as soon as they are there.
+
+        Raises:
+            Exception: what made the shard fail.
+        """
+        waiting: dict[int, Part] = {}
+        for number in range(-(-self.pieces // self.part_pieces)):
+            while number not in waiting:
+                found = self.done.get()
+                if isinstance(found, BaseException):
+                    raise found
+                waiting[found[0]] = found[1]
+            yield waiting.pop(number)
+
+
+def write_files(store: Store, job: Job, encoders: "Mapping[str, Encoder]", *, some: bool) -> dict[str, int]:
+    """Write the embedding files of a job as its parts come; returns its rows by status."""
     counts: dict[str, int] = {}
-    with ThreadPoolExecutor(threads) as executor, _writers(store, encoders, some=rows is not None) as writers:
-        columns = shard.columns
-        names = [columns.image, columns.caption, *([columns.uid] if columns.uid else []), *OUTCOME_COLUMNS]
-        batches = _batches(shard, rows, list(dict.fromkeys(names)), settings.chunk_rows)
-        decode = decode or Watched(crops_of(encoders.values()))
-        read = partial(_read_pairs, columns=columns, decode=decode)
-        for pairs in _decoded_ahead(batches, executor, threads, read):
-            unusable: dict[int, str] = {}
-            for name, encoder in encoders.items():
-                table, statuses = _embed_pairs(pairs, encoder, settings.batch_size, some=rows is not None)
-                writers[name].write_table(table)
-                unusable |= statuses
-            for row, pair in enumerate(pairs):
-                status = unusable.get(row, pair.decoded.status)
+    asked = {name: encoders[name] for name in job.names}
+    with _writers(store, {job.names[name]: encoder for name, encoder in asked.items()}, some=some) as writers:
+        for part in job.parts():
+            tables, statuses = part.tables(asked, some=some)
+            for name, table in tables.items():
+                writers[job.names[name]].write_table(table)
+            for status in statuses.tolist():
                 counts[status] = counts.get(status, 0) + 1
     return counts
 
@@ -105,29 +146,29 @@ def embed_shard(
 def embed_damaged(
     shard: Shard, encoders: "Mapping[str, Encoder]", store: Store, damage: ShardDamagedError
 ) -> dict[str, int]:
-    """Write the embedding files of a shard that `embed_shard` could not read: every row of it is dropped.
+    """Write the embedding files of a shard that could not be read: every row of it is dropped.
 
     All of them, because whoever reads a shard to its end, as the writing of a round does, meets its damage again.
 
+    Args:
+        shard: of the pool.
+        encoders: by the name, within the root, of the file to write.
+        store: the root.
+        damage: what was found.
+
     Returns:
-        Rows by status, as `embed_shard`.
+        Rows by status.
     """
-    pairs = [
-        Pair(
-            row=row,
-            uid=uid,
-            content=bytes(CONTENT_BYTES),
-            picture=bytes(CONTENT_BYTES),
-            decoded=Decoded(status=DAMAGED_SHARD, error=damage.found),
-        )
-        for row, uid in enumerate(_uids_in_spite(shard))
-    ]
+    uids = _uids_in_spite(shard)
     with _writers(store, encoders, some=False) as writers:
-        for name, encoder in encoders.items():
-            for start in range(0, len(pairs), READ_ROWS):
-                table, _ = _embed_pairs(pairs[start : start + READ_ROWS], encoder, READ_ROWS, some=False)
-                writers[name].write_table(table)
-    return {DAMAGED_SHARD: len(pairs)}
+        for start in range(0, len(uids), READ_ROWS):
+            here = uids[start : start + READ_ROWS]
+            numbers = np.arange(start, start + len(here))
+            rows = pa.Table.from_batches([dropped_rows(numbers, here, DAMAGED_SHARD, damage.found)])
+            for name, encoder in encoders.items():
+                none = np.zeros((2, 0, encoder.spec.embed_dim), np.float16)
+                writers[name].write_table(_with_vectors(rows, none, some=False))
+    return {DAMAGED_SHARD: len(uids)}
 
 
 def _uids_in_spite(shard: Shard) -> list[str | None]:
@@ -161,101 +202,25 @@ def _writers(store: Store, encoders: "Mapping[str, Encoder]", *, some: bool) -> 
             store.put_file(path, name)
 
 
-def _batches(
-    shard: Shard, rows: npt.NDArray[np.int64] | None, columns: Sequence[str], batch_rows: int
-) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:
-    """Numbers of rows and these rows, in order: all of the shard, or some."""
-    if rows is not None:
-        yield from read_some(shard, rows, columns, batch_rows=batch_rows)
-        return
-    start = 0
-    for batch in read_batches(shard, columns, batch_rows=batch_rows):
-        yield np.arange(start, start + batch.num_rows), batch
-        start += batch.num_rows
-
-
-def _decoded_ahead(
-    batches: Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]],
-    executor: Executor,
-    threads: int,
-    decode: Callable[[npt.NDArray[np.int64], pa.RecordBatch], list[Pair]],
-) -> Iterator[list[Pair]]:
-    """Decoded batches in order; the next one decodes while the caller works on this one."""
-    pending: list[Future[list[Pair]]] = []
-    for numbers, batch in batches:
-        step = -(-batch.num_rows // threads)
-        begun = [
-            executor.submit(decode, numbers[start : start + step], batch.slice(start, step))
-            for start in range(0, batch.num_rows, step)
-        ]
-        if pending:
-            yield [pair for future in pending for pair in future.result()]
-        pending = begun
-    if pending:
-        yield [pair for future in pending for pair in future.result()]
-
-
-def crops_of(encoders: "Iterable[Encoder]") -> dict[str, Crop]:
-    """What decoding has to make for some encoders: one crop for all that see the same pixels."""
-    return {encoder.view: encoder.crop for encoder in encoders}
-
-
-def _read_pairs(
-    numbers: npt.NDArray[np.int64], batch: pa.RecordBatch, *, columns: Columns, decode: Decode
-) -> list[Pair]:
-    images = image_bytes(batch.column(columns.image)).to_pylist()
-    captions = caption_bytes(batch.column(columns.caption)).to_pylist()
-    hashes = [pair_hashes(image, caption) for image, caption in zip(images, captions, strict=True)]
-    uids = uid_texts(batch.column(columns.uid)) if columns.uid else [content.hex() for _, content in hashes]
-    failures = download_errors(batch, images)
-    rows = zip(images, captions, failures, strict=True)
-    decoded = iter(decode([(image, caption) for image, caption, failure in rows if failure is None]))
-    return [
-        Pair(
-            row=row,
-            uid=uid,
-            content=content,
-            picture=picture,
-            decoded=next(decoded) if failure is None else Decoded(status=DOWNLOAD_FAILED, error=failure),
-        )
-        for row, uid, (picture, content), failure in zip(numbers.tolist(), uids, hashes, failures, strict=True)
-    ]
-
-
-def _embed_pairs(
-    pairs: Sequence[Pair], encoder: "Encoder", batch_size: int, *, some: bool
-) -> tuple[pa.Table, dict[int, str]]:
-    """The file's rows for these pairs, and the rows whose embedding turned out unusable."""
-    usable = [row for row, pair in enumerate(pairs) if pair.decoded.status == "ok"]
-    width = encoder.spec.embed_dim
-    z = np.zeros((2, len(usable), width), np.float16)  # zimg, ztxt
-    for start in range(0, len(usable), batch_size):
-        rows = [pairs[row] for row in usable[start : start + batch_size]]
-        pixels = torch.from_numpy(np.stack([pair.decoded.pixels[encoder.view] for pair in rows]))
-        texts = encoder.tokenize([pair.decoded.caption for pair in rows])
-        for tower, encoded in zip(z, encoder.encode(pixels, texts), strict=True):
-            tower[start : start + len(rows)] = encoded.numpy()
-
+def _with_vectors(rows: pa.Table, z: F16, *, some: bool) -> pa.Table:
+    """The file's rows: vectors [2, n, D] are those of the n rows that are ok; statuses tell the unusable."""
+    statuses: Sequence[str] = rows["status"].to_pylist()
+    usable = np.flatnonzero(np.array([status == "ok" for status in statuses], bool))
     finite = np.asarray(np.isfinite(z).all(axis=(0, 2)))
     good = np.asarray(finite & z.any(axis=2).all(axis=0))
-    failed = {usable[i]: EMBEDDING_ZERO if finite[i] else EMBEDDING_NONFINITE for i in np.flatnonzero(~good).tolist()}
-    null: npt.NDArray[np.bool_] = np.ones(len(pairs), bool)
-    null[np.array(usable, int)[good]] = False
-    arrays = [
-        *([pa.array([pair.row for pair in pairs], pa.int64())] if some else []),
-        pa.array([pair.uid for pair in pairs], pa.string()),
-        pa.array([failed.get(row, pair.decoded.status) for row, pair in enumerate(pairs)], pa.string()),
-        pa.array([pair.decoded.error for pair in pairs], pa.string()),
-        pa.array([pair.content for pair in pairs], pa.binary(CONTENT_BYTES)),
-        pa.array([pair.picture for pair in pairs], pa.binary(CONTENT_BYTES)),
-        *(pa.array([pair.decoded.size and pair.decoded.size[side] for pair in pairs], pa.int32()) for side in (0, 1)),
-        _vector_column(z[0, good], null),
-        _vector_column(z[1, good], null),
-    ]
-    return pa.Table.from_arrays(arrays, schema=embedding_schema(width, some=some)), failed
+    told = np.array(statuses, object)
+    told[usable[~finite]] = EMBEDDING_NONFINITE
+    told[usable[finite & ~good]] = EMBEDDING_ZERO
+    null: npt.NDArray[np.bool_] = np.ones(len(told), bool)
+    null[usable[good]] = False
+    schema = embedding_schema(z.shape[2], some=some)
+    columns: dict[str, pa.Array | pa.ChunkedArray] = {name: rows[name] for name in rows.schema.names}
+    columns |= {"status": pa.array(told, pa.string())}
+    columns |= {name: _vector_column(z[i, good], null) for i, name in enumerate(("zimg", "ztxt"))}
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def _vector_column(rows: npt.NDArray[np.float16], null: npt.NDArray[np.bool_]) -> pa.Array:
+def _vector_column(rows: F16, null: npt.NDArray[np.bool_]) -> pa.Array:
     """Rows [n, D] where `null` is false, in order, as a column as long as `null`."""
     values = np.zeros((len(null), rows.shape[1]), np.float16)
     values[~null] = rows

@@ -166,6 +166,17 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
         raise ShardDamagedError(shard.path, shard.rows, f"{rows}")
 
 
+def row_groups(shard: Shard) -> list[int]:
+    """Rows of each row group of a shard.
+
+    Raises:
+        InputChangedError, ShardDamagedError, UserError, StoreError: as `read_batches`.
+    """
+    _check_unchanged(shard)
+    with _opened(shard, None) as parquet:
+        return [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+
+
 def read_some(
     shard: Shard, rows: npt.NDArray[np.int64], columns: Sequence[str] | None, *, batch_rows: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.RecordBatch]]:

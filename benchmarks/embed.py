@@ -1,0 +1,256 @@
+"""How busy embedding keeps its device, and what the thread that drives it spends on a pair.
+
+    python -m benchmarks.embed                                        # a stand-in for the device; a few minutes
+    python -m benchmarks.embed --latency-ms 30                        # pool and root behind a slow S3 server
+    python -m benchmarks.embed --device cuda --model ViT-B-16 --loaders 14 --rows 4000 --shards 40
+    python -m benchmarks.embed --whole                                # the step beside a hand-written Ray Data job
+
+The stand-in decodes and tokenises as a model of 224 px does, and in place of the towers waits, off the lock, as long as
+an H100 needs for 256 pairs of ViT-B/16: 21 ms. Where decoding cannot keep up with that, `--wait-ms` waits longer.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from curate.access import filesystem
+from curate.embed.decode import decode_row
+from curate.embed.run import Embedder
+from curate.models.encoder import Encoder, load_encoder, store_encoder
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import Pool
+from curate.recipe import EmbedSection, EncoderSection, PoolSection
+from curate.storage import Store
+from jobs.drawn_pool import draw_pool
+
+TINY = {
+    "embed_dim": 512,
+    "vision_cfg": {"image_size": 224, "layers": 1, "width": 64, "head_width": 32, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+}
+GFLOP = {"ViT-B-32": 14.78, "ViT-B-16": 41.09, "ViT-L-14": 175.33, "ViT-B-16-SigLIP": 46.44}
+"""Of a pair, both towers, two a multiply-add, all of the text's positions: open_clip's docs/model_profile.csv."""
+WARM = 4
+"""Batches that are left out at the start, while the loader fills up."""
+
+
+@dataclass
+class Driven:
+    """An encoder that keeps time; a stand-in for one, if it is told how long to wait."""
+
+    encoder: Encoder
+    wait_s: float | None
+    batch_size: int
+    calls: list[tuple[float, float, float, int]] = field(default_factory=list)
+    """Of each batch: begun and done, s; CPU time of the thread before it, s; pairs."""
+    events: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.encoder, name)
+
+    def encode(self, pixels: Tensor, texts: Tensor, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `Encoder.encode`."""
+        begun, spent = time.perf_counter(), time.thread_time()
+        if self.wait_s is not None:
+            time.sleep(self.wait_s * len(pixels) / self.batch_size)
+            found = torch.ones(len(pixels), 512), torch.ones(len(pixels), 512)
+        elif self.encoder.device.type == "cuda":
+            around = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            around[0].record()
+            found = self.encoder.encode(pixels, texts, of)
+            around[1].record()
+            self.events.append(around)
+        else:
+            found = self.encoder.encode(pixels, texts, of)
+        self.calls.append((begun, time.perf_counter(), spent, len(pixels)))
+        return found
+
+    def report(self) -> dict[str, float]:
+        """What the thread and the device did."""
+        begun, done, spent, pairs = (np.array(column) for column in zip(*self.calls[WARM:], strict=True))
+        wall = done[-1] - begun[0]
+        gaps = begun[1:] - done[:-1]
+        if self.events:
+            torch.cuda.synchronize()
+            busy = sum(a.elapsed_time(b) for a, b in self.events[WARM:]) / 1000
+            wall = self.events[WARM][0].elapsed_time(self.events[-1][1]) / 1000
+        else:
+            busy = float((done - begun).sum())
+        return {
+            "pairs_per_s": pairs.sum() / wall,
+            "thread_us_per_pair": 1e6 * (spent[-1] - spent[0]) / pairs[:-1].sum(),
+            "busy_share": busy / wall,
+            "longest_gap_ms": 1000 * gaps.max(),
+            "gap_p50_ms": 1000 * float(np.median(gaps)),
+        }
+
+
+def make_pool(folder: Path, rows: int, shards: int, image_size: int) -> Pool:
+    """A drawn shard, and as many copies of it."""
+    draw_pool(folder, rows=rows, shards=1, seed=0, image_size=image_size)
+    (first,) = folder.iterdir()
+    table = pq.read_table(first)
+    pq.write_table(table, first, row_group_size=min(rows, 1000))
+    for number in range(1, shards):
+        shutil.copy(first, folder / f"copy-{number:05d}.parquet")
+    return take_inventory(PoolSection(path=str(folder), uid="key"))
+
+
+def bare_rate(pool: Pool, encoder: Encoder, seconds: float = 4.0) -> float:
+    """Rows that one thread decodes and crops in a second of CPU time, and does nothing else with."""
+    table = pq.read_table(pool.shards[0].path, columns=["jpg", "caption"])
+    rows = list(zip(table["jpg"].to_pylist(), table["caption"].cast("binary").to_pylist(), strict=True))
+    crops, begun, count = {encoder.view: encoder.crop}, time.thread_time(), 0
+    while time.thread_time() - begun < seconds:
+        decode_row(rows[count % len(rows)], crops)
+        count += 1
+    return count / (time.thread_time() - begun)
+
+
+def drive(
+    pool: Pool, driven: Driven, store: Store, settings: EmbedSection, at_once: int, **how: Any
+) -> tuple[float, float]:
+    """Embed a pool as one actor does; returns seconds, and CPU seconds of its loaders, their start not counted."""
+    embedder = Embedder({"x": driven}, settings, **how)  # type: ignore[dict-item]
+    embedder.embed(pool.shards[0], {"x": "warm"}, store)
+    driven.calls.clear()
+    driven.events.clear()
+    begun, spent = time.perf_counter(), children_s()
+    with ThreadPoolExecutor(at_once) as callers:
+        for found in [callers.submit(embedder.embed, s, {"x": f"x/{s.index}"}, store) for s in pool.shards]:
+            found.result()
+    took, spent = time.perf_counter() - begun, children_s() - spent
+    embedder.close()
+    return took, spent
+
+
+def children_s() -> float:
+    """CPU time, s, of all processes below this one."""
+    return sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children(recursive=True))
+
+
+def serve(latency_ms: float) -> None:
+    """An S3 server, in memory, that thinks before it answers; until it is killed."""
+    from moto.server import DomainDispatcherApplication, create_backend_app  # noqa: PLC0415
+    from werkzeug.serving import make_server  # noqa: PLC0415
+
+    answer = DomainDispatcherApplication(create_backend_app)
+
+    def slowly(environ: Any, start: Any) -> Any:
+        time.sleep(latency_ms / 1000)
+        return answer(environ, start)
+
+    server = make_server("127.0.0.1", 0, slowly, threaded=True)
+    print(server.server_port, flush=True)
+    server.serve_forever()
+
+
+def on_s3(pool: Pool, latency_ms: float) -> tuple[Pool, Store, subprocess.Popen[str]]:
+    """The pool, and an empty root, on such a server."""
+    command = [sys.executable, "-m", "benchmarks.embed", "--serve", str(latency_ms)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert server.stdout is not None
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.stdout.readline().strip()}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    fs, _ = filesystem("s3://bench/pool")
+    fs.mkdir("bench")
+    for shard in pool.shards:
+        fs.put_file(shard.path, f"bench/pool/{Path(shard.path).name}")
+    return take_inventory(PoolSection(path="s3://bench/pool", uid="key")), Store("s3://bench/root"), server
+
+
+def matmul_rate() -> float:
+    """FLOP a second of bf16 matrices of 8192."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    for _ in range(5):
+        a @ a
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for _ in range(20):
+        a @ a
+    torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - begun)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--model", help="an open_clip name, for real towers; a stand-in that waits if not given")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--wait-ms", type=float, default=21.0, help="of the stand-in, for a batch")
+    parser.add_argument("--loaders", type=int, default=1, help="decoding processes; 0 decodes in a thread")
+    parser.add_argument("--pool", type=Path, help="folder of shards; drawn if not given")
+    parser.add_argument("--rows", type=int, default=2048, help="of a drawn shard")
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--latency-ms", type=float, default=0.0)
+    parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve is not None:
+        serve(args.serve)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        measure(args, Path(scratch))
+
+
+def measure(args: argparse.Namespace, scratch: Path) -> None:
+    store = Store(str(scratch / "root"))
+    (scratch / "tiny.json").write_text(json.dumps(TINY))
+    section = EncoderSection(model=args.model or "tiny.json")
+    spec = store_encoder(store, section, role="reference", base=scratch, seed=0, device_type=args.device)
+    settings = EmbedSection(batch_size=args.batch_size, chunk_rows=4 * args.batch_size)
+    compile_for = args.batch_size if args.compile else None
+    encoder = load_encoder(store, spec, torch.device(args.device), compile_for=compile_for)
+    pool = (
+        take_inventory(PoolSection(path=str(args.pool)))
+        if args.pool
+        else make_pool(scratch / "pool", args.rows, args.shards, args.image_size)
+    )
+    bare = bare_rate(pool, encoder)
+    server = None
+    if args.latency_ms:
+        pool, store, server = on_s3(pool, args.latency_ms)
+    driven = Driven(encoder, None if args.model else args.wait_ms / 1000, args.batch_size)
+    try:
+        took, spent = drive(pool, driven, store, settings, 4, loaders=args.loaders)
+    finally:
+        if server is not None:
+            server.kill()
+    found = driven.report()
+    found |= {
+        "rows_per_s": pool.rows / took,
+        "bare_rows_per_cpu_s": bare,
+        "of_bare_per_worker": pool.rows / spent / bare if spent else np.nan,
+    }
+    if args.device == "cuda":
+        rate = matmul_rate()
+        found["matmul_tflops"] = rate / 1e12
+        found["share_of_matmul"] = found["pairs_per_s"] * GFLOP.get(args.model, np.nan) * 1e9 / rate
+        print(torch.cuda.get_device_name())
+    for name, value in found.items():
+        print(f"{name:24s} {value:12.3f}")
+
+
+if __name__ == "__main__":
+    main()

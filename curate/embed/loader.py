@@ -1,0 +1,332 @@
+"""Slices in, pieces out, in any order: by threads of this process, or by processes of a `DataLoader`.
+
+Threads are for machines whose few cores the model needs as well: a process of its own would have to import torch, and
+would have nobody's core to run on. Beside a GPU one process decodes on each core, for threads would share one lock.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from curate.embed.decode import Apart, Watched
+from curate.embed.pieces import Decode, Failed, Piece, Raw, Reading, Slice
+from curate.errors import ClusterError, CurateError
+
+T = TypeVar("T")
+
+POLL_S = 0.2
+"""Between looks whether there is still something to wait for."""
+TRIES = 3
+"""Starts of the processes in a row that yield nothing, after which the reason is no row."""
+SHARED_MEMORY = "/dev/shm"
+
+
+class Loader(Protocol):
+    """What is given slices and yields their pieces: of one slice in order, of several as they come."""
+
+    def submit(self, some: Slice) -> None:
+        """Ask for the pieces of a slice; from any thread, at any time."""
+
+    def next(self) -> Piece | Failed | None:
+        """Wait for a piece, or for the news that a slice failed; None once it is closed. From one thread."""
+
+    def close(self) -> None:
+        """End whatever works; from any thread."""
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+class Threads:
+    """Decodes in threads of this process, and reads in one more.
+
+    Args:
+        reading: how.
+        threads: that decode.
+        ahead: decoded pieces that may wait.
+        decode: decodes rows; in this process, watched, if None.
+    """
+
+    def __init__(self, reading: Reading, *, threads: int = 1, ahead: int = 1, decode: Decode | None = None) -> None:
+        self._reading = reading
+        self._decode = decode or Watched(reading.crops)
+        self._closed = threading.Event()
+        self._slices: queue.Queue[Slice] = queue.Queue()
+        self._raw: queue.Queue[Raw | Failed] = queue.Queue(1)
+        self._found: queue.Queue[Piece | Failed] = queue.Queue(ahead)
+        for work in (self._read, *[self._decode_all] * threads):
+            threading.Thread(target=work, daemon=True, name=f"embed{work.__name__}").start()
+
+    def submit(self, some: Slice) -> None:
+        """As `Loader` has it."""
+        self._slices.put(some)
+
+    def next(self) -> Piece | Failed | None:
+        """As `Loader` has it."""
+        return _take(self._found, self._closed.is_set)
+
+    def close(self) -> None:
+        """As `Loader` has it."""
+        self._closed.set()
+
+    def _read(self) -> None:
+        _read_ahead(self._reading, self._slices, self._raw, self._closed.is_set)
+
+    def _decode_all(self) -> None:
+        while (raw := _take(self._raw, self._closed.is_set)) is not None:
+            _put(self._found, _decoded(self._reading, raw, self._decode), self._closed.is_set)
+
+
+def _read_ahead(reading: Reading, slices: Any, found: "queue.Queue[Raw | Failed]", ended: Callable[[], bool]) -> None:
+    """Read slices from one queue into pieces for the other, until it is `ended`."""
+    while (some := _take(slices, ended)) is not None:
+        try:
+            for raw in reading.raw(some):
+                if not _put(found, raw, ended):
+                    return
+        except Exception as error:  # whoever asked decides what it means
+            _put(found, Failed(job=some.job, error=error), ended)
+
+
+def _decoded(reading: Reading, raw: Raw | Failed, decode: Decode) -> Piece | Failed:
+    if isinstance(raw, Failed):
+        return raw
+    try:
+        return reading.piece(raw, decode)
+    except Exception as error:  # likewise
+        return Failed(job=raw.slice.job, error=error)
+
+
+def _take(source: "queue.Queue[T]", ended: Callable[[], bool]) -> T | None:
+    while not ended():
+        with contextlib.suppress(queue.Empty):
+            return source.get(timeout=POLL_S)
+    return None
+
+
+def _put(target: "queue.Queue[T]", item: T, ended: Callable[[], bool]) -> bool:
+    while not ended():
+        with contextlib.suppress(queue.Full):
+            target.put(item, timeout=POLL_S)
+            return True
+    return False
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def start_server(preload: Sequence[str] = ()) -> None:
+    """Start the process that decoding ones will be forked from; it imports meanwhile what they all need.
+
+    It holds no thread and no device: a fork of this process, with both, would be unsound.
+
+    Args:
+        preload: more modules that they would import.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["curate.embed.loader", "curate.models.encoder", *preload]
+    )
+    forkserver.ensure_running()
+
+
+def processes_that_fit(wanted: int, piece_bytes: int, *, ahead: int) -> int:
+    """Of so many processes those whose pieces have room in the shared memory that is free; a container may have 64 MB.
+
+    Args:
+        wanted: processes.
+        piece_bytes: of the pixels of one piece.
+        ahead: pieces of each process that wait; it is at work on one more.
+    """
+    free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 2**40
+    return max(0, min(wanted, int(0.8 * free) // (piece_bytes * (ahead + 2))))
+
+
+class Processes:
+    """Decodes in processes that live as long as this; one that dies costs the row that it died of.
+
+    Args:
+        reading: how.
+        processes: that read, decode and tokenise.
+        ahead: finished pieces of each process that may wait.
+        pin: whether the pieces' tensors are moved to pinned memory, for a GPU.
+        preload: as `start_server`.
+        deadline_s: for one row.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        *,
+        processes: int,
+        ahead: int = 2,
+        pin: bool = False,
+        preload: Sequence[str] = (),
+        deadline_s: float = 30.0,
+    ) -> None:
+        self._reading = reading
+        self._how: dict[str, Any] = {"num_workers": processes, "prefetch_factor": ahead, "pin_memory": pin}
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._closed = False
+        self._asked: dict[int, list[Slice]] = {}
+        """By job: what is wanted yet."""
+        self._ready: deque[Piece | Failed] = deque()
+        """Found by this process itself."""
+        self._fruitless = 0
+        start_server(preload)
+        self._start()
+
+    def submit(self, some: Slice) -> None:
+        """As `Loader` has it."""
+        with self._lock:
+            self._asked.setdefault(some.job, []).append(some)
+            self._slices.put(some)
+
+    def next(self) -> Piece | Failed | None:
+        """As `Loader` has it.
+
+        Raises:
+            ClusterError: the processes end again and again, whatever they decode.
+        """
+        while not self._closed:
+            if self._ready:
+                return self._ready.popleft()
+            try:
+                found = next(self._found)
+            except StopIteration:
+                return None
+            except (RuntimeError, OSError, EOFError) as error:  # a worker died, or what it had sent died with it
+                if not self._closed:
+                    self._recover(error)
+                continue
+            self._fruitless = 0
+            self._note(found)
+            return found
+        return None
+
+    def close(self) -> None:
+        """As `Loader` has it."""
+        self._closed = True
+        self._stream.end()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        self._slices = context.Queue()
+        self._stream = _Stream(self._reading, self._slices, int(self._how["num_workers"]), self._deadline_s)
+        self._found: Iterator[Piece | Failed] = iter(
+            DataLoader(
+                self._stream,
+                batch_size=None,
+                collate_fn=_same,
+                multiprocessing_context=context,
+                in_order=False,
+                **self._how,
+            )
+        )
+
+    def _note(self, found: Piece | Failed) -> None:
+        """Remember that a piece need not be asked for again."""
+        with self._lock:
+            asked = self._asked.get(found.job, [])
+            if isinstance(found, Failed):
+                self._asked.pop(found.job, None)
+                return
+            left = [part for some in asked for part in _without(some, {found.number})]
+            self._asked[found.job] = left
+            if not left:
+                del self._asked[found.job]
+
+    def _recover(self, error: Exception) -> None:
+        """Start other processes; the pieces that the old ones were at are decoded here, by a child that may die."""
+        self._fruitless += 1
+        if self._fruitless > TRIES:
+            raise ClusterError(
+                f"embed: decoding processes ended {TRIES} times before they had decoded anything ({error}); most "
+                f"often it is memory, or {SHARED_MEMORY} of a container: lower resources.loaders or embed.batch_size, "
+                "and run the same command again: what is done stays"
+            ) from None
+        suspects = self._stream.at_work()
+        self._stream.end()
+        del self._found  # which waits for those that are alive, and ends them
+        apart = Apart(self._reading.crops, deadline_s=self._deadline_s, method="forkserver")
+        for job, number in suspects:
+            for some in self._asked.get(job, []):
+                if number in some.numbers:
+                    found: Piece | Failed
+                    try:
+                        for raw in self._reading.raw(some.part(number, number + 1)):
+                            found = self._reading.piece(raw, apart)
+                    except CurateError as failure:
+                        found = Failed(job=job, error=failure)
+                    self._ready.append(found)
+                    break
+        apart.close()
+        for found in self._ready:
+            self._note(found)
+        with self._lock:
+            self._start()
+            for some in [some for asked in self._asked.values() for some in asked]:
+                self._slices.put(some)
+
+
+def _without(some: Slice, numbers: set[int]) -> list[Slice]:
+    """What is left of a slice without some of its pieces."""
+    for number in numbers & set(some.numbers):
+        parts = [some.part(some.numbers.start, number), some.part(number + 1, some.numbers.stop)]
+        return [part for part in parts if part.start < part.stop]
+    return [some]
+
+
+def _same(item: T) -> T:
+    return item
+
+
+class _Stream(IterableDataset[Piece | Failed]):
+    """What a worker process iterates over: it takes slices from the queue of all of them until it is told to end."""
+
+    def __init__(self, reading: Reading, slices: Any, processes: int, deadline_s: float) -> None:
+        self._reading = reading
+        self._slices = slices
+        self._deadline_s = deadline_s
+        # Read by others while they are written, each by one: a word of memory needs no lock.
+        self._marks: Tensor = torch.full((processes, 2), -1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        """[w, 2] job and piece that each worker is decoding; -1 if none."""
+        self._ended: Tensor = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+    def at_work(self) -> list[tuple[int, int]]:
+        """Jobs and pieces that were being decoded."""
+        return sorted((job, number) for job, number in self._marks.tolist() if job >= 0)
+
+    def end(self) -> None:
+        """Tell the workers."""
+        self._ended[0] = 1
+
+    def __iter__(self) -> Iterator[Piece | Failed]:
+        info = get_worker_info()
+        assert info is not None
+        mark, parent = self._marks[info.id], os.getppid()
+
+        def ended() -> bool:
+            return bool(self._ended[0]) or os.getppid() != parent
+
+        raws: queue.Queue[Raw | Failed] = queue.Queue(1)
+        reader = threading.Thread(target=_read_ahead, args=(self._reading, self._slices, raws, ended), daemon=True)
+        reader.start()
+        decode = Watched(self._reading.crops, deadline_s=self._deadline_s)
+        while (raw := _take(raws, ended)) is not None:
+            if isinstance(raw, Raw):
+                mark[1], mark[0] = raw.number, raw.slice.job
+            found = _decoded(self._reading, raw, decode)
+            mark[0] = -1
+            yield found

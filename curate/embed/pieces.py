@@ -1,0 +1,305 @@
+"""Slices of shards → pieces: pixels, tokens and the rest of a batch's rows. All that needs no model is done here.
+
+A shard's wanted rows are cut at fixed places, every `piece_rows` of them, so that batches, and with them the last bits
+of embeddings, are the same whoever does the work. Consecutive pieces are read as one slice, so that a row group is read
+by few: whoever begins in the middle of one reads it from its start.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from curate.embed.decode import Crop, Decoded, Row
+from curate.embed.files import CONTENT_BYTES, pair_hashes, uid_texts
+from curate.pool.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
+from curate.pool.shards import Columns, Shard, caption_bytes, image_bytes, read_some
+
+Decode = Callable[[Sequence[Row]], list[Decoded]]
+Tokenize = Callable[[Sequence[str]], Tensor]
+Rows = npt.NDArray[np.int64]
+
+SPLITS = 4
+"""Slices of one row group at most, each of which reads it from its start: on average 2.5 times, if it is large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Consecutive pieces of a shard, for one worker."""
+
+    job: int
+    """Whose shard it is, for whoever asked."""
+    shard: Shard
+    start: int
+    """Of the shard's wanted rows; a multiple of `piece_rows`."""
+    stop: int
+    rows: Rows | None
+    """Numbers of the wanted rows from `start` to `stop`; all rows are wanted if None."""
+    piece_rows: int
+    encoders: tuple[str, ...]
+    """For whom, as `Reading` knows them."""
+
+    @property
+    def numbers(self) -> range:
+        """Of its pieces, within the shard."""
+        return range(self.start // self.piece_rows, -(-self.stop // self.piece_rows))
+
+    def part(self, first: int, stop: int) -> "Slice":
+        """The pieces with these numbers, the last not included."""
+        start, end = max(self.start, first * self.piece_rows), min(self.stop, stop * self.piece_rows)
+        rows = None if self.rows is None else self.rows[start - self.start : end - self.start]
+        return replace(self, start=start, stop=end, rows=rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One batch on its way to the encoders."""
+
+    job: int
+    number: int
+    """Within the shard: its rows are the wanted ones from `number * piece_rows` on."""
+    rows: Tensor
+    """uint8: a record batch as a stream of Arrow's, of the embedding file's columns but the vectors, and `row`."""
+    ok: int
+    """n, rows whose status is ok: what follows is theirs."""
+    pixels: Mapping[str, Tensor]
+    """uint8 [n, H, W, 3] by `Encoder.view`."""
+    texts: Mapping[str, Tensor]
+    """int64 [u, L] by `Encoder.wording`: each caption once."""
+    of: Tensor
+    """int64 [n], which of the texts each row has."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """On its way to another process: of tensors only the pixels, for each takes a connection of its own."""
+        texts = {wording: texts.numpy() for wording, texts in self.texts.items()}
+        return self.__dict__ | {"rows": self.rows.numpy(), "texts": texts, "of": self.of.numpy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        texts = {wording: torch.from_numpy(texts) for wording, texts in state["texts"].items()}
+        self.__dict__.update(state, rows=torch.from_numpy(state["rows"]), texts=texts, of=torch.from_numpy(state["of"]))
+
+    def table(self) -> pa.Table:
+        """The rows; a view of `rows`."""
+        return pa.ipc.open_stream(pa.py_buffer(self.rows.numpy())).read_all()
+
+    def pin_memory(self) -> "Piece":
+        """What `DataLoader(pin_memory=True)` calls."""
+        return replace(
+            self,
+            pixels={view: pixels.pin_memory() for view, pixels in self.pixels.items()},
+            texts={wording: texts.pin_memory() for wording, texts in self.texts.items()},
+            of=self.of.pin_memory(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """A slice that could not be read to its end."""
+
+    job: int
+    error: Exception
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """The rows of one piece as the shard has them."""
+
+    slice: Slice
+    number: int
+    rows: Rows
+    batch: pa.RecordBatch
+
+
+def columns_read(shard: Shard) -> list[str]:
+    """Names of the columns that embedding a shard reads, where it has them."""
+    columns = shard.columns
+    names = [columns.image, columns.caption, *([columns.uid] if columns.uid else []), *OUTCOME_COLUMNS]
+    return list(dict.fromkeys(names))
+
+
+def cut_slices(groups: Sequence[int], rows: Rows | None, *, piece_rows: int, slice_rows: int) -> list[tuple[int, int]]:
+    """Where the slices of a shard's wanted rows begin and end.
+
+    Each has `slice_rows` at least, if there are so many, and a row group is cut in no more than `SPLITS`.
+
+    >>> cut_slices([100] * 10, None, piece_rows=64, slice_rows=250)
+    [(0, 256), (256, 512), (512, 768), (768, 1000)]
+    >>> cut_slices([10_000], None, piece_rows=256, slice_rows=1024)
+    [(0, 2560), (2560, 5120), (5120, 7680), (7680, 10000)]
+
+    Args:
+        groups: rows of each row group.
+        rows: numbers of the wanted ones, ascending; all if None.
+        piece_rows: the slices' starts are multiples of it.
+        slice_rows: that are worth opening a file for.
+    """
+    ends = np.cumsum([0, *groups])
+    # Of the wanted rows, where those of each row group begin.
+    begins = ends if rows is None else np.searchsorted(rows, ends)
+    wanted = int(begins[-1])
+    cuts = [0]
+    for start in range(piece_rows, wanted, piece_rows):
+        group = int(np.searchsorted(begins, cuts[-1], side="right")) - 1
+        here = int(begins[group + 1] - begins[group])
+        if start - cuts[-1] >= max(slice_rows, here / SPLITS):
+            cuts.append(start)
+    return list(pairwise([*cuts, wanted])) if wanted else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How rows are read for some encoders; goes to other processes, where their models need not."""
+
+    views: Mapping[str, str]
+    """By encoder; which of the crops it sees."""
+    crops: Mapping[str, Crop]
+    wordings: Mapping[str, str]
+    """By encoder; which of the tokenizers it reads by."""
+    tokenizers: Mapping[str, Tokenize]
+    shared: bool = False
+    """Whether pixels are written to memory that other processes see."""
+    _one: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    """The tokenizers of transformers fail if two threads ask them at a time."""
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_one"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _one=threading.Lock())
+
+    def raw(self, some: Slice) -> Iterator[Raw]:
+        """Read the pieces of a slice, in order, and no further.
+
+        Raises:
+            InputChangedError, ShardDamagedError, UserError, StoreError: as `read_some`.
+        """
+        wanted = np.arange(some.start, some.stop) if some.rows is None else some.rows
+        held: list[tuple[Rows, pa.RecordBatch]] = []
+        number, missing = some.numbers.start, min(some.piece_rows, len(wanted))
+        left = len(wanted)
+        for numbers, batch in read_some(some.shard, wanted, columns_read(some.shard), batch_rows=some.piece_rows):
+            at = 0
+            while at < len(numbers):
+                held.append((numbers[at : at + missing], batch.slice(at, missing)))
+                at += len(held[-1][0])
+                missing -= len(held[-1][0])
+                if not missing:
+                    rows, batches = zip(*held, strict=True)
+                    yield Raw(slice=some, number=number, rows=np.concatenate(rows), batch=pa.concat_batches(batches))
+                    number, held = number + 1, []
+                    left -= sum(map(len, rows))
+                    missing = min(some.piece_rows, left)
+            if not left:
+                return  # what follows in the row group is another slice's
+
+    def piece(self, raw: Raw, decode: Decode) -> Piece:
+        """Hash, decode, crop and tokenise the rows of a piece."""
+        some, batch, columns = raw.slice, raw.batch, raw.slice.shard.columns
+        images = image_bytes(batch.column(columns.image)).to_pylist()
+        captions = caption_bytes(batch.column(columns.caption)).to_pylist()
+        hashes = [pair_hashes(image, caption) for image, caption in zip(images, captions, strict=True)]
+        failures = download_errors(batch, images)
+        views = list(dict.fromkeys(self.views[encoder] for encoder in some.encoders))
+        pixels = _Pixels(len(images), shared=self.shared)
+        decoded = []
+        for image, caption, failure in zip(images, captions, failures, strict=True):
+            if failure is None:
+                (found,) = decode([(image, caption)])
+                pixels.add({view: found.pixels[view] for view in views if found.status == "ok"})
+                # Without its pixels, which a thousand rows of would be a gigabyte.
+                decoded.append(replace(found, pixels={}))
+            else:
+                decoded.append(Decoded(status=DOWNLOAD_FAILED, error=failure))
+        usable = [one.caption for one in decoded if one.status == "ok"]
+        places: dict[str, int] = {}
+        of = [places.setdefault(caption, len(places)) for caption in usable]
+        with self._one:
+            wordings = {self.wordings[encoder] for encoder in some.encoders} if usable else set[str]()
+            texts = {wording: self.tokenizers[wording](list(places)) for wording in sorted(wordings)}
+        return Piece(
+            job=some.job,
+            number=raw.number,
+            rows=_packed(_rows(raw.rows, _uids(batch, columns, hashes), hashes, decoded)),
+            ok=len(usable),
+            pixels=pixels.found(),
+            texts=texts,
+            of=torch.tensor(of, dtype=torch.int64),
+        )
+
+
+class _Pixels:
+    """Crops, written side by side as they come, while they are in a core's cache."""
+
+    def __init__(self, most: int, *, shared: bool) -> None:
+        self._most = most
+        self._shared = shared
+        self._count = 0
+        self._held: dict[str, tuple[Tensor, npt.NDArray[np.uint8]]] = {}
+
+    def add(self, crops: Mapping[str, npt.NDArray[np.uint8]]) -> None:
+        """A row's crops, by view; nothing if there are none."""
+        for view, crop in crops.items():
+            if view not in self._held:
+                held = _empty((self._most, *crop.shape), shared=self._shared)
+                self._held[view] = held, held.numpy()
+            self._held[view][1][self._count] = crop
+        self._count += bool(crops)
+
+    def found(self) -> dict[str, Tensor]:
+        """Rows [n, H, W, 3] by view."""
+        return {view: held[: self._count] for view, (held, _) in self._held.items()}
+
+
+def _empty(shape: tuple[int, ...], *, shared: bool) -> Tensor:
+    if not shared:
+        return torch.empty(shape, dtype=torch.uint8)
+    # As `default_collate` does in a worker: what is made elsewhere would be copied once more on its way.
+    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)), device="cpu")  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def _uids(batch: pa.RecordBatch, columns: Columns, hashes: Sequence[tuple[bytes, bytes]]) -> list[str | None]:
+    return uid_texts(batch.column(columns.uid)) if columns.uid else [content.hex() for _, content in hashes]
+
+
+def _rows(
+    numbers: Rows,
+    uids: Sequence[str | None],
+    hashes: Sequence[tuple[bytes, bytes]],
+    decoded: Sequence[Decoded],
+) -> pa.RecordBatch:
+    """Columns of an embedding file, all but the vectors."""
+    pictures, contents = zip(*hashes, strict=True) if hashes else ((), ())
+    return pa.RecordBatch.from_pydict(
+        {
+            "row": pa.array(numbers, pa.int64()),
+            "uid": pa.array(uids, pa.string()),
+            "status": pa.array([one.status for one in decoded], pa.string()),
+            "error": pa.array([one.error for one in decoded], pa.string()),
+            "content": pa.array(contents, pa.binary(CONTENT_BYTES)),
+            "picture": pa.array(pictures, pa.binary(CONTENT_BYTES)),
+            "width": pa.array([one.size and one.size[0] for one in decoded], pa.int32()),
+            "height": pa.array([one.size and one.size[1] for one in decoded], pa.int32()),
+        }
+    )
+
+
+def dropped_rows(numbers: Rows, uids: Sequence[str | None], status: str, error: str) -> pa.RecordBatch:
+    """The same of rows that cannot be read, so that their contents are unknown: zeros."""
+    unknown = bytes(CONTENT_BYTES)
+    return _rows(numbers, uids, [(unknown, unknown)] * len(numbers), [Decoded(status=status, error=error)] * len(uids))
+
+
+def _packed(batch: pa.RecordBatch) -> Tensor:
+    """A record batch as a tensor, which goes from process to process without being copied."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8)

@@ -1,0 +1,212 @@
+"""What embeds shards: a loader that decodes, one thread that runs the models, and whoever asks, who writes the files.
+
+    embed(shard)   cuts it into slices ──► Loader (threads or processes): reads, hashes, decodes, crops, tokenises
+         ▲                                    │ pieces, of several shards by turns
+         │ parts, complete and in order       ▼
+    writes and uploads ◄──────────────── the thread of the models: copies, runs both towers, collects on the device
+
+Several threads may ask at a time: while one waits for the last parts of its shard and uploads, the loader is at the
+next one's, so that nothing stands still between shards.
+"""
+
+import itertools
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from curate.embed.loader import Loader, Processes, Threads, processes_that_fit
+from curate.embed.pieces import Decode, Failed, Piece, Reading, Rows, Slice, columns_read, cut_slices
+from curate.embed.shard import Job, write_files
+from curate.errors import ShardDamagedError
+from curate.pool.shards import Shard, read_batches, row_groups
+from curate.recipe import EmbedSection
+from curate.storage import Store
+
+if TYPE_CHECKING:
+    from curate.models.encoder import Encoder
+
+AHEAD = 2
+"""Finished pieces of each decoding process that wait."""
+
+
+def reading_for(encoders: "Mapping[str, Encoder]", *, shared: bool = False) -> Reading:
+    """How rows are read for some encoders: one crop for all that see the same pixels, and so with words."""
+    return Reading(
+        views={name: encoder.view for name, encoder in encoders.items()},
+        crops={encoder.view: encoder.crop for encoder in encoders.values()},
+        wordings={name: encoder.wording for name, encoder in encoders.items()},
+        tokenizers={encoder.wording: encoder.tokenize for encoder in encoders.values()},
+        shared=shared,
+    )
+
+
+class Embedder:
+    """Embeds shards with some encoders, for as long as it is not closed.
+
+    Args:
+        encoders: by any name.
+        settings: sizes.
+        threads: of this process that decode.
+        loaders: processes that decode instead; as many of them as shared memory has room for.
+        decode: decodes rows in those threads; watched if None.
+        preload: modules that the decoding processes will have to import.
+        loader: what decodes, made by `reading_for` the same encoders; made as the rest says if None.
+    """
+
+    def __init__(
+        self,
+        encoders: "Mapping[str, Encoder]",
+        settings: EmbedSection,
+        *,
+        threads: int = 1,
+        loaders: int = 0,
+        decode: Decode | None = None,
+        preload: tuple[str, ...] = (),
+        loader: Loader | None = None,
+    ) -> None:
+        self._encoders = encoders
+        self._settings = settings
+        self._piece_rows = min(settings.batch_size, settings.chunk_rows)
+        self._jobs: dict[int, Job] = {}
+        self._numbers = itertools.count()
+        self._broken: BaseException | None = None
+        self._lock = threading.Lock()
+        self._loader = loader or self._make_loader(threads, loaders, decode, preload)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="embed_run")
+        self._thread.start()
+
+    def _make_loader(self, threads: int, loaders: int, decode: Decode | None, preload: tuple[str, ...]) -> Loader:
+        sides = {encoder.view: encoder.model.visual.image_size for encoder in self._encoders.values()}
+        flat = [(side, side) if isinstance(side, int) else side for side in sides.values()]
+        piece_bytes = self._piece_rows * sum(3 * height * width for height, width in flat)
+        if processes := processes_that_fit(loaders, piece_bytes, ahead=AHEAD):
+            pin = any(encoder.device.type == "cuda" for encoder in self._encoders.values())
+            reading = reading_for(self._encoders, shared=True)
+            return Processes(reading, processes=processes, ahead=AHEAD, pin=pin, preload=preload)
+        ahead = max(1, self._settings.chunk_rows // self._piece_rows)
+        return Threads(reading_for(self._encoders), threads=threads, ahead=ahead, decode=decode)
+
+    def embed(
+        self, shard: Shard, names: Mapping[str, str], store: Store, *, rows: Rows | None = None
+    ) -> dict[str, int]:
+        """Write the embedding files of one shard; several threads may call it at a time.
+
+        Args:
+            shard: of the pool.
+            names: within the root, of the files to write, by encoder.
+            store: the root.
+            rows: numbers of the rows that are wanted, ascending; the files hold these alone. All if None.
+
+        Returns:
+            Rows by status; the same for every encoder but for rows whose embedding is unusable, which are counted once.
+
+        Raises:
+            InputChangedError: if the shard is not the file that was inventoried.
+            ShardDamagedError: if a page of it cannot be read; nothing is written then.
+        """
+        sizes = row_groups(shard)
+        cuts = cut_slices(sizes, rows, piece_rows=self._piece_rows, slice_rows=self._settings.chunk_rows)
+        job = Job(
+            names=names,
+            pieces=-(-(cuts[-1][1] if cuts else 0) // self._piece_rows),
+            piece_rows=self._piece_rows,
+            part_pieces=-(-self._settings.chunk_rows // self._piece_rows),
+        )
+        number = next(self._numbers)
+        with self._lock:
+            if self._broken is not None:
+                raise self._broken
+            self._jobs[number] = job
+        try:
+            for start, stop in cuts:
+                wanted = None if rows is None else rows[start:stop]
+                self._loader.submit(
+                    Slice(
+                        job=number,
+                        shard=shard,
+                        start=start,
+                        stop=stop,
+                        rows=wanted,
+                        piece_rows=self._piece_rows,
+                        encoders=tuple(names),
+                    )
+                )
+            return write_files(store, job, self._encoders, some=rows is not None)
+        except ShardDamagedError:
+            # Which of its slices met the damage first is chance; read from the start it is told in the same words.
+            for _ in read_batches(shard, columns_read(shard), batch_rows=self._settings.chunk_rows):
+                pass
+            raise
+        finally:
+            with self._lock:
+                del self._jobs[number]
+
+    def close(self) -> None:
+        """End the loader and the thread."""
+        self._loader.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        """The thread of the models."""
+        try:
+            while (found := self._loader.next()) is not None:
+                with self._lock:
+                    job = self._jobs.get(found.job)
+                if job is None:
+                    continue  # it failed
+                if isinstance(found, Failed):
+                    job.done.put(found.error)
+                else:
+                    self._step(job, found)
+        except BaseException as error:
+            with self._lock:
+                self._broken = error
+                for job in self._jobs.values():
+                    job.done.put(error)
+
+    @torch.inference_mode()
+    def _step(self, job: Job, piece: Piece) -> None:
+        z = {}
+        for name in job.names if piece.ok else ():
+            encoder = self._encoders[name]
+            z[name] = encoder.encode(piece.pixels[encoder.view], piece.texts[encoder.wording], piece.of)
+        job.add(replace(piece, pixels={}, texts={}), z)
+
+
+def embed_shard(
+    shard: Shard,
+    encoders: "Mapping[str, Encoder]",
+    store: Store,
+    settings: EmbedSection,
+    *,
+    threads: int = 1,
+    loaders: int = 0,
+    rows: Rows | None = None,
+    decode: Decode | None = None,
+) -> dict[str, int]:
+    """Write the embedding files of one shard: `Embedder.embed` by one that lives as long.
+
+    Args:
+        shard: of the pool.
+        encoders: by the name, within the root, of the file to write.
+        store: the root.
+        settings: sizes.
+        threads: as `Embedder`.
+        loaders: likewise.
+        rows: as `Embedder.embed`.
+        decode: as `Embedder`.
+
+    Returns:
+        As `Embedder.embed`.
+
+    Raises:
+        InputChangedError, ShardDamagedError: as `Embedder.embed`.
+    """
+    embedder = Embedder(encoders, settings, threads=threads, loaders=loaders, decode=decode)
+    try:
+        return embedder.embed(shard, {name: name for name in encoders}, store, rows=rows)
+    finally:
+        embedder.close()
