@@ -147,7 +147,7 @@ class EmbedSection(Section):
     exact_pixels: bool = Field(
         False,
         description="embed and train on the pixels of open_clip's transform to the last bit; without it they are up to "
-        "2 levels off (1 - cos of embeddings at most 1e-7, random ViT-B/32) in .4 of its time; changed, the pool is "
+        "2 levels off (1 - cos of embeddings at most 2e-7, random ViT-B/32) in .4 of its time; changed, the pool is "
         "embedded anew",
     )
 
