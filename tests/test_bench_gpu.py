@@ -23,8 +23,6 @@ def _one_thread():
 
 @pytest.mark.parametrize("name", [name for name in SECTIONS if name != "ranks"])
 def test_a_part_runs(tmp_path: Path, name: str) -> None:
-    if name == "run":
-        pytest.importorskip("curate.embed.run")
     where = Where(device=CPU, small=True, deadline=time.monotonic() + 60)
     run_section(name, where, tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
