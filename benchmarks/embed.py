@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--model", help="an open_clip name, for real towers; a stand-in that waits if not given")
+    parser.add_argument("--exact-pixels", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--wait-ms", type=float, default=21.0, help="of the stand-in, for a batch")
     parser.add_argument("--loaders", type=int, default=1, help="decoding processes; 0 decodes in a thread")
@@ -218,6 +219,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
     (scratch / "tiny.json").write_text(json.dumps(TINY))
     section = EncoderSection(model=args.model or "tiny.json")
     spec = store_encoder(store, section, role="reference", base=scratch, seed=0, device_type=args.device)
+    spec = replace(spec, exact_pixels=args.exact_pixels)
     settings = EmbedSection(batch_size=args.batch_size, chunk_rows=4 * args.batch_size)
     compile_for = args.batch_size if args.compile else None
     encoder = load_encoder(store, spec, torch.device(args.device), compile_for=compile_for)
