@@ -318,7 +318,7 @@ def dedup(where: Where) -> Iterator[Row]:
         clock = time.perf_counter()
         cells = train_cells(rows, count, where.device)
         step("k-means, faiss")
-        places = cells.place(z, THRESHOLD, where.device)
+        places = cells.assign(z, THRESHOLD, where.device)
         step("placing")
         # Home rows of each cell and then those on its border, as the pipeline's tasks are sent them.
         home, border = (torch.from_numpy(of).to(where.device) for of in (places.home, places.border))

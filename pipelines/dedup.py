@@ -202,8 +202,8 @@ def _cosines(largest: Sequence[LargestGroup], shared: tuple[Store, EncoderSpec, 
                 measured=len(own),
                 lowest_cosine=round(float(cosines.min()), 4),
                 lowest_to_representative=round(float(cosines[0].min()), 4),
-                shard=int(compared.places(head)[0]),
-                row=int(head[0] - compared.starts[compared.places(head)[0]]),
+                shard=int(compared.shards_of(head)[0]),
+                row=int(head[0] - compared.starts[compared.shards_of(head)[0]]),
             )
         )
     return tuple(found)

@@ -362,7 +362,7 @@ def _decide(bucket: int, grouping: _Grouping, read: Callable[[], tuple[Pairs, No
     store, name, runs = grouping.store, grouping.name("decided", bucket), grouping.runs
     if not store.exists(name):
         rows, told = _decided(*read(), grouping)
-        run = grouping.compared.places(rows["id"]) // DROPPED_SHARDS
+        run = grouping.compared.shards_of(rows["id"]) // DROPPED_SHARDS
         told |= {"rows": np.bincount(run, minlength=runs).tolist()}
         parts = by_destination(run, runs, lambda at: pack_arrays(rows[at]))
         write_parts(store, name, chained(parts, [seal(told)]), count=runs + 1)
@@ -415,8 +415,8 @@ def _write_run(run: int, grouping: _Grouping) -> None:
     rows = rows[np.argsort(rows["id"])]
     columns: list[npt.NDArray[np.generic]] = []
     for end in ENDS:
-        place = grouping.compared.places(rows[end])
-        columns += [place.astype(np.int32), rows[end] - grouping.compared.starts[place]]
+        shard = grouping.compared.shards_of(rows[end])
+        columns += [shard.astype(np.int32), rows[end] - grouping.compared.starts[shard]]
     shard, row, *others = map(pa.array, columns)
     reason = pa.array(REASONS).take(pa.array(rows["why"].astype(np.int64)))
     table = [shard, row, reason, *others[:2], pa.array(np.ascontiguousarray(rows["cosine"])), *others[2:]]

@@ -92,7 +92,7 @@ def two_deduplications(store: Store, seed: int, *, stand: bool = True) -> World:
     nodes = np.zeros(len(names), NODE)
     nodes["id"] = np.arange(len(names))
     nodes["score"], nodes["pixels"] = rng.integers(3, size=len(names)), rng.integers(2, size=len(names))
-    nodes["uid"], nodes["place"] = rng.integers(2**63, size=(2, len(names)), dtype=np.uint64) * 2
+    nodes["uid"], nodes["key"] = rng.integers(2**63, size=(2, len(names)), dtype=np.uint64) * 2
     edges = [(int(a), int(b)) for a, b in rng.integers(len(names), size=(55, 2)) if a != b]
     edges = [(a, b) for a, b in edges if {names[a][0], names[b][0]} != {"test"}]
     old = [{names[end][0] for end in edge} <= {*OLD, *HELD_OUT} for edge in edges]

@@ -181,7 +181,7 @@ def write_pairs(store: Store, count: int) -> tuple[str, Compared]:
         pairs["better"], pairs["worse"], pairs["cosine"] = *some.T, 0.97
         nodes["id"] = np.sort(some.reshape(-1))
         nodes["score"] = rng.random(len(nodes))
-        nodes["uid"], nodes["place"] = rng.integers(2**63, size=(2, len(nodes)), dtype=np.uint64)
+        nodes["uid"], nodes["key"] = rng.integers(2**63, size=(2, len(nodes)), dtype=np.uint64)
         write_records(store, nodes_name("dedup/s/p", task), nodes)
         write_records(store, pairs_name("dedup/s/p", task), pairs, largest_cell=0, beyond=0)
     store.put_bytes("dedup/s/p/counts.json", seal({"tasks": tasks}))

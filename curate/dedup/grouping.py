@@ -23,8 +23,8 @@ Nodes = npt.NDArray[np.void]
 Pairs = npt.NDArray[np.void]
 Rule = Literal["components", "greedy"]
 
-NODE = np.dtype([("id", "<i8"), ("score", "<f4"), ("pixels", "<i8"), ("uid", "<u8"), ("place", "<u8")])
-"""A row: its number among all rows, and what it is ranked by. `uid` is a hash; `place` one of shard and row."""
+NODE = np.dtype([("id", "<i8"), ("score", "<f4"), ("pixels", "<i8"), ("uid", "<u8"), ("key", "<u8")])
+"""A row: its number among all rows, and what it is ranked by. `uid` is a hash; `key` one of shard and row."""
 
 PAIR = np.dtype([("better", "<i8"), ("worse", "<i8"), ("cosine", "<f4"), ("kind", "i1")])
 KINDS = ("near_duplicate", "duplicate_image", "duplicate_exact")
@@ -34,14 +34,14 @@ REASONS = (*KINDS, CONTAMINATED)
 """Why a row leaves."""
 ENDS = ("id", "duplicate_of", "representative")
 DROPPED = np.dtype([*((end, "<i8") for end in ENDS), ("cosine", "<f4"), ("why", "i1")])
-"""A row that leaves; `why` is a place in `REASONS`."""
+"""A row that leaves; `why` is a position in `REASONS`."""
 EVALUATION = -1
 """The tier of rows of evaluation sets: they are better than any row of the pool and are never dropped."""
 
 
 def in_rank_order(nodes: Nodes, tiers: npt.NDArray[np.integer]) -> Ints:
     """The order that sorts rows from the best to the worst; `tiers` [n] come before all else, the lowest first."""
-    return np.lexsort([nodes["place"], nodes["uid"], -nodes["pixels"], -nodes["score"], tiers])
+    return np.lexsort([nodes["key"], nodes["uid"], -nodes["pixels"], -nodes["score"], tiers])
 
 
 def collapse(contents: npt.NDArray[np.uint64], pictures: npt.NDArray[np.uint64] | None) -> tuple[Ints, Pairs]:

@@ -4,7 +4,7 @@ k-means cuts the rows into K cells. Two rows of one cell are compared in that ce
 with |x - y| <= r, where r² = 2 - 2 threshold, lie on different sides of the plane that separates the two centroids, so
 that one of them is within r / 2 of that plane: it is a border row of the other's cell and is compared there. Each row
 is put into the nearest `BORDERS` of the cells that it borders on. Where no row borders on more, every pair is found;
-`Places.beyond` says which rows do, and so how far that guarantee holds.
+`Assignment.beyond` says which rows do, and so how far that guarantee holds.
 
     z      [n, D]  unit rows, float32
     home   [n]     number of the cell that a row lies in
@@ -59,7 +59,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class Assignment:
     """Where rows lie among the cells."""
 
     home: Ints
@@ -81,13 +81,13 @@ class Cells:
     centroids: Floats
     """[K, D] unit rows."""
 
-    def place(self, z: npt.NDArray[np.floating] | Tensor, threshold: float, device: torch.device) -> Places:
+    def assign(self, z: npt.NDArray[np.floating] | Tensor, threshold: float, device: torch.device) -> Assignment:
         """Home, and borders for pairs of cosine at least `threshold`, of rows z [n, D] of norm 1 or nearly so."""
         centroids = torch.from_numpy(self.centroids).to(device)
         mean = torch.from_numpy(self.mean).to(device)
         if len(centroids) == 1 or not len(z):
             alone = np.zeros(len(z), np.int64)
-            return Places(home=alone, border=np.full((len(z), BORDERS), -1), beyond=np.zeros(len(z), bool))
+            return Assignment(home=alone, border=np.full((len(z), BORDERS), -1), beyond=np.zeros(len(z), bool))
         # 1 / distance between centroids; a centroid is no neighbour of itself or of a copy of itself.
         nearness = (2 - 2 * centroids @ centroids.T).clamp_min(1e-6).rsqrt()
         reach = (2 - 2 * threshold) ** 0.5 / 2 + ROUNDING
@@ -111,7 +111,7 @@ class Cells:
             border = torch.nn.functional.pad(border[:, :BORDERS], (0, BORDERS - min(BORDERS, width - 1)), value=-1)
             parts.append((home, border, beyond))
         home, border, beyond = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        return Places(home=home.numpy(), border=border.numpy(), beyond=beyond.numpy())
+        return Assignment(home=home.numpy(), border=border.numpy(), beyond=beyond.numpy())
 
     def to_array(self) -> Floats:
         """[K + 1, D]: the mean, then the centroids."""

@@ -56,7 +56,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
+class _Range:
     """Where one piece of a batch lies: all that a worker process needs to read it."""
 
     number: int
@@ -141,11 +141,11 @@ class CuratedReader:
         self._next = number
 
     def __iter__(self) -> Generator[Batch]:
-        places = _Places()
+        ranges = _Ranges()
         loader: DataLoader[_Piece | CurateError] = DataLoader(
             self._pieces,
             batch_size=None,
-            sampler=places,
+            sampler=ranges,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
@@ -160,7 +160,7 @@ class CuratedReader:
                 if self._next < manifest.stop_batch:
                     self._check_sizes(manifest)
                     self._check_files(manifest)
-                    places.places = self._of_round(manifest)[self._next - manifest.first_batch :]
+                    ranges.ranges = self._of_round(manifest)[self._next - manifest.first_batch :]
                     pieces = iter(loader)  # here: only the main thread is told when a worker dies
                     with contextlib.closing(self._ahead(pieces)) as batches:
                         for batch in batches:
@@ -261,13 +261,13 @@ class CuratedReader:
             if found != file.sha256:
                 raise UserError(f"{name}: expected sha256 {file.sha256[:12]}, found {found[:12]}; restore the file")
 
-    def _of_round(self, manifest: Manifest) -> list[_Place]:
+    def _of_round(self, manifest: Manifest) -> list[_Range]:
         """The pieces of this rank's slice of each sub-batch of a round."""
         b = manifest.sub_batch_size
         share = b // self.world_size
         pieces = piece_bounds(self.rank * share, (self.rank + 1) * share, row_group_rows(b))
         return [
-            _Place(
+            _Range(
                 number=manifest.first_batch + sub_batch,
                 round=manifest.round,
                 sub_batch=sub_batch,
@@ -285,17 +285,17 @@ class CuratedReader:
         ]
 
 
-class _Places(Sampler[_Place]):
+class _Ranges(Sampler[_Range]):
     """The pieces of one round. The loader keeps its workers from round to round and asks here what to read."""
 
     def __init__(self) -> None:
-        self.places: Sequence[_Place] = ()
+        self.ranges: Sequence[_Range] = ()
 
-    def __iter__(self) -> Iterator[_Place]:
-        return iter(self.places)
+    def __iter__(self) -> Iterator[_Range]:
+        return iter(self.ranges)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.ranges)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +314,7 @@ class _Piece:
 
 
 class _Pieces(Dataset[_Piece | CurateError]):
-    """From a place to the rows that lie there: the work of a worker process.
+    """From a range to its rows: the work of a worker process.
 
     A mistake is returned, not raised: on its way from a worker a raised one becomes a traceback.
     """
@@ -330,40 +330,40 @@ class _Pieces(Dataset[_Piece | CurateError]):
         self.tokenize = tokenize
         self._footer: tuple[str, Any] | None = None  # of the file that was read last
 
-    def __getitem__(self, place: _Place) -> _Piece | CurateError:
+    def __getitem__(self, some: _Range) -> _Piece | CurateError:
         # Published images were decoded once before, so this cannot fail but for damage on the way; and a damaged
         # file makes pyarrow raise whatever it likes.
         try:
-            rows = self._read_rows(place)
-            encoded = image_bytes(rows.column(place.image)).to_pylist()
+            rows = self._read_rows(some)
+            encoded = image_bytes(rows.column(some.image)).to_pylist()
             images: list[Any] = [decode_for(data, [self.preprocess]) for data in encoded]
-            captions = [clean_caption(raw) for raw in caption_bytes(rows.column(place.caption)).to_pylist()]
+            captions = [clean_caption(raw) for raw in caption_bytes(rows.column(some.caption)).to_pylist()]
             uids = rows.column(ADDED_COLUMN).field("uid").to_pylist()
         except CurateError as error:  # the store refused or failed, or the file is damaged
             return error
         except Exception as error:
             reason = one_line(error)
-            where = f"{place.file}: cannot be read at sub-batch {place.sub_batch}"
+            where = f"{some.file}: cannot be read at sub-batch {some.sub_batch}"
             return UserError(f"{where} ({reason}); restore the file")
         return _Piece(
-            number=place.number,
-            round=place.round,
-            sub_batch=place.sub_batch,
-            last=place.last,
-            left=place.left,
+            number=some.number,
+            round=some.round,
+            sub_batch=some.sub_batch,
+            last=some.last,
+            left=some.left,
             uids=uids,
             images=torch.stack([pixels_of(image, self.preprocess) for image in images]) if self.preprocess else images,
             texts=self.tokenize(captions) if self.tokenize else captions,
         )
 
-    def _read_rows(self, place: _Place) -> Any:
-        """The rows of a place as one record batch; only the row groups that they lie in are read."""
+    def _read_rows(self, some: _Range) -> Any:
+        """The rows of a range as one record batch; only the row groups that they lie in are read."""
         name, footer = self._footer or ("", None)
-        with open_table(self.store, place.file, footer=footer if name == place.file else None) as parquet:
-            self._footer = place.file, parquet.metadata
+        with open_table(self.store, some.file, footer=footer if name == some.file else None) as parquet:
+            self._footer = some.file, parquet.metadata
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
             ends = np.cumsum(sizes)
-            first, last = np.searchsorted(ends, [place.first_row, place.first_row + place.rows - 1], side="right")
-            table = parquet.read_row_groups(range(first, last + 1), columns=[place.image, place.caption, ADDED_COLUMN])
-        start = place.first_row - int(ends[first] - sizes[first])
-        return table.slice(start, place.rows).combine_chunks().to_batches()[0]
+            first, last = np.searchsorted(ends, [some.first_row, some.first_row + some.rows - 1], side="right")
+            table = parquet.read_row_groups(range(first, last + 1), columns=[some.image, some.caption, ADDED_COLUMN])
+        start = some.first_row - int(ends[first] - sizes[first])
+        return table.slice(start, some.rows).combine_chunks().to_batches()[0]
