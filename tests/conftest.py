@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import threading
 import uuid
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def stem(nodeid: str) -> str:
     return Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
 
 
-class ByFile(LoadFileScheduling):  # type: ignore[misc]
+class ByFile(LoadFileScheduling):
     """Each file is one process's, and so are all that share a Ray."""
 
     def _split_scope(self, nodeid: str) -> str:
@@ -128,6 +129,9 @@ def ray_local() -> Iterator[None]:
     """A Ray of our own on this machine; starting it takes seconds, so that all tests share it."""
     import ray
 
+    # A shell has its jobs in the background ignore Ctrl-C; workers that inherit that cannot be interrupted, either.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # One for an actor and two for tasks: each further worker imports what it needs for five seconds.
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield

@@ -225,9 +225,11 @@ def test_poller_sees_a_name_after_it_missed_it(s3_root: str) -> None:
 
 @pytest.mark.parametrize("mode", ["drop-ack", "drop", "503", "409"])
 @pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.usefixtures("short")
-def test_write_that_failed_for_a_moment_succeeds(faulty_s3_root: Faulty, mode: str, times: int) -> None:
+def test_write_that_failed_for_a_moment_succeeds(
+    faulty_s3_root: Faulty, monkeypatch: pytest.MonkeyPatch, mode: str, times: int
+) -> None:
     root, proxy = faulty_s3_root
+    monkeypatch.setattr(access, "PAUSES_S", (0.02, 0.1))
     fault = proxy.fail(mode, key=NAME, times=times)
     Store(root).put_if_absent(NAME, b"ours")
     assert Store(root).read_bytes(NAME) == b"ours"
