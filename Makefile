@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-all test-gpu lint types lock bench bench-acceleration clean
+.PHONY: demo test test-all test-gpu lint types lock bench bench-gpu bench-acceleration clean
 
 demo: $(READY)  ## the whole loop on a small drawn pool: three rounds beside a trainer
 	$(BIN)/python -m jobs.demo
@@ -13,7 +13,7 @@ test: $(READY)  ## what CI runs: lint, types, tests; a quarter of an hour on 2 c
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not exhaustive and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not exhaustive and not gpu"
 
 test-all: $(READY)  ## and every case of what those tests sample
 	$(BIN)/python -m pytest -m "not gpu"
@@ -23,6 +23,9 @@ test-gpu: $(READY)  ## what needs a CUDA device
 
 bench: $(READY)  ## time and memory of selection against a bare baseline and the paper's listing
 	$(BIN)/python -m benchmarks.selection
+
+bench-gpu: $(READY)  ## what this machine's card makes of it all: embedding, selection, dedup, training; at most 9 minutes
+	$(BIN)/python -m benchmarks.gpu --json bench-gpu.json
 
 bench-acceleration: $(READY)  ## do learners learn faster from selected batches? the quick study, within 30 minutes on 2 cores
 	$(BIN)/python -m benchmarks.acceleration benchmarks/acceleration/quick.toml

@@ -145,10 +145,10 @@ def children_s() -> float:
 
 def serve(latency_ms: float) -> None:
     """An S3 server, in memory, that thinks before it answers; until it is killed."""
-    from moto import server as moto  # noqa: PLC0415
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app  # noqa: PLC0415
     from werkzeug.serving import make_server  # noqa: PLC0415
 
-    answer = moto.DomainDispatcherApplication(moto.create_backend_app)  # type: ignore[attr-defined]
+    answer = DomainDispatcherApplication(create_backend_app)
 
     def slowly(environ: Any, start: Any) -> Any:
         time.sleep(latency_ms / 1000)

@@ -31,7 +31,8 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize, softplus
 
-from curate.jest import TILE_LOGITS, Embeddings, jointly_sample_batch
+from curate.jest import Embeddings, jointly_sample_batch
+from curate.logits import TILE_LOGITS
 from tests.oracles.jest_literal import Model, gumbel_rows, sigmoid_literal
 
 D, CHUNKS, SHARE, SEED = 512, 16, 5, 7

@@ -22,14 +22,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn.functional import softplus
+from torch import Tensor, distributed
+from torch.nn.functional import pad, softplus
 
 from curate.criteria import CRITERIA, LOSSES, METHODS, Criterion, Loss, Method
+from curate.logits import accumulator, add_logsumexp_, add_softplus_, diagonal_cosines
 
-# Logits of one tile. On a CPU it stays in the second-level cache between product and reduction (512 kB in
-# float32; of 2^15 to 2^20 the fastest at D = 512, c = 256). On CUDA, 128 MiB spread launches: not measured.
-TILE_LOGITS = {"cpu": 1 << 17, "cuda": 1 << 25}
 COLUMNS_PER_TILE = 1024  # of sub_batch_learnability, where no chunk sets the width of a tile
 
 
@@ -105,6 +103,7 @@ def jointly_sample_batch(
     method: Method = "joint",
     gain: float = 1.0,
     generator: torch.Generator,
+    group: distributed.ProcessGroup | None = None,
 ) -> SubBatch:
     """Draw the rows to train on together, better scores more probably (arXiv 2406.17711, Algorithms 1, 3).
 
@@ -136,12 +135,16 @@ def jointly_sample_batch(
         gain: Factor on the whole score of either loss (``softmax_score_gain``, 100 in Algorithm 2): at 0 the
             draw is uniform, at high gain it is the top c of each chunk.
         generator: CPU generator; advanced by B values per draw.
+        group: Processes that share the super-batch, each calling this with its own rows, all else alike and
+            generators in one state: its rows are numbered after those of the ranks before it, B is all of them,
+            and every rank draws the same sub-batch, the one that a single process would draw of all rows.
 
     Returns:
         The b distinct rows, in the order drawn.
 
     Raises:
-        ValueError: If an argument breaks a rule above, or fewer than b rows can be scored.
+        ValueError: If an argument breaks a rule above, or fewer than b rows can be scored; the latter is found
+            once all draws are made.
     """
     _require_choice("loss", loss, LOSSES)
     _require_choice("criterion", criterion, CRITERIA)
@@ -154,13 +157,14 @@ def jointly_sample_batch(
         models: _Models = [(1, model) for model in (learner, reference) if model is not None]
     else:
         models = _signed_models(learner, reference, criterion)
-    B = _shared_rows(models)
+    share = _Share(_shared_rows(models), models[0][1].zimg.device, group)
+    B = share.B
     if not 1 <= sub_batch_size <= B:
         raise ValueError(f"sub_batch_size must be 1 to B = {B}: found {sub_batch_size}; embed more rows")
     sizes = _chunk_sizes(sub_batch_size, n_chunks) if method == "joint" else [sub_batch_size]
 
-    conditional = _Conditional(models, None if method == "uniform" else loss)
-    return _draw(conditional, sizes, gain, generator)
+    conditional = _Conditional(models, None if method == "uniform" else loss, share)
+    return _draw(conditional, share, sizes, gain, generator)
 
 
 @torch.no_grad()
@@ -179,7 +183,7 @@ def diagonal_losses(embeddings: Embeddings, loss: Loss) -> Tensor:
         ValueError: If ``loss`` is none of `LOSSES`.
     """
     _require_choice("loss", loss, LOSSES)
-    logits = _diagonal_logits(embeddings, loss, _accumulator(embeddings.zimg))
+    logits = _diagonal_logits(embeddings, loss)
     return softplus(-logits) if loss == "sigmoid" else -logits
 
 
@@ -224,36 +228,88 @@ def sub_batch_loss(model: Embeddings, positions: Tensor, *, loss: Loss) -> float
         found = list(positions.shape)
         raise ValueError(f"positions must be [b], b at least 1: found {found}; pass SubBatch.positions")
     batch = Embeddings(model.zimg[positions], model.ztxt[positions], model.logit_scale, model.logit_bias)
-    dtype = _accumulator(batch.zimg)
-    own = _diagonal_logits(batch, loss, dtype)
-    buffer = _tile_buffer(own, COLUMNS_PER_TILE)
+    own = _diagonal_logits(batch, loss)
     if loss == "sigmoid":
         # All pairs as negatives, then the b positives put right: softplus(-x) = softplus(x) - x.
-        total = -own.sum(dtype=torch.float64)
-        for columns in _blocks(batch.ztxt, COLUMNS_PER_TILE):
-            for _, tile in _logit_tiles(batch.zimg, columns, model.logit_scale, model.logit_bias, buffer):
-                total += softplus(tile).sum(dtype=torch.float64)
-        return float(total) / len(positions)
+        totals = -own.double()
+        for columns in _blocks(batch.ztxt):
+            add_softplus_(totals, batch.zimg, columns, scale=model.logit_scale, bias=model.logit_bias)
+        return float(totals.mean())
     lse = own.new_full((2, len(own)), -math.inf)
-    for d, (rows, others) in enumerate(((batch.zimg, batch.ztxt), (batch.ztxt, batch.zimg))):
-        for columns in _blocks(others, COLUMNS_PER_TILE):
-            for at, tile in _logit_tiles(rows, columns, model.logit_scale, 0.0, buffer):
-                _add_logsumexp_(lse[d, at], tile)
+    for running, rows, others in zip(lse, (batch.zimg, batch.ztxt), (batch.ztxt, batch.zimg), strict=True):
+        for columns in _blocks(others):
+            add_logsumexp_(running, rows, columns, scale=model.logit_scale)
     return float((0.5 * lse.sum(0) - own).mean(dtype=torch.float64))
 
 
+class _Share:
+    """The rows of the super-batch that this process holds: all, or of a group's those after the ranks before it."""
+
+    def __init__(self, rows: int, device: torch.device, group: distributed.ProcessGroup | None) -> None:
+        self._group, self.rows = group, rows
+        held = [rows]
+        if group is not None:
+            held = self._gather(torch.tensor([rows], device=device)).flatten().tolist()
+            if not all(held):
+                raise ValueError(f"every rank must hold a row of the super-batch: found {held}; divide it evenly")
+        rank = 0 if group is None else distributed.get_rank(group)
+        self.start, self.B = sum(held[:rank]), sum(held)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This process's part of something [B]."""
+        return whole[self.start : self.start + self.rows]
+
+    def local(self, positions: Tensor) -> Tensor:
+        """Where rows lie here; what lies elsewhere lies at ``rows``."""
+        if self._group is None:
+            return positions
+        at = positions - self.start
+        return at.where((at >= 0) & (at < self.rows), self.rows)
+
+    def take(self, z: Tensor, positions: Tensor) -> Tensor:
+        """Rows [c, D] of z, whoever holds them."""
+        if self._group is None:
+            return z[positions]
+        at = self.local(positions)
+        taken = z[at.clamp(max=self.rows - 1)].masked_fill_((at == self.rows)[:, None], 0)
+        distributed.all_reduce(taken, group=self._group)  # one rank's row and zeros: exact in every precision
+        return taken
+
+    def largest(self, keys: Tensor, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Positions [c] of the largest of all processes' keys, equal ones from the lower row, and their scores."""
+        order = torch.sort(keys, descending=True, stable=True).indices[:count]
+        if self._group is None:
+            return order, scores[order]
+        short = count - len(order)
+        best = self._gather(pad(keys[order], (0, short), value=-math.inf)).flatten()
+        # Rank after rank, each from its best to its worst, equal ones by row: a stable sort leaves them so.
+        at = torch.sort(best, descending=True, stable=True).indices[:count]
+        positions, found = (pad(own, (0, short)) for own in (order + self.start, scores[order]))
+        return self._gather(positions).flatten()[at], self._gather(found).flatten()[at]
+
+    def total(self, counts: Tensor) -> Tensor:
+        """Sum over all processes."""
+        return counts if self._group is None else self._gather(counts).sum(0)
+
+    def _gather(self, own: Tensor) -> Tensor:
+        """Everyone's [ranks, …] of something of one shape, by rank."""
+        found = [torch.empty_like(own) for _ in range(distributed.get_world_size(self._group))]
+        distributed.all_gather(found, own, group=self._group)
+        return torch.stack(found)
+
+
 class _Conditional:
-    """Score of every candidate given the rows drawn so far.
+    """Score of every candidate of this process's share, given the rows drawn so far.
 
     Attributes:
-        scores: Float [B], NaN for a row that must never be drawn.
+        scores: Float [rows], NaN for a row that must never be drawn.
     """
 
-    def __init__(self, models: _Models, loss: Loss | None) -> None:
-        self._models, self._loss = models, loss
-        B, device = len(models[0][1]), models[0][1].zimg.device
-        dtype = _accumulator(*(model.zimg for _, model in models))
-        self._diagonal = torch.zeros(B, dtype=dtype, device=device)
+    def __init__(self, models: _Models, loss: Loss | None, share: _Share) -> None:
+        self._models, self._loss, self._share = models, loss, share
+        rows, device = share.rows, models[0][1].zimg.device
+        dtype = accumulator(*(model.zimg for _, model in models))
+        self._diagonal = torch.zeros(rows, dtype=dtype, device=device)
         for sign, model in models:
             if loss is not None:
                 self._diagonal.add_(diagonal_losses(model, loss), alpha=sign)
@@ -261,22 +317,20 @@ class _Conditional:
                 # A sum is finite only if all its terms are (unit rows cannot overflow): no [B, D] temporary.
                 self._diagonal.masked_fill_(~z.sum(1).isfinite(), math.nan)
         self.scores = self._diagonal.clone()
-        # Softmax only: log-sum-exp over the rows drawn so far, [model, image to text | text to image, B].
-        self._lse = self.scores.new_full((len(models), 2, B if loss == "softmax" else 0), -math.inf)
+        # Softmax only: log-sum-exp over the rows drawn so far, [model, image to text | text to image, rows].
+        self._lse = self.scores.new_full((len(models), 2, rows if loss == "softmax" else 0), -math.inf)
 
     def extend(self, new: Tensor) -> None:
         """Bring the scores up to date with the rows ``new`` [c], just drawn."""
-        buffer = _tile_buffer(self.scores, len(new))
         for m, (sign, model) in enumerate(self._models):
-            bias = model.logit_bias if self._loss == "sigmoid" else 0.0
             # Algorithm 1's ji, images of candidates × texts drawn; then its ij, the other way round.
-            for d, (rows, columns) in enumerate(((model.zimg, model.ztxt), (model.ztxt, model.zimg))):
-                for at, tile in _logit_tiles(rows, columns[new], model.logit_scale, bias, buffer):
-                    if self._loss == "sigmoid":
-                        # As log Π(1 + e^-|x|) + Σ relu(x), 32 factors to a log, it was no faster.
-                        self.scores[at].add_(softplus(tile).sum(1), alpha=sign)
-                    else:
-                        _add_logsumexp_(self._lse[m, d, at], tile)
+            for d, (rows, others) in enumerate(((model.zimg, model.ztxt), (model.ztxt, model.zimg))):
+                columns = self._share.take(others, new)
+                if self._loss == "sigmoid":
+                    scale, bias = model.logit_scale, model.logit_bias
+                    add_softplus_(self.scores, rows, columns, scale=scale, bias=bias, sign=sign)
+                else:
+                    add_logsumexp_(self._lse[m, d], rows, columns, scale=model.logit_scale)
         if self._loss == "softmax":
             # The normaliser belongs to the whole set, so it is added afresh each time (A.6). The candidate's
             # own pair is not in it: Algorithm 3 masks all but the rows drawn.
@@ -285,29 +339,47 @@ class _Conditional:
                 self.scores.add_(lse.sum(0), alpha=0.5 * sign)
 
 
-def _draw(conditional: _Conditional, sizes: list[int], gain: float, generator: torch.Generator) -> SubBatch:
-    """Draw ``sizes`` rows chunk by chunk, each chunk given those before it."""
-    b, B = sum(sizes), len(conditional.scores)
+def _draw(
+    conditional: _Conditional, share: _Share, sizes: list[int], gain: float, generator: torch.Generator
+) -> SubBatch:
+    """Draw ``sizes`` rows chunk by chunk, each chunk given those before it.
+
+    Nothing here waits for the device: while it brings the scores up to date, the noise of the next draw is made.
+    """
+    b, device = sum(sizes), conditional.scores.device
     scores = conditional.scores.new_empty(b)
-    order = positions = torch.empty(b, dtype=torch.int64, device=scores.device)
+    order = positions = torch.empty(b, dtype=torch.int64, device=device)
+    gone = torch.zeros(share.rows + 1, dtype=torch.bool, device=device)  # the last one for rows that lie elsewhere
+    left = torch.empty(len(sizes), dtype=torch.int64, device=device)  # rows that could be drawn, at each draw
     drawn = 0
-    for size in sizes:
+    for number, size in enumerate(sizes):
         if drawn:  # brought up to date only when another draw follows
             conditional.extend(order)
         # Gumbel-top-k: the largest of gain · score + noise are drawn with p ∝ exp(gain · score), none twice.
-        keys = _gumbel(B, generator).to(scores).add_(conditional.scores * gain)
-        keys.masked_fill_(~keys.isfinite(), -math.inf).index_fill_(0, positions[:drawn], -math.inf)
-        found = drawn + int(keys.isfinite().sum())
-        if found < b:
+        noise = share.of(_gumbel(share.B, generator).to(scores.dtype))
+        if device.type == "cuda":
+            noise = noise.pin_memory()
+        keys = noise.to(device, non_blocking=True).add_(conditional.scores * gain)
+        keys.masked_fill_(~keys.isfinite() | gone[:-1], -math.inf)
+        left[number] = keys.isfinite().sum()
+        order, scores[drawn : drawn + size] = share.largest(keys, conditional.scores, size)
+        positions[drawn : drawn + size] = order
+        gone.index_fill_(0, share.local(order), True)
+        drawn += size
+    _require_enough(share.total(left).tolist(), sizes, share.B)
+    return SubBatch(positions, torch.repeat_interleave(torch.tensor(sizes)).to(device), scores)
+
+
+def _require_enough(left: list[int], sizes: list[int], B: int) -> None:
+    """Raise if a draw found too few rows; what was drawn then and later is void."""
+    b, drawn = sum(sizes), 0
+    for found, size in zip(left, sizes, strict=True):
+        if drawn + found < b:
             raise ValueError(
                 f"sub_batch_size needs as many rows with finite embeddings and scores: expected {b}, "
-                f"found {found} of {B}; drop the broken rows first, or lower sub_batch_size or gain"
+                f"found {drawn + found} of {B}; drop the broken rows first, or lower sub_batch_size or gain"
             )
-        order = torch.sort(keys, descending=True, stable=True).indices[:size]
-        positions[drawn : drawn + size] = order
-        scores[drawn : drawn + size] = conditional.scores[order]
         drawn += size
-    return SubBatch(positions, torch.repeat_interleave(torch.tensor(sizes)).to(positions.device), scores)
 
 
 def _gumbel(size: int, generator: torch.Generator) -> Tensor:
@@ -316,56 +388,14 @@ def _gumbel(size: int, generator: torch.Generator) -> Tensor:
     return u.clamp_(min=2.0**-54).log_().neg_().log_().neg_()
 
 
-def _logit_tiles(
-    rows: Tensor, columns: Tensor, scale: float, bias: float, buffer: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``scale · rows @ columns.T + bias`` in blocks of rows; the next tile overwrites this one."""
-    bias_term = buffer.new_full((), bias)
-    # Half precision: CUDA multiplies it as it is and sums in float32; a CPU is faster once it is widened.
-    widen = rows.is_cuda and rows.element_size() == 2 and buffer.dtype == torch.float32
-    width, columns = len(columns), columns if widen else columns.to(buffer.dtype)
-    block_rows = buffer.numel() // width
-    for start in range(0, len(rows), block_rows):
-        block = rows[start : start + block_rows]
-        tile = buffer[: len(block) * width].view(len(block), width)
-        if widen:
-            torch.mm(block, columns.T, out_dtype=buffer.dtype, out=tile)
-        else:
-            torch.mm(block.to(buffer.dtype), columns.T, out=tile)
-        torch.add(bias_term, tile, alpha=scale, out=tile)  # one pass for both
-        yield slice(start, start + len(block)), tile
-
-
-def _add_logsumexp_(running: Tensor, tile: Tensor) -> None:
-    """Add the rows of ``tile`` [rows, c], which is overwritten, to the running log-sum-exps [rows]."""
-    peak = tile.amax(1, keepdim=True)
-    tile_lse = tile.sub_(peak).exp_().sum(1).log_().add_(peak.squeeze(1))
-    torch.logaddexp(running, tile_lse, out=running)
-
-
-def _diagonal_logits(model: Embeddings, loss: Loss, dtype: torch.dtype) -> Tensor:
-    """Logit [B] of each pair with itself, block by block in one buffer: no [B, D] temporary arises."""
-    B, D = model.zimg.shape
-    cosines = model.zimg.new_empty(B, dtype=dtype)
-    buffer = _tile_buffer(cosines, D)
-    block_rows = len(buffer) // max(1, D)
-    for start in range(0, B, block_rows):
-        block = model.zimg[start : start + block_rows]
-        products = buffer[: block.numel()].view_as(block).copy_(block).mul_(model.ztxt[start : start + block_rows])
-        cosines[start : start + block_rows] = products.sum(1)
+def _diagonal_logits(model: Embeddings, loss: Loss) -> Tensor:
+    """Logit [B] of each pair with itself."""
+    cosines = diagonal_cosines(model.zimg, model.ztxt)
     return cosines.mul_(model.logit_scale).add_(model.logit_bias if loss == "sigmoid" else 0.0)
 
 
-def _blocks(z: Tensor, rows: int) -> Iterator[Tensor]:
-    return (z[start : start + rows] for start in range(0, len(z), rows))
-
-
-def _tile_buffer(like: Tensor, columns: int) -> Tensor:
-    return like.new_empty(max(TILE_LOGITS.get(like.device.type, TILE_LOGITS["cuda"]), columns))
-
-
-def _accumulator(*arrays: Tensor) -> torch.dtype:
-    return torch.float64 if any(z.dtype == torch.float64 for z in arrays) else torch.float32
+def _blocks(z: Tensor) -> Iterator[Tensor]:
+    return (z[start : start + COLUMNS_PER_TILE] for start in range(0, len(z), COLUMNS_PER_TILE))
 
 
 def _chunk_sizes(sub_batch_size: int, n_chunks: int) -> list[int]:

@@ -57,12 +57,18 @@ def read_table(
 
 
 @contextlib.contextmanager
-def open_table(store: Store, name: str) -> Iterator[pq.ParquetFile]:
-    """Open a file to read parts of it; raises as `read_table`."""
+def open_table(store: Store, name: str, *, footer: Any = None) -> Iterator[pq.ParquetFile]:
+    """Open a file to read parts of it; raises as `read_table`.
+
+    Args:
+        store: the root.
+        name: of the file.
+        footer: its `metadata` from before, if it is not to be read again.
+    """
     with (
         damage_told(name),
         store.open_input(name) as file,
-        pq.ParquetFile(file, page_checksum_verification=True) as parquet,
+        pq.ParquetFile(file, metadata=footer, page_checksum_verification=True) as parquet,
     ):
         yield parquet
 

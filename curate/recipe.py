@@ -147,7 +147,7 @@ class EmbedSection(Section):
     exact_pixels: bool = Field(
         False,
         description="embed and train on the pixels of open_clip's transform to the last bit; without it they are up to "
-        "2 levels off (1 - cos of embeddings at most 1e-7, random ViT-B/32) in .4 of its time; changed, the pool is "
+        "2 levels off (1 - cos of embeddings at most 2e-7, random ViT-B/32) in .4 of its time; changed, the pool is "
         "embedded anew",
     )
 
@@ -315,6 +315,18 @@ class TrainSection(Section):
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's")
     beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's; 0.999 spikes at high filter ratios (paper, A.2)")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    # Of ViT-B/16 in bf16 that is 20 GB of activations, or 3 with grad_checkpointing, as `jobs.memory` computes them;
+    # `curate check` says what yours hold.
+    micro_batch: int = Field(
+        256,
+        ge=1,
+        description="pairs of a forward pass on each rank; a larger share of a batch is embedded in parts, twice, with "
+        "the loss and the gradient of the whole batch: as many as memory holds are fastest",
+    )
+    grad_checkpointing: bool = Field(
+        False, description="keep fewer activations and compute them again: less memory, a third more time"
+    )
+    compile: bool = Field(False, description="torch.compile the learner: faster steps after minutes of compiling")
     workers: int = Field(0, ge=0, description="decoding processes per rank, or threads with data = pool")
     follow: Literal["stop", "wait", "repeat"] = Field(
         "stop",

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,7 +31,7 @@ from curate.pool.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_e
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, read_batches
 from curate.reader.evaluate import MAX_ROWS, load_held_out
-from curate.recipe import EncoderSection, EvaluateSection, PoolSection, Recipe, ResourcesSection
+from curate.recipe import DeviceType, EncoderSection, EvaluateSection, PoolSection, Recipe, ResourcesSection
 from curate.rounds.manifest import last_round
 from curate.rounds.plan import evaluation_sets, pin_plan, plan_name
 from curate.rounds.stream import END_NAME, stream_end
@@ -39,6 +40,7 @@ from curate.select.topics import likeness, sample_captions
 from curate.select.windows import EpochRange, stretches, windows_of
 from curate.storage import Store
 from jobs.checkpoint import checkpoints, load_checkpoint
+from jobs.memory import TrainerMemory, trainer_memory
 from jobs.train import check_kind, check_trainable
 
 SAMPLED_SHARDS = 4
@@ -68,6 +70,8 @@ class _Found:
     sample: _Sample
     evaluation: list[Pool]
     next_round: int
+    memory: TrainerMemory | None
+    """Of the trainer, on one rank; None if shapes do not tell."""
 
 
 def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
@@ -90,6 +94,7 @@ def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
         sample = _sampled(pool)
         mistakes += _pool_mistakes(sample, pool, recipe)
     evaluation: list[Pool] = []
+    memory: TrainerMemory | None = None
     with gathered(mistakes):
         evaluation = evaluation_sets(recipe)
     with gathered(mistakes):
@@ -97,13 +102,14 @@ def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
     with gathered(mistakes):
         _check_reference(recipe, base)
     with gathered(mistakes):
-        _check_learner(recipe, base, store)
+        memory = _check_learner(recipe, base, store)
     if store is not None and not mistakes:
         with gathered(mistakes):
             _check_next_round(store, recipe, base, newest)
     if mistakes or pool is None or sample is None:
         raise UserError(*mistakes)
-    yield from _described(recipe, _Found(pool=pool, sample=sample, evaluation=evaluation, next_round=newest + 1))
+    found = _Found(pool=pool, sample=sample, evaluation=evaluation, next_round=newest + 1, memory=memory)
+    yield from _described(recipe, found)
 
 
 def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
@@ -131,6 +137,8 @@ def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
     yield from (
         f"{role}: {section.source}, {_precision(section, recipe.resources)}" for role, section in encoders.items()
     )
+    if found.memory is not None:
+        yield f"train: one rank holds about {found.memory}"
     if _of_trainer_alone(recipe):
         yield f"train: {recipe.train.steps:,} uniform batches of {selection.sub_batch_size:,}"
         return
@@ -292,8 +300,12 @@ def _check_reference(recipe: Recipe, base: Path) -> None:
         raise UserError("reference: must be given for a round; add [reference] with model and pretrained")
 
 
-def _check_learner(recipe: Recipe, base: Path, store: Store | None) -> None:
-    """Check the learner that rounds and trainer will take: the root's once it was trained, before that the recipe's."""
+def _check_learner(recipe: Recipe, base: Path, store: Store | None) -> TrainerMemory | None:
+    """Check the learner that rounds and trainer will take: the root's once it was trained, before that the recipe's.
+
+    Returns:
+        What training it holds in memory.
+    """
     newest = newest_learner(store) if store else None
     trained = newest.encoder if newest and newest.step else None
     goes_on = trained if recipe.train.data == "rounds" else None
@@ -302,9 +314,10 @@ def _check_learner(recipe: Recipe, base: Path, store: Store | None) -> None:
         check_kind(progress, recipe, names[-1])
         goes_on = progress.start
     if store and goes_on is not None:
-        check_trainable(load_model(store, goes_on, torch.device("cpu"))[0], recipe)
+        model, config, _ = load_model(store, goes_on, torch.device("cpu"))
+        check_trainable(model, recipe)
         if trained or not needs_learner(recipe.selection):
-            return  # the recipe's is not looked at
+            return _memory(model, config, recipe)  # the recipe's is not looked at
     model, config, _ = create_model(recipe.learner, role="learner", base=base, seed=recipe.seed)
     check_trainable(model, recipe)
     check_storable(model, config, source=recipe.learner.source)
@@ -313,6 +326,16 @@ def _check_learner(recipe: Recipe, base: Path, store: Store | None) -> None:
             copy = Store(scratch)
             record_learner(copy, newest.encoder, step=0, next_batch=0, number=newest.number)
             first_learner(copy, recipe.learner, base=base, seed=recipe.seed)
+    return _memory(model, config, recipe)
+
+
+def _memory(model: torch.nn.Module, config: dict[str, Any], recipe: Recipe) -> TrainerMemory | None:
+    b = recipe.selection.sub_batch_size
+    device_type: DeviceType = "cuda" if torch.cuda.is_available() else "cpu"  # as the trainer chooses
+    how = {"rows": b, "batch": b, "embed_dim": config["embed_dim"], "device_type": device_type}
+    with contextlib.suppress(RuntimeError):
+        return trainer_memory(model, settings=recipe.train, **how)
+    return None
 
 
 def _check_next_round(store: Store, recipe: Recipe, base: Path, newest: int) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from curate.dedup.files import DROPPED_SCHEMA, Dedup, compared_shards
+from curate.dedup.files import DROPPED_SCHEMA, Dedup, compared_shards, dropped_files, dropped_name
 from curate.messages import counted
 from curate.parquet import read_table
 from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, read_rows
@@ -66,17 +67,17 @@ def write_sheet(store: Store, pool: Pool, dedup: Dedup, path: Path, *, groups: i
     Returns:
         The number of groups drawn.
     """
-    table = read_table(store, f"{dedup.folder}/dropped.parquet", schema=DROPPED_SCHEMA)
-    heads = np.column_stack([table["representative_shard"].to_numpy(), table["representative_row"].to_numpy()])
-    distinct, group = np.unique(heads, axis=0, return_inverse=True)
-    near = np.unique(group[~pc.is_in(table["reason"], pa.array(SURE)).to_numpy()])
-    drawn = np.sort(np.random.default_rng(seed).permutation(near)[:groups])
+    files = [dropped_name(dedup.folder, number) for number in range(dropped_files(len(pool.shards)))]
+    near = np.unique(np.concatenate([_heads_of_near(store, name) for name in files]), axis=0)
+    drawn = near[np.sort(np.random.default_rng(seed).permutation(len(near))[:groups])]
+    dropped = pa.concat_tables([_led_by(store, name, drawn) for name in files])
+    heads = _heads(dropped)
     shards = compared_shards(store, pool, dedup.evaluation)
     members = []
-    for i in drawn.tolist():
-        shard, row = distinct[i].tolist()
+    for head in drawn:
+        shard, row = head.tolist()
         stays = "stays" if shard < len(pool.shards) else "of an evaluation set"
-        members.append(_members((shard, row), stays, table.filter(pa.array(group == i))))
+        members.append(_members((shard, row), stays, dropped.filter(pa.array((heads == head).all(axis=1)))))
     pictures = _read(shards, [member.place for some in members for member in some[: MOST_MEMBERS + 1]])
     path.write_text(
         PAGE.format(
@@ -88,6 +89,25 @@ def write_sheet(store: Store, pool: Pool, dedup: Dedup, path: Path, *, groups: i
         encoding="utf-8",
     )
     return len(drawn)
+
+
+def _heads(table: pa.Table) -> npt.NDArray[np.int64]:
+    """Shard and row of the representative of each dropped row: [n, 2]."""
+    columns = [table[name].to_numpy().astype(np.int64) for name in ("representative_shard", "representative_row")]
+    return np.column_stack(columns)
+
+
+def _heads_of_near(store: Store, name: str) -> npt.NDArray[np.int64]:
+    """Shard and row of those that represent a near-duplicate of one file, each once: [n, 2]."""
+    table = read_table(store, name, schema=DROPPED_SCHEMA)
+    return np.unique(_heads(table.filter(pc.invert(pc.is_in(table["reason"], pa.array(SURE))))), axis=0)
+
+
+def _led_by(store: Store, name: str, heads: npt.NDArray[np.int64]) -> pa.Table:
+    """The rows of a file that some rows [n, 2] represent."""
+    table = read_table(store, name, schema=DROPPED_SCHEMA)
+    wanted = set(map(tuple, heads.tolist()))
+    return table.filter(pa.array([head in wanted for head in map(tuple, _heads(table).tolist())], pa.bool_()))
 
 
 def _members(head: Place, stays: str, dropped: pa.Table) -> list[_Member]:

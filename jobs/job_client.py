@@ -69,6 +69,8 @@ class JobClient:
             "_private.runtime_env.packaging",
         ):
             logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)
+        # Where Ctrl-C ends a stream, it complains after our last line of connections that were not closed in time.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         try:
             with _unset("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray would prefer them to what the caller asked for
                 self._client = JobSubmissionClient(address)

@@ -1,15 +1,25 @@
-"""The arithmetic of a training step: open_clip's loss over all ranks, AdamW, the rate of each step."""
+"""The arithmetic of a training step: the loss over all pairs of all ranks, micro-batches, AdamW, the rate of each step.
 
+A rank's share of a batch that is larger than a micro-batch is embedded twice: first without a gradient, whereupon the
+loss over all b pairs gives the gradient by each embedding; then, a micro-batch at a time, with one, to carry it on to
+the weights (GradCache, arXiv 2101.06983). Loss and gradient are those of the whole batch, memory that of a micro-batch.
+"""
+
+import contextlib
 import math
-import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from curate.criteria import Loss
+from curate.errors import UserError
 from curate.recipe import TrainSection
+from jobs.contrastive import contrastive_loss
 from jobs.ranks import Ranks
 
 LARGEST_LOG_SCALE = math.log(100)
@@ -40,59 +50,132 @@ def make_optimizer(model: Any, settings: TrainSection) -> torch.optim.Optimizer:
     )
 
 
-def make_criterion(loss: Loss, ranks: Ranks) -> Any:
-    """open_clip's loss over all ranks' pairs, so that a sub-batch is one loss however many ranks share it.
+@dataclass(frozen=True, kw_only=True)
+class Trainee:
+    """A model and all that a step of its training takes but the batch."""
 
-    Each rank computes its own rows' part, whose mean over the ranks is the loss, and so is that of their gradients.
-    """
-    where = {"rank": ranks.rank, "world_size": ranks.world_size}
-    if loss == "sigmoid":
-        return open_clip.loss.SigLipLoss(**where)
-    # open_clip gathers by a function that torch is about to replace.
-    warnings.filterwarnings("ignore", message="torch.distributed.nn.functional", category=FutureWarning)
-    return open_clip.loss.ClipLoss(local_loss=True, gather_with_grad=True, **where)
+    model: Any
+    """open_clip's, with a `logit_bias` that needs a gradient where the loss is the sigmoid one."""
+    parallel: Any
+    """`ranks.wrap(model)`."""
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+    ranks: Ranks
+    normalize: Callable[[Tensor], Tensor]
+    """From pixels uint8 [n, H, W, 3] on the device to images float32 [n, 3, H, W]."""
+    micro_batch: int
+    """Pairs of a forward pass, on each rank, at most."""
+    grad_clip: float
+    """Largest norm of the gradient."""
+    compiled: bool = False
+    """Whether the model is compiled."""
 
 
-def take_step(
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    criterion: Any,
-    images: Tensor,
-    texts: Tensor,
-    *,
-    rate: float,
-    grad_clip: float,
-    ranks: Ranks,
-    parallel: Any,
-) -> tuple[float, float]:
+def take_step(trainee: Trainee, pixels: Tensor, texts: Tensor, *, rate: float) -> tuple[float, float]:
     """Train the model on one batch, unless loss or gradient are not finite: then its weights stay as they are.
 
     Args:
-        model: open_clip's, with a `logit_bias` that needs a gradient where the loss is the sigmoid one.
-        optimizer: of its weights.
-        criterion: from `make_criterion`.
-        images: [b, 3, H, W], this rank's.
-        texts: [b, L], this rank's.
+        trainee: the model, and how it is trained.
+        pixels: uint8 [b/W, H, W, 3], this rank's; on the CPU, best in pinned memory, or on the device.
+        texts: [b/W, L], likewise.
         rate: of this step.
-        grad_clip: largest norm of the gradient.
-        ranks: whose mean is the loss.
-        parallel: `ranks.wrap(model)`.
 
     Returns:
         Loss per example over all ranks, and the norm of its gradient before it was clipped.
     """
+    model, optimizer = trainee.model, trainee.optimizer
     for group in optimizer.param_groups:
         group["lr"] = rate
     model.train()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-        zimg, ztxt, scale, *bias = parallel(images, texts)
-    value = criterion(zimg.float(), ztxt.float(), scale, *(part for part in bias if part.requires_grad))
-    loss = ranks.mean(value)
     optimizer.zero_grad(set_to_none=True)
-    value.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).item()
+    parts = _micro_batches(len(pixels), trainee.micro_batch)
+    if len(parts) == 1:
+        value = _loss(trainee, *_embed(trainee, trainee.parallel, pixels, texts))
+        torch.autograd.backward(value)
+    else:
+        check_divisible(model, len(pixels), trainee.micro_batch)
+        value = _backward_in_parts(trainee, pixels, texts, parts)
+    loss = trainee.ranks.mean(value)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), trainee.grad_clip).item()
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, LARGEST_LOG_SCALE)
     return loss, norm
+
+
+def check_divisible(model: torch.nn.Module, rows: int, micro_batch: int) -> None:
+    """Check that a rank's share of a batch may be embedded in parts.
+
+    Raises:
+        UserError: it would have to be, and the model's embeddings depend on what else is in the part.
+    """
+    if rows > micro_batch and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UserError(
+            f"train.micro_batch = {micro_batch}: expected a model that embeds each pair by itself, found batch "
+            f"normalisation, which would see parts of the {rows} pairs of a rank; set train.micro_batch = {rows}, or "
+            "train on more ranks"
+        )
+
+
+def _micro_batches(rows: int, most: int) -> list[slice]:
+    """As few parts as there must be, of at most two sizes.
+
+    >>> _micro_batches(10, 4)
+    [slice(0, 4, None), slice(4, 7, None), slice(7, 10, None)]
+    """
+    count = -(-rows // most)
+    size, larger = divmod(rows, count)
+    ends = [size * i + min(i, larger) for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(ends)]
+
+
+def _embed(trainee: Trainee, forward: Any, pixels: Tensor, texts: Tensor) -> list[Tensor]:
+    """Both embeddings, float32 [n, D]; the scale, and the bias where it is trained."""
+    device = trainee.ranks.device
+    images = trainee.normalize(pixels.to(device, non_blocking=True))
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        zimg, ztxt, scale, *bias = forward(images, texts.to(device, non_blocking=True))
+    trained = getattr(trainee.model, "logit_bias", None) is not None and trainee.model.logit_bias.requires_grad
+    return [zimg.float(), ztxt.float(), scale, *(bias if trained else ())]
+
+
+def _loss(trainee: Trainee, zimg: Tensor, ztxt: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return contrastive_loss(zimg, ztxt, scale, bias, loss=trainee.loss, ranks=trainee.ranks)
+
+
+def _backward_in_parts(trainee: Trainee, pixels: Tensor, texts: Tensor, parts: Sequence[slice]) -> Tensor:
+    """The loss of a batch that is embedded in parts; its gradient is added to that of the weights."""
+    draws, embedded = [], []
+    # Compiled code draws its dropout in another order without a gradient than with one, so that it is run with one.
+    with torch.set_grad_enabled(trainee.compiled):
+        for part in parts:
+            draws.append(_random_state(trainee.ranks.device))
+            embedded.append([each.detach() for each in _embed(trainee, trainee.model, pixels[part], texts[part])])
+    zimg, ztxt = (torch.cat([each[side] for each in embedded]).requires_grad_() for side in (0, 1))
+    scalars = embedded[0][2:]
+    for scalar in scalars:
+        scalar.requires_grad_()
+    del embedded
+    value = _loss(trainee, zimg, ztxt, *scalars)
+    by_zimg, by_ztxt, *by_scalars = torch.autograd.grad(value, [zimg, ztxt, *scalars])
+    for part, draw in zip(parts, draws, strict=True):
+        last = part is parts[-1]
+        _restore_random_state(draw, trainee.ranks.device)
+        # Of several ranks, gradients are summed over the parts first, and sent once.
+        with contextlib.nullcontext() if last or trainee.ranks.world_size == 1 else trainee.parallel.no_sync():
+            found = _embed(trainee, trainee.parallel, pixels[part], texts[part])
+            grads = [by_zimg[part], by_ztxt[part], *(by_scalars if last else ())]
+            torch.autograd.backward(found[: len(grads)], grads)
+    return value
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Where the generators stand that a forward pass draws from."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _restore_random_state(state: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from curate.errors import UserError
 from curate.recipe import DeviceType
@@ -52,12 +53,23 @@ class Ranks:
         dist.gather_object(value, found if self.first else None, dst=0)
         return found if self.first else []
 
-    def mean(self, value: torch.Tensor) -> float:
+    def mean(self, value: Tensor) -> float:
         """The mean of a scalar over all ranks, on every rank."""
-        value = value.detach().clone()
+        return self.sum(value.detach().clone()).item() / self.world_size
+
+    def concatenate(self, part: Tensor) -> Tensor:
+        """Every rank's part [n, ...] in the order of the ranks, [W · n, ...], without a gradient."""
+        if self.world_size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.world_size)]
+        dist.all_gather(parts, part.contiguous())
+        return torch.cat(parts)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, on every rank; in place."""
         if self.world_size > 1:
             dist.all_reduce(value)
-        return value.item() / self.world_size
+        return value
 
     def wrap(self, model: Any) -> Any:
         """The model such that its gradients are means over all ranks."""

@@ -42,12 +42,13 @@ from curate.models.publish import first_learner
 from curate.pool.inventory import take_inventory
 from curate.reader.curated import Batch, CuratedReader
 from curate.reader.evaluate import HeldOut, evaluate, load_held_out
+from curate.reader.pieces import one_ahead
 from curate.reader.uniform import UniformBatch, uniform_batches
 from curate.recipe import DeviceType, Recipe
 from curate.seeds import derive_seed
 from curate.storage import Store
 from jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
-from jobs.optimize import learning_rate, make_criterion, make_optimizer, take_step
+from jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
 from jobs.ranks import Ranks, join_ranks
 from jobs.stretch import Stretch, committed_stretch, starved_stretch
 from jobs.train_log import TrainingLog, log_folder
@@ -126,8 +127,7 @@ class _Training:
         self.optimizer = make_optimizer(self.model, self.settings)
         if checkpoint is not None:
             restore(tensors, self.model, self.optimizer)
-        self.parallel = ranks.wrap(self.model)
-        self.criterion = make_criterion(loss, ranks)
+        self.trainee = self._trainee()
         self.first_step = self.progress.step
         self.losses: list[float] = []
         self.held_out: HeldOut | None = None
@@ -172,6 +172,26 @@ class _Training:
             first=self.ranks.first,
         )
 
+    def _trainee(self) -> Trainee:
+        """The model, ready for its first step."""
+        settings, ranks = self.settings, self.ranks
+        if settings.grad_checkpointing:
+            self.model.set_grad_checkpointing()
+        if settings.compile:
+            # In place, so that names of weights stay. Parts of a batch have two sizes at most, each compiled by itself.
+            self.model.compile(dynamic=False)
+        return Trainee(
+            model=self.model,
+            parallel=ranks.wrap(self.model),
+            optimizer=self.optimizer,
+            loss=self.recipe.selection.loss,
+            ranks=ranks,
+            normalize=lambda pixels: normalize_pixels(pixels, self.shift),
+            micro_batch=settings.micro_batch,
+            grad_clip=settings.grad_clip,
+            compiled=settings.compile,
+        )
+
     # --- which batches ---------------------------------------------------------------------------------------------
 
     def _pool(self) -> Generator[UniformBatch]:
@@ -180,17 +200,23 @@ class _Training:
         first, left = self.progress.next_batch, self.settings.steps - self.progress.step
         if left <= 0:
             return
-        batches = uniform_batches(
-            take_inventory(self.recipe.pool),
-            self.recipe.selection.sub_batch_size,
-            seed=self.recipe.seed,
-            preprocess=self.crop,
-            tokenize=self.tokenizer,
-            threads=max(1, self.settings.workers),
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-        )
-        yield from islice(batches, first, first + left)
+
+        def batches(check: Callable[[], None] = lambda: None) -> Generator[UniformBatch]:
+            return uniform_batches(
+                take_inventory(self.recipe.pool),
+                self.recipe.selection.sub_batch_size,
+                seed=self.recipe.seed,
+                preprocess=self.crop,
+                tokenize=self.tokenizer,
+                threads=max(1, self.settings.workers),
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+                pin_memory=self.ranks.device_type == "cuda",
+                check=check,
+            )
+
+        with contextlib.closing(one_ahead(batches) if self.settings.workers else batches()) as made:
+            yield from islice(made, first, first + left)
 
     def _rounds(self) -> Generator[Batch]:
         """Committed batches, round after round, as the first rank finds them."""
@@ -203,6 +229,7 @@ class _Training:
             workers=self.settings.workers,
             follow=True,
             timeout_s=VISIBLE_S,
+            pin_memory=self.ranks.device_type == "cuda",
         )
         batches: Iterator[Batch] | None = None
         with contextlib.ExitStack() as stack:
@@ -237,24 +264,14 @@ class _Training:
     # --- one step --------------------------------------------------------------------------------------------------
 
     def _step(self, batch: Batch | UniformBatch) -> None:
-        settings, device = self.settings, self.ranks.device
+        settings = self.settings
         step = self.progress.step + 1
         assert isinstance(batch.images, Tensor), "the reader was given a transform"
         assert isinstance(batch.texts, Tensor), "the reader was given a tokenizer"
         # What a step draws (dropout, say) depends on nothing before it, so that a resumed one draws the same.
         torch.manual_seed(derive_seed(self.recipe.seed, "step", step, self.ranks.rank))
         rate = learning_rate(step, settings)
-        loss, norm = take_step(
-            self.model,
-            self.optimizer,
-            self.criterion,
-            normalize_pixels(batch.images.to(device), self.shift),
-            batch.texts.to(device),
-            rate=rate,
-            grad_clip=settings.grad_clip,
-            ranks=self.ranks,
-            parallel=self.parallel,
-        )
+        loss, norm = take_step(self.trainee, batch.images, batch.texts, rate=rate)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"step {step}: the loss is {loss} and its gradient's norm {norm}; the newest learner stays "

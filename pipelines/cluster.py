@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from curate.errors import DamagedError, UserError
 from curate.messages import counted
-from curate.pool.shards import Shard
 from curate.recipe import DeviceType, ResourcesSection
 from curate.select.index import made_with
 from curate.storage import Store
@@ -29,6 +28,17 @@ if TYPE_CHECKING:
     import torch
 
 R = TypeVar("R")
+
+
+class HasRows(Protocol):
+    """A shard, or a file of records."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+
+
+S = TypeVar("S", bound=HasRows)
 
 POLL_S = 0.5
 AT_ONCE = 16
@@ -251,9 +261,9 @@ def restarted() -> bool:
     return context.get_actor_id() is not None and bool(context.was_current_actor_reconstructed)
 
 
-def groups(shards: Sequence[Shard], most_rows: int) -> list[list[Shard]]:
-    """Consecutive shards in groups of at most so many rows, or of one shard that alone has more."""
-    found: list[list[Shard]] = []
+def groups(shards: Sequence[S], most_rows: int) -> list[list[S]]:
+    """Consecutive shards, or files, in groups of at most so many rows, or of one that alone has more."""
+    found: list[list[S]] = []
     rows = 0
     for shard in shards:
         if not found or rows + shard.rows > most_rows:

@@ -99,8 +99,8 @@ def index_pool(
         return found
     before = earlier_index(store, folder, pool)
     earlier, known = before or (None, None)
-    place = {shard.key: shard.index for shard in pool.shards}
-    moved = [place[shard.key] for shard in known.shards] if known else []
+    position = {shard.key: shard.index for shard in pool.shards}
+    moved = [position[shard.key] for shard in known.shards] if known else []
     old = set(moved)
     size = max(LEAST_ROWS, -(-pool.rows // MOST_GROUPS))
     fresh = groups([shard for shard in pool.shards if shard.index not in old], size)

@@ -33,11 +33,12 @@ from curate.dedup.grouping import (
     thin,
 )
 from curate.dedup.neighbours import (
+    Assignment,
     Cells,
-    Places,
     Threshold,
     cell_count,
     near_pairs,
+    normalized,
     sample_share,
     train_cells,
     unit_rows,
@@ -88,22 +89,22 @@ class Compared:
         """Id of each shard's first row, then the number of all rows."""
         return np.array([0, *accumulate(shard.rows for shard in self.shards)])
 
-    def places(self, ids: Ints) -> Ints:
-        """Places, in `shards`, of the shards that rows lie in: [n]."""
+    def shards_of(self, ids: Ints) -> Ints:
+        """Assignment, in `shards`, of the shards that rows lie in: [n]."""
         return np.searchsorted(self.starts, ids, side="right") - 1
 
     def tiers(self, ids: Ints) -> Ints:
         """Tiers by which rows are ranked before all else: [n]."""
-        generations = np.array(self.generations, np.int64)[self.places(ids)]
+        generations = np.array(self.generations, np.int64)[self.shards_of(ids)]
         return generations if self.stand else np.minimum(generations, 0)
 
     def fresh(self, ids: Ints) -> Bools:
         """Whether no earlier deduplication compared a row: [n]."""
-        generations = np.array(self.generations, np.int64)[self.places(ids)]
+        generations = np.array(self.generations, np.int64)[self.shards_of(ids)]
         return np.asarray(generations == (self.newest or generations))
 
     def sources(self) -> list[list[int]]:
-        """Places of the shards that each splitting task reads."""
+        """Assignment of the shards that each splitting task reads."""
         sizes = [len(group) for group in groups(self.shards, GROUP_ROWS)]
         return [list(range(stop - size, stop)) for size, stop in zip(sizes, accumulate(sizes), strict=True)]
 
@@ -187,35 +188,35 @@ def find_pairs(
     search = replace(search, tasks=read_counts(store, folder)["tasks"])
     there = set(store.list(folder))
     if todo := [task for task in range(search.tasks) if pairs_name(folder, task) not in there]:
-        run_tasks(_place, sources, search, title="cells of rows")
+        run_tasks(_assign, sources, search, title="cells of rows")
         # Vectors as they come, all of them, and those of a cell in float32; home rows and about half as many that
         # border on them. And the pairs, before and after they are thinned.
         memory = (3 * rows // (2 * search.tasks)) * reference.embed_dim * 2 * 4 + 3 * MOST_PAIRS * PAIR.itemsize
         run_tasks(_search, todo, search, title="near-duplicates", memory=memory, devices=devices)
-    remove_parts(store, f"{folder}/places")
+    remove_parts(store, f"{folder}/assigned")
 
 
-def _place(item: tuple[int, Sequence[int]], search: _Search) -> None:
+def _assign(item: tuple[int, Sequence[int]], search: _Search) -> None:
     """Write the rows of a group of shards for the tasks that search the cells which they lie in or border on."""
-    number, places = item
-    name, compared = search.part_names("places")[number], search.compared
+    number, positions = item
+    name, compared = search.part_names("assigned")[number], search.compared
     if search.store.exists(name):
         return
-    loaded = [_load(search.store, search.reference, compared, place, captions=search.captions) for place in places]
+    loaded = [_load(search.store, search.reference, compared, at, captions=search.captions) for at in positions]
     rows = concatenate(loaded)
     order = in_rank_order(rows.nodes, compared.tiers(rows.nodes["id"]))
     kept, copies = collapse(rows.content[order], None if search.captions else rows.picture[order])
     pairs, nodes = _by_id(copies, rows.nodes[order], compared)  # copies within the shards
     rows = take(rows, order[kept])
-    places_of = _cells(search.store, search.folder).place(rows.zimg, search.threshold.image, device())
-    near = np.column_stack([places_of.home, places_of.border])
+    assigned = _cells(search.store, search.folder).assign(rows.zimg, search.threshold.image, device())
+    near = np.column_stack([assigned.home, assigned.border])
 
     def parts() -> Iterator[bytes]:
         for task in range(search.tasks):
             meant = ((near % search.tasks == task) & (near >= 0)).any(axis=1)
             mine = pairs[pairs["better"] % search.tasks == task]
             used = np.isin(nodes["id"], np.concatenate([mine["better"], mine["worse"]]))
-            sent = (take(rows, meant), take(places_of, meant))
+            sent = (take(rows, meant), take(assigned, meant))
             yield pack_arrays(*(array for record in sent for array in arrays_of(record)), mine, nodes[used])
 
     write_parts(search.store, name, parts(), count=search.tasks)
@@ -223,21 +224,21 @@ def _place(item: tuple[int, Sequence[int]], search: _Search) -> None:
 
 def _search(task: int, search: _Search) -> None:
     """Write the pairs of the cells that one task searches."""
-    parts = [unpack_arrays(part) for part in read_parts(search.store, search.part_names("places"), task)]
+    parts = [unpack_arrays(part) for part in read_parts(search.store, search.part_names("assigned"), task)]
     columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
     width = len(fields(Rows))
-    rows, places_of = record_of(Rows, columns[:width]), record_of(Places, columns[width:-2])
+    rows, assigned = record_of(Rows, columns[:width]), record_of(Assignment, columns[width:-2])
     mine = range(task, len(_cells(search.store, search.folder).centroids), search.tasks)
-    pairs, nodes = _by_id(*search_cells(rows, places_of, mine, search.threshold, search.compared), search.compared)
-    at_home = np.isin(places_of.home, mine)
+    pairs, nodes = _by_id(*search_cells(rows, assigned, mine, search.threshold, search.compared), search.compared)
+    at_home = np.isin(assigned.home, mine)
     write_records(search.store, nodes_name(search.folder, task), nodes_once(np.concatenate([nodes, columns[-1]])))
     # Last, for it says that the task is done.
     write_records(
         search.store,
         pairs_name(search.folder, task),
         each_once(np.concatenate([pairs, columns[-2]])),
-        largest_cell=int(np.bincount(places_of.home[at_home], minlength=1).max()),
-        beyond=int(places_of.beyond[at_home].sum()),
+        largest_cell=int(np.bincount(assigned.home[at_home], minlength=1).max()),
+        beyond=int(assigned.beyond[at_home].sum()),
     )
 
 
@@ -265,9 +266,9 @@ def concatenate(records: Sequence[R]) -> R:
 def load_images(store: Store, reference: EncoderSpec, compared: Compared, ids: Ints) -> npt.NDArray[np.float32]:
     """Unit rows [n, D] of the images with these ids, ascending, all of which have one."""
     found = []
-    for place in np.unique(compared.places(ids)).tolist():
-        rows = ids[compared.places(ids) == place] - compared.starts[place]
-        table = read_embeddings(store, embedding_name(reference.sha, compared.shards[place]), ["zimg"])
+    for at in np.unique(compared.shards_of(ids)).tolist():
+        rows = ids[compared.shards_of(ids) == at] - compared.starts[at]
+        table = read_embeddings(store, embedding_name(reference.sha, compared.shards[at]), ["zimg"])
         column = table["zimg"].take(pa.array(rows))
         found.append(unit_rows(vectors(column, reference.embed_dim)))
     return np.concatenate(found)
@@ -285,12 +286,12 @@ def _sample(item: tuple[int, Sequence[int]], search: _Search) -> tuple[Counter[s
     Returns:
         Rows of the pool and of evaluation sets by status, and rows of the pool whose vectors are unsound.
     """
-    number, places = item
+    number, positions = item
     seed, high = derive_seed(0, "cells"), int(END * search.sample)
     sampled, statuses, held_out, unsound = [], Counter[str](), Counter[str](), 0
-    for place in places:
-        table, zimg, _, found, bad = _read_sound(search.store, search.reference, search.compared.shards[place])
-        if search.compared.generations[place] == EVALUATION:
+    for at in positions:
+        table, zimg, _, found, bad = _read_sound(search.store, search.reference, search.compared.shards[at])
+        if search.compared.generations[at] == EVALUATION:
             held_out += found
         else:
             statuses += found
@@ -358,17 +359,17 @@ def _read_sound(
     return table, zimg[row], ztxt[row], Counter(status), int(ok.sum() - sound.sum())
 
 
-def _load(store: Store, reference: EncoderSpec, compared: Compared, place: int, *, captions: bool) -> Rows:
+def _load(store: Store, reference: EncoderSpec, compared: Compared, at: int, *, captions: bool) -> Rows:
     """The usable rows of a shard, with what ranks them."""
-    shard = compared.shards[place]
+    shard = compared.shards[at]
     table, zimg, ztxt, _, _ = _read_sound(store, reference, shard)
     row = table["row"].to_numpy()
     nodes = np.empty(len(row), NODE)
-    nodes["id"] = compared.starts[place] + row
+    nodes["id"] = compared.starts[at] + row
     nodes["score"] = _scores(zimg, ztxt)
     nodes["pixels"] = np.multiply(*(table[side].to_numpy().astype(np.int64) for side in ("width", "height")))
     nodes["uid"] = [_hash(uid or "") for uid in table["uid"].to_pylist()]
-    nodes["place"] = row_keys(
+    nodes["key"] = row_keys(
         np.column_stack([np.full(len(row), _hash(shard.key), np.uint64), row.astype(np.uint64)]), seed=0, epoch=0
     )
     return Rows(
@@ -406,7 +407,7 @@ def _by_id(pairs: Pairs, nodes: Nodes, compared: Compared) -> tuple[Pairs, Nodes
 
 
 def search_cells(
-    rows: Rows, places: Places, cells: Sequence[int], threshold: Threshold, compared: Compared
+    rows: Rows, assigned: Assignment, cells: Sequence[int], threshold: Threshold, compared: Compared
 ) -> tuple[Pairs, Nodes]:
     """Near-duplicates of some cells: of home rows with one another, and with those that border on the cell.
 
@@ -420,19 +421,21 @@ def search_cells(
     evaluation = compared.tiers(rows.nodes["id"]) == EVALUATION
     captions = rows.ztxt.shape[1] > 0
     where = device()
+    zimg, ztxt = torch.from_numpy(rows.zimg).to(where), torch.from_numpy(rows.ztxt).to(where)
     found = [np.empty(0, PAIR)]
     for cell in cells:
-        home = places.home == cell
-        here = np.flatnonzero(home | (places.border == cell).any(axis=1))
+        home = assigned.home == cell
+        here = np.flatnonzero(home | (assigned.border == cell).any(axis=1))
         here = here[np.argsort(rank[here])]
         kept, copies = collapse(rows.content[here], None if captions else rows.picture[here])
         copies["better"], copies["worse"] = rank[here[copies["better"]]], rank[here[copies["worse"]]]
         found.append(copies)
         here = here[kept]
         here = here[np.lexsort([~fresh[here], ~home[here]])]
+        at = torch.from_numpy(here).to(where)
         pairs = near_pairs(
-            torch.from_numpy(unit_rows(rows.zimg[here])).to(where),
-            torch.from_numpy(unit_rows(rows.ztxt[here])).to(where) if captions else None,
+            normalized(zimg[at]),
+            normalized(ztxt[at]) if captions else None,
             threshold,
             inner=int(home[here].sum()),
             fresh=torch.from_numpy(fresh[here]).to(where),

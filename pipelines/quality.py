@@ -137,7 +137,7 @@ def _write_sample(store: Store, round_: Round, reference: EncoderSpec, learner: 
         found.append(load_vectors(store, shard, rows, reference, learner, scope))
     loaded = Candidates.concatenate(found)
     sound = loaded.take(loaded.finite_rows())
-    _, first = np.unique(sound.rows["low"], return_index=True)
+    _, first = np.unique(sound.rows["content_low"], return_index=True)
     sound = sound.take(first)
     losses = []
     for vectors, spec in ((sound.learner, learner), (sound.reference, reference)):
@@ -146,4 +146,4 @@ def _write_sample(store: Store, round_: Round, reference: EncoderSpec, learner: 
         losses.append(
             diagonal_losses(embeddings_of(vectors, scale, device()), round_.recipe.selection.loss).cpu().numpy()
         )
-    write_sample(store, round_.steps, sound.rows["low"], (losses[0] - losses[1]).astype(np.float64))
+    write_sample(store, round_.steps, sound.rows["content_low"], (losses[0] - losses[1]).astype(np.float64))

@@ -168,7 +168,7 @@ def _towers(store: Store, name: str, rows: Rows, width: int, shard: Shard) -> tu
     table = read_embeddings(store, name, ["content", "zimg", "ztxt"], numbered=True)
     at = np.searchsorted(table["row"].to_numpy(), rows["row"])
     taken = table.take(pa.array(at[at < len(table)]))
-    expected = np.column_stack([rows["low"], rows["high"]])
+    expected = np.column_stack([rows["content_low"], rows["content_high"]])
     if not np.array_equal(taken["row"], rows["row"]) or not np.array_equal(contents(taken["content"]), expected):
         raise InputChangedError(
             f"{name}: expected the pairs of {shard.path} as the reference saw them, found others; the shard changed "

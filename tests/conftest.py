@@ -2,25 +2,66 @@
 
 import gc
 import os
+import signal
 import threading
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import boto3
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from curate import access
 from tests.faults import FaultProxy
 
+RAY = ("acceleration", "cluster", "dedup", "devices", "embed", "faults", "index", "round")
+"""Files with tests that share a Ray: where pytest runs in several processes, one of these runs them all."""
+FIRST = (*RAY, "submit", "train_ranks", "environment", "encoder")
+"""Files that take longest, so that no process works alone at the end."""
+
+
+def stem(nodeid: str) -> str:
+    """Of a test's file, without test_."""
+    return Path(nodeid.partition("::")[0]).stem.removeprefix("test_")
+
+
+class ByFile(LoadFileScheduling):
+    """Each file is one process's, and so are all that share a Ray."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if stem(nodeid) in RAY else str(super()._split_scope(nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need a card are skipped where there is none."""
+    """The longest come first. Tests that need a card are skipped where there is none."""
     import torch
 
+    for item in items:
+        if "ray_local" in getattr(item, "fixturenames", ()):
+            assert stem(item.nodeid) in RAY, f"{item.nodeid}: add its file to RAY in tests/conftest.py"
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: FIRST.index(stem(item.nodeid)) if stem(item.nodeid) in FIRST else len(FIRST))
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):  # not its keywords, in which the folder's name is, too
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made stays to the end; without it the garbage collector is done within milliseconds."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Bindings count at the end what nobody took back."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +77,8 @@ def moto_url() -> Iterator[str]:
 
 
 def _bucket(moto_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    import boto3  # a machine with a card, which runs tests/test_gpu.py alone, need not have it
+
     for key, value in {
         "AWS_ENDPOINT_URL": moto_url,
         "AWS_ACCESS_KEY_ID": "testing",
@@ -86,7 +129,11 @@ def ray_local() -> Iterator[None]:
     """A Ray of our own on this machine; starting it takes seconds, so that all tests share it."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    # A shell has its jobs in the background ignore Ctrl-C; workers that inherit that cannot be interrupted, either.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # One for an actor and two for tasks: each further worker imports what it needs for five seconds.
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -100,6 +100,20 @@ MUTANTS = [
         f"{CRASH}[dedup]",
     ),
     Mutant(
+        "forests that share a row are joined",
+        "curate/dedup/forests.py",
+        "        above[roots] = roots[best_connected(number, number[forest.head], len(roots))]",
+        "        pass",
+        "tests/test_forests.py -k bucket",
+    ),
+    Mutant(
+        "what was grouped by other pairs goes with them",
+        "curate/dedup/files.py",
+        "[account, *grouped, *parts,",
+        "[account, *parts,",
+        "tests/test_forests.py -k damaged_file",
+    ),
+    Mutant(
         "pairs say that a task is done",
         "pipelines/neighbours.py",
         "if pairs_name(folder, task) not in there",
@@ -124,8 +138,8 @@ MUTANTS = [
     Mutant(
         "page checksums of our files",
         "curate/parquet.py",
-        "pq.ParquetFile(file, page_checksum_verification=True)",
-        "pq.ParquetFile(file)",
+        "page_checksum_verification=True) as parquet",
+        "page_checksum_verification=False) as parquet",
         "tests/test_reader.py -k flipped_bit",
     ),
     Mutant(
@@ -243,16 +257,16 @@ MUTANTS = [
     Mutant(
         "rows that are not finite are never drawn",
         "curate/jest.py",
-        "keys.masked_fill_(~keys.isfinite(), -math.inf)",
-        "keys.nan_to_num_(math.inf)",
+        "keys.masked_fill_(~keys.isfinite() | gone[:-1], -math.inf)",
+        "keys.nan_to_num_(math.inf).masked_fill_(gone[:-1], -math.inf)",
         "tests/test_jest.py",
     ),
     Mutant("limits of restarts", "pipelines/embed.py", "            **RETRIES,\n", "", f"{FAULTS} -k limits"),
     Mutant(
         "finished shards are not embedded again",
         "pipelines/embed.py",
-        " if not self.store.exists(name)}",
-        "}",
+        "if not self.store.exists(name := embedding_name(sha, shard, scope))",
+        "if (name := embedding_name(sha, shard, scope))",
         "tests/test_embed.py -k takes_over",
     ),
     Mutant(

@@ -16,17 +16,17 @@ ROOMS = {
     # what everything rests on; the paper's words and its algorithm, arrays alone; what the user says
     "": [
         *("errors", "messages", "seeds", "access", "storage", "sealed", "parquet", "parts", "tally"),
-        *("criteria", "jest"),
+        *("criteria", "kernels", "logits", "jest"),
         *("recipe", "recipe_file"),
     ],
     "pool": ["images", "column_types", "hive", "shards", "inventory", "img2dataset", "reshard"],
     "models": ["spec", "hub", "weights", "create", "crop", "causal", "encoder", "learners", "publish"],
     # the steps of a round, each after the files that it exchanges with others
     "embed": ["decode", "files", "pieces", "loader", "shard", "run"],
-    "dedup": ["files", "grouping", "neighbours"],
+    "dedup": ["files", "grouping", "forests", "neighbours"],
     "select": ["topics", "windows", "index", "files", "draw"],
     "rounds": ["manifest", "write", "quality", "plan", "stream", "explain", "trace", "gc"],
-    "reader": ["curated", "uniform", "evaluate"],
+    "reader": ["pieces", "curated", "uniform", "evaluate"],
 }
 """The folders of curate/ and their modules: each imports only modules above itself, in its own folder or before it."""
 

@@ -95,7 +95,7 @@ def test_help_is_quick_because_it_loads_nothing() -> None:
     assert ended.returncode == 0
     for verb in ("check", "round", "train", "show", "reshard"):
         assert f"\n  {verb} " in ended.stdout
-    assert elapsed_s < 10  # half a second alone on a machine; several where torch is loaded
+    assert elapsed_s < 30  # half a second on a machine of its own; what it loads is looked at below
 
     program = "import sys, jobs.cli; print(*sorted({'torch', 'ray', 'open_clip', 'pyarrow'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=HOUSE, capture_output=True, text=True, check=True)
@@ -210,27 +210,43 @@ def test_check_says_the_precision(curate: Curate, recipe: Path, sets: list[str],
     assert lines[4].startswith(f"reference: tiny.json, {said}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_command_that_is_stopped_says_how_to_go_on(recipe: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-c", UNIGNORED, "train", str(recipe), "--set", "train.follow=wait"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        while not (recipe.parent / "root/learners/l000000/learner.json").exists():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.1)
-        time.sleep(1)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+UNIGNORED = """
+import signal  # a shell has its jobs in the background ignore Ctrl-C, and so do their children
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from jobs import cli
+"""
+WAITING = """
+import time
+cli._load = lambda *_: (print("begun", flush=True), time.sleep(600))
+"""
+
+
+def check_stopped(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
     line = f"stopped by {number.name}: what is done stays, and the same command goes on from there"
     assert said.replace("\r", "\n").splitlines()[-1] == line
     assert process.returncode == 128 + number
 
 
-UNIGNORED = """
-import signal  # a shell has its jobs in the background ignore Ctrl-C, and so do their children
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from jobs.cli import main
-main()
-"""
+def test_a_trainer_that_is_stopped_says_how_to_go_on(recipe: Path) -> None:
+    command = [sys.executable, "-c", UNIGNORED + "cli.main()", "train", str(recipe), "--set", "train.follow=wait"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while not (recipe.parent / "root/learners/l000000/learner.json").exists():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        time.sleep(1)
+        check_stopped(process, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_either_signal_stops_a_command(recipe: Path, number: signal.Signals) -> None:
+    """Here one that has loaded nothing yet."""
+    command = [sys.executable, "-c", UNIGNORED + WAITING + "cli.main()", "check", str(recipe)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        check_stopped(process, number)
 
 
 def test_check_says_what_dedup_would_do(curate: Curate, recipe: Path) -> None:

@@ -1,6 +1,7 @@
 """The fast way to a model's pixels against the slow one: the same rows dropped, the same pixels but for rounding."""
 
 import io
+import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,14 @@ from torchvision.transforms import Compose
 
 from curate.embed.decode import decode_row
 from curate.models.crop import Crop, decode_for, pixels_of
+from curate.models.encoder import load_encoder
+from curate.models.spec import EncoderSpec
 from curate.pool.images import Dropped, decode_image, decode_pixels
+from curate.recipe import Recipe
+from curate.rounds.plan import Plan, pin_plan
+from curate.storage import Store
+from jobs.drawn_pool import draw_pool
+from tests.helpers import tiny_config
 from tests.test_images import encoded, noisy
 
 JPEGS: dict[str, dict[str, Any]] = {
@@ -161,3 +169,50 @@ def test_a_row_for_both_kinds_of_crops() -> None:
     assert both.size == alone.size == (60, 40)
     assert np.array_equal(both.pixels["fast"], alone.pixels["fast"])
     assert np.array_equal(both.pixels["exact"], exact(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+# --- exact_pixels is part of what names embeddings and rounds --------------------------------------------------------
+
+
+def test_embeddings_of_other_pixels_have_other_names() -> None:
+    fields = {"model": "m", "source": "s", "weights_sha256": "w", "embed_dim": 4, "logit_scale": 1.0, "logit_bias": 0.0}
+    names = set()
+    for precision in ("fp32", "bf16"):
+        for exact in (True, False):
+            spec = EncoderSpec(**fields, precision=precision, exact_pixels=exact)
+            assert EncoderSpec(**spec.to_json()) == spec
+            assert ("exact_pixels" in spec.to_json()) == (not exact)  # records of before there was a choice
+            names.add(spec.sha)
+    assert names == {"m", "m-fast", "m-bf16", "m-bf16-fast"}
+
+
+def test_rounds_that_were_begun_before_there_was_a_choice_were_exact() -> None:
+    def recipe(**embed: bool) -> Recipe:
+        sections = {"pool": {"path": "p"}, "learner": {"model": "l"}, "selection": {"sub_batch_size": 16}}
+        return Recipe.model_validate({"root": "r", "embed": embed, **sections})
+
+    assert recipe(exact_pixels=True).of_round()["embed"] == {"batch_size": 256, "chunk_rows": 1024}
+    assert recipe().fingerprint() == recipe(exact_pixels=False).fingerprint() != recipe(exact_pixels=True).fingerprint()
+
+
+def test_a_plan_says_on_which_pixels_both_models_score(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "root"))
+    (tmp_path / "tiny.json").write_text(json.dumps(tiny_config()))
+    draw_pool(tmp_path / "pool", rows=40, shards=1, seed=0, image_size=32)
+    for number, exact in enumerate((False, True)):
+        recipe = Recipe.model_validate(
+            {
+                "root": store.url,
+                "pool": {"path": str(tmp_path / "pool"), "uid": "key"},
+                "reference": {"model": "tiny.json"},
+                "learner": {"model": "tiny.json"},
+                "selection": {"sub_batch_size": 8, "n_chunks": 2, "criterion": "learnability"},
+                "embed": {"exact_pixels": exact},
+            }
+        )
+        plan = pin_plan(store, recipe, base=tmp_path, number=number)
+        assert plan.learner is not None
+        assert (plan.reference.exact_pixels, plan.learner.exact_pixels) == (exact, exact)
+        assert Plan.from_bytes(plan.to_bytes(), "plan") == plan
+        view = load_encoder(store, plan.reference, torch.device("cpu")).view
+        assert view.endswith("'fast')") == (not exact)

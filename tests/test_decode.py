@@ -8,38 +8,19 @@ import time
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curate.embed.decode import DECODE_TIMEOUT, WORKER_CRASH, Apart, Decoded, Row, Watched
+from curate.embed.decode import DECODE_TIMEOUT, WORKER_CRASH, Apart, Decoded, Watched
 from curate.rounds.manifest import read_manifest
 from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from jobs.drawn_pool import draw_pair, draw_pool
+from jobs.drawn_pool import draw_pool
+from tests.broken_crop import crop, row
 from tests.helpers import write_tiny
 
 CRASH, HANG = b"a row that kills", b"a row that hangs"
-
-
-def crop(image: PIL.Image.Image) -> np.ndarray:
-    """Stands for an encoder's; its two rows do what a broken decoder does, in whichever process decodes."""
-    match image.size:
-        case (99, 32):
-            os.abort()
-        case (98, 32):
-            time.sleep(3600)
-    return np.asarray(image)
-
-
-def row(number: int, size: tuple[int, int] = (32, 32)) -> Row:
-    from io import BytesIO
-
-    drawn = PIL.Image.open(BytesIO(draw_pair(number, 0, image_size=32)[0])).convert("RGB").resize(size)
-    out = BytesIO()
-    drawn.save(out, "PNG")
-    return out.getvalue(), f"number {number}".encode()
 
 
 def statuses(found: list[Decoded]) -> list[str]:
@@ -65,7 +46,7 @@ def test_the_rows_that_kill_or_hold_up_are_named_and_no_others() -> None:
 
 WATCHED = """
 from curate.embed.decode import Watched
-from tests.test_decode import crop, row
+from tests.broken_crop import crop, row
 watched = Watched({"view": crop}, deadline_s=1)
 watched([row(0)])
 import time

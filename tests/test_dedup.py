@@ -31,6 +31,7 @@ from curate.storage import Store
 from jobs.dedup_sheet import write_sheet
 from jobs.drawn_pool import draw_pair, draw_pool
 from jobs.tables import dedup_tables
+from pipelines import grouping
 from pipelines import neighbours as pipeline
 from pipelines.dedup import dedup_pool, dedup_recipe
 from tests.helpers import embedded_pool, write_pool, write_tiny
@@ -128,6 +129,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pools have cells and several tasks."""
     monkeypatch.setattr(neighbours, "FEW_ROWS", 500)
     monkeypatch.setattr(pipeline, "ROWS_PER_TASK", 1000)
+    monkeypatch.setattr(grouping, "TASK_PAIRS", 200)
 
 
 def run(store: Store, shards: Mapping[str, Sequence[Row]], section: DedupSection) -> dict[tuple[str, int], Row]:
@@ -271,7 +273,7 @@ def test_what_is_left_undone_is_done_to_the_same_bytes(ray_local: None, small: N
     assert len(files) == 2 * 3 + 5
     for gone in (
         ["dedup.json"],
-        ["dedup.json", "dropped.parquet"],
+        ["dedup.json", "dropped-000000.parquet"],
         ["dedup.json", "pairs-000001.parquet"],
         list(files),
     ):
@@ -414,7 +416,8 @@ def test_a_sheet_shows_what_captions_say_and_obeys_nothing(tmp_path: Path, kinds
     assert html.escape(evil) in sheet
 
 
-def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(ray_local: None, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_ray")
+def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(tmp_path: Path) -> None:
     write_tiny(tmp_path, "tiny.json")
     draw_pool(tmp_path / "pool", rows=300, shards=3, seed=0, image_size=32, duplicate_share=0.1, broken_share=0.02)
     draw_pool(tmp_path / "test-set", rows=10, shards=1, seed=0, image_size=32)

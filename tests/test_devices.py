@@ -34,11 +34,11 @@ def test_in_a_ray_of_its_own(run: Callable[[], None]) -> None:
         env={name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    if run in (own_ray.a_laptop_that_is_told_to_use_gpus, own_ray.a_worker_that_dies):
+    if run is own_ray.a_worker_that_dies:
         assert (done.stdout, done.stderr) == ("", "")  # off a terminal, where no bar is drawn
 
 

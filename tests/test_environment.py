@@ -341,8 +341,7 @@ def test_no_folder_is_short_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "expected a path of at most 43 bytes for Ray, whose sockets lie below it; found" in refusal("local")
 
 
-def connecting(**env: str) -> "subprocess.CompletedProcess[str]":
-    code = "from pipelines.cluster import connect; connect('local')"
+def connecting(code: str, **env: str) -> "subprocess.CompletedProcess[str]":
     mine = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -350,21 +349,24 @@ def connecting(**env: str) -> "subprocess.CompletedProcess[str]":
         env=mine | env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
 
 def test_a_batch_system(tmp_path: Path) -> None:
+    """Ray starts there without a word, and what it has is told at once."""
     scratch = tmp_path / ("job-" * 30)
     scratch.mkdir()
+    code = "from tests import own_ray; own_ray.a_laptop_that_is_told_to_use_gpus()"
     # /proc: a folder where not even root makes others.
-    done = connecting(TMPDIR=str(scratch), HOME="/proc/none", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    done = connecting(code, TMPDIR=str(scratch), HOME="/proc/none", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_temporary_folder_that_is_none() -> None:
-    done = connecting(RAY_TMPDIR=f"/proc/{os.getpid()}")
+    code = "from pipelines.cluster import connect; connect('local')"
+    done = connecting(code, RAY_TMPDIR=f"/proc/{os.getpid()}")
     assert (done.returncode, done.stdout) == (1, "")
     assert "CurateError: Ray does not start on this machine, with its files in /proc/" in done.stderr
 

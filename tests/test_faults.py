@@ -23,7 +23,6 @@ __all__ = ["on_s3", "s3_stages", "stages", "without_ray", "world"]
 MODES = ("503", "403", "409", "drop", "drop-ack", "truncate")
 
 
-@pytest.mark.exhaustive
 def test_the_stand_in_writes_what_ray_writes(
     world: Path, stages: dict[str, Stage], tmp_path: Path, ray_local: None
 ) -> None:

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from curate import CuratedReader
 from curate.models.encoder import load_encoder
 from curate.models.learners import newest_learner
 from curate.rounds.manifest import read_manifest
 from curate.storage import Store
+from jobs.contrastive import contrastive_loss
 from jobs.drawn_pool import draw_pool
-from tests.helpers import CPU, tiny_encoder, write_tiny
+from jobs.ranks import Ranks
+from tests.helpers import CPU, commit_rounds, drawn_pool, tiny_encoder, write_tiny
+from tests.test_train_step import batch_of, gradients, leaves, literal, trainee_of
 
 pytestmark = pytest.mark.gpu
 
@@ -63,6 +67,44 @@ def test_a_round_a_learner_that_is_stopped_and_goes_on_and_the_next_round(tmp_pa
         assert found is not None
         assert found[0].lineage["reference"]["precision"] == "bf16"
     assert found[0].quality["learner"] == learner.number
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_micro_batches_are_one_step_on_the_device(tmp_path: Path, loss: str, checkpointing: bool) -> None:
+    pixels, texts = (part.pin_memory() for part in batch_of(256))
+    ranks = Ranks(rank=0, world_size=1, device=torch.device("cuda"))
+    whole, split = (trainee_of(tmp_path, loss, ranks, micro_batch) for micro_batch in (256, 48))
+    if checkpointing:
+        split.model.set_grad_checkpointing()
+    value, expected = gradients(whole, pixels, texts)
+    ours, found = gradients(split, pixels, texts)
+    assert ours == pytest.approx(value, rel=1e-2)  # in bf16
+    for name, grad in found.items():
+        assert torch.nn.functional.cosine_similarity(grad.flatten(), expected[name].flatten(), dim=0) > 0.99, name
+
+
+def test_the_tiled_loss_on_the_device() -> None:
+    for loss in ("sigmoid", "softmax"):
+        ours = [value.detach().cuda().requires_grad_() for value in leaves(2048)]
+        theirs = leaves(2048)
+        ranks = Ranks(rank=0, world_size=1, device=torch.device("cuda"))
+        found, expected = contrastive_loss(*ours, loss=loss, ranks=ranks), literal(loss, *theirs)
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-5, rtol=1e-5)
+        found.backward()
+        expected.backward()
+        torch.testing.assert_close(ours[0].grad.cpu(), theirs[0].grad, atol=1e-5, rtol=1e-4)
+
+
+def test_batches_in_pinned_memory(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "root"))
+    pool = drawn_pool(tmp_path / "pool", rows=24, image_size=16)
+    commit_rounds(store, pool, rounds=1, sub_batches=2, b=8)
+    how = {"preprocess": lambda _: torch.zeros(2), "tokenize": lambda texts: torch.zeros(len(texts), 3)}
+    for workers in (0, 1):
+        for batch in CuratedReader(store.url, workers=workers, pin_memory=True, **how):
+            assert batch.images.is_pinned()
+            assert batch.texts.is_pinned()
 
 
 @pytest.mark.parametrize(("precision", "cosine"), [("fp32", 0.99999), ("bf16", 0.999)])

@@ -23,8 +23,12 @@ from curate.models.encoder import load_encoder, store_encoder
 from curate.models.hub import hub_if_it_answers, without_hub
 from curate.recipe import EncoderSection
 from curate.storage import Store
+from jobs.cli import app
 from jobs.drawn_pool import draw_pool
 from tests.helpers import CPU, tiny_config, tiny_encoder
+from tests.stand_in import without_ray
+
+__all__ = ["without_ray"]
 
 README = Path(__file__).parents[1] / "README.md"
 TINY_VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
@@ -206,7 +210,12 @@ def siglip_twin() -> dict[str, Any]:
     return config
 
 
-def test_the_readmes_recipe_as_it_stands(tmp_path: Path, cache: str, s3_root: str) -> None:
+@pytest.mark.parametrize(
+    "apart", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["here", "in its own process, on Ray"]
+)
+def test_the_readmes_recipe_as_it_stands(
+    tmp_path: Path, cache: str, s3_root: str, request: pytest.FixtureRequest, apart: bool
+) -> None:
     """Character for character; the batch alone is smaller, by the command line."""
     recipe = README.read_text(encoding="utf-8").split("```toml\n")[1].split("```")[0]
     assert 'model = "ViT-B-16-SigLIP"' in recipe
@@ -220,13 +229,16 @@ def test_the_readmes_recipe_as_it_stands(tmp_path: Path, cache: str, s3_root: st
 
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
+    for found in client.list_objects_v2(Bucket="bucket").get("Contents", []):
+        client.delete_object(Bucket="bucket", Key=found["Key"])
     draw_pool(tmp_path / "pool", rows=400, shards=2, image_size=32, seed=0)
     for path in (tmp_path / "pool").iterdir():
         client.upload_file(str(path), "bucket", f"pool/{path.name}")
     client.close()
 
     small = "--set selection.sub_batch_size=16"
-    said = run(f"check recipe.toml {small};round recipe.toml {small}", twin, cache, tmp_path)
+    commands = f"check recipe.toml {small};round recipe.toml {small}"
+    said = run(commands, twin, cache, tmp_path) if apart else run_here(commands, twin, tmp_path, request)
     assert "2 super-batches of 160 at most" in said
     assert "round 0: 2 sub-batches of 16" in said
     assert "reference: ViT-B-16-SigLIP/webli" in said
@@ -240,6 +252,18 @@ def publish_weights(cache: Path, twin: Path) -> None:
     model = open_clip.CustomTextCLIP(**config)
     folder = snapshot(cache, "timm/ViT-B-16-SigLIP")
     safetensors.torch.save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def run_here(commands: str, twin: Path, folder: Path, request: pytest.FixtureRequest) -> str:
+    """In this process, without Ray."""
+    patch, capsys = (request.getfixturevalue(name) for name in ("monkeypatch", "capsys"))
+    request.getfixturevalue("hub")
+    request.getfixturevalue("without_ray")
+    patch.setitem(open_clip.factory._MODEL_CONFIGS, twin.stem, json.loads(twin.read_text()))
+    patch.chdir(folder)
+    for command in commands.split(";"):
+        app(command.split(), standalone_mode=False)
+    return str(capsys.readouterr().out)
 
 
 def run(commands: str, twin: Path, cache: str, folder: Path) -> str:

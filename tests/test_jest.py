@@ -1,15 +1,19 @@
 """`curate.jest` against the paper's listing written out literally, and against what must hold of any joint draw."""
 
+import multiprocessing
+from datetime import timedelta
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import distributed
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from curate import jest
+from curate import jest, logits
 from curate.jest import Embeddings, SubBatch, diagonal_losses, jointly_sample_batch, sub_batch_learnability
 from tests.oracles.jest_literal import batch_loss, gumbel_rows, sigmoid_literal, softmax_literal
 
@@ -90,7 +94,7 @@ def test_draws_the_rows_of_the_papers_listing_in_its_order(loss, gain, dtype):
     tile=st.integers(1, 200),
 )
 def test_agrees_with_the_listing_at_every_size_criterion_and_tile(*, monkeypatch, data, B, loss, criterion, gain, tile):
-    monkeypatch.setitem(jest.TILE_LOGITS, "cpu", tile)
+    monkeypatch.setitem(logits.TILE_LOGITS, "cpu", tile)
     b = data.draw(st.integers(1, B))
     n_chunks = data.draw(st.integers(1, b))
     learner, reference = make_pool(B, D=8, clusters=5, seed=B)
@@ -117,7 +121,7 @@ def test_agrees_with_the_listing_at_every_size_criterion_and_tile(*, monkeypatch
 @pytest.mark.parametrize("loss", jest.LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_learnability_of_a_batch_is_the_difference_of_the_losses_one_trains_with(monkeypatch, loss, dtype):
-    monkeypatch.setitem(jest.TILE_LOGITS, "cpu", 3_000)
+    monkeypatch.setitem(logits.TILE_LOGITS, "cpu", 3_000)
     monkeypatch.setattr(jest, "COLUMNS_PER_TILE", 70)
     learner, reference = make_pool(400, dtype=dtype)
     rows = torch.randperm(400, generator=seeded())[:211]
@@ -171,6 +175,7 @@ def test_joint_equals_independent_on_a_rank_one_score_matrix():
     # No embeddings give score[i, j] = u_i · u_j exactly, since the sigmoid loss turns its sign on the diagonal: so the
     # scores enter at the seam between scoring and drawing.
     u = torch.rand(200, generator=seeded(), dtype=torch.float64) + 0.1
+    share = jest._Share(200, u.device, None)
 
     class RankOne:
         def __init__(self):
@@ -179,7 +184,7 @@ def test_joint_equals_independent_on_a_rank_one_score_matrix():
         def extend(self, new):
             self.scores += 2 * u * u[new].sum()
 
-    joint, alone = (jest._draw(RankOne(), sizes, 1e9, seeded()) for sizes in ([5] * 8, [40]))
+    joint, alone = (jest._draw(RankOne(), share, sizes, 1e9, seeded()) for sizes in ([5] * 8, [40]))
     assert joint.positions.tolist() == alone.positions.tolist() == u.argsort(descending=True)[:40].tolist()
 
 
@@ -392,10 +397,86 @@ def test_no_tensor_is_larger_than_the_embeddings_or_a_tile(loss):
         drawn = jointly_sample_batch(learner, reference, sub_batch_size=b, n_chunks=4, loss=loss, generator=seeded())
         sub_batch_learnability(learner, reference, drawn.positions, loss=loss)
         sub_batch_learnability(learner, reference, torch.arange(B), loss=loss)
-    assert b * D < largest.elements <= max(B * D, jest.TILE_LOGITS["cpu"]) < b * b < B * B
+    assert b * D < largest.elements <= max(B * D, logits.TILE_LOGITS["cpu"]) < b * b < B * B
     with LargestTensor() as largest:
         learner.zimg @ learner.ztxt.T
     assert largest.elements == B * B  # the check sees what it must forbid
+
+
+# --- several processes share one super-batch -----------------------------------------------------------------------
+
+
+def draws_of_ranks(folder, parts, **options):
+    """What each of several processes draws, that hold these many rows of `make_pool(sum(parts))`."""
+    FORK = multiprocessing.get_context("fork")
+
+    def process(rank):
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(parts), timeout=timedelta(seconds=60)
+        )
+        here = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
+        models = [rows_of(model, here) for model in make_pool(sum(parts), dtype=options.pop("dtype", torch.float64))]
+        try:
+            drawn = jointly_sample_batch(*models, generator=seeded(), group=distributed.group.WORLD, **options)
+            torch.save({name: getattr(drawn, name) for name in ("positions", "chunks", "scores")}, f"{folder}/{rank}")
+        except ValueError as error:
+            torch.save(str(error), f"{folder}/{rank}")
+        distributed.destroy_process_group()
+
+    processes = [FORK.Process(target=process, args=(rank,)) for rank in range(len(parts))]
+    for each in processes:
+        each.start()
+    for each in processes:
+        each.join(120)
+    assert [each.exitcode for each in processes] == [0] * len(parts)
+    return [torch.load(folder / str(rank)) for rank in range(len(parts))]
+
+
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [
+        ([150, 150], {"loss": "sigmoid"}),
+        ([150, 150], {"loss": "softmax"}),
+        ([7, 290, 3], {"loss": "sigmoid"}),  # chunks are larger than what a rank holds
+        ([100, 100, 100], {"loss": "softmax", "criterion": "easy_reference", "n_chunks": 7}),
+        ([299, 1], {"method": "independent"}),
+        ([60, 240], {"method": "uniform"}),
+    ],
+)
+def test_processes_that_share_a_super_batch_draw_what_one_would(tmp_path, parts, options):
+    options = {"sub_batch_size": 120, "n_chunks": 5} | options
+    alone = jointly_sample_batch(*make_pool(sum(parts)), generator=seeded(), **options)
+    for drawn in draws_of_ranks(tmp_path, parts, **options):
+        assert drawn["positions"].tolist() == alone.positions.tolist()
+        assert drawn["chunks"].tolist() == alone.chunks.tolist()
+        torch.testing.assert_close(drawn["scores"], alone.scores, rtol=1e-12, atol=1e-12)
+
+
+def test_processes_share_half_precision_rows_exactly(tmp_path):
+    options = {"sub_batch_size": 60, "n_chunks": 5}
+    alone = jointly_sample_batch(*make_pool(200, dtype=torch.float16), generator=seeded(), **options)
+    ours, others = draws_of_ranks(tmp_path, [120, 80], dtype=torch.float16, **options)
+    assert ours["positions"].tolist() == others["positions"].tolist()
+    assert ours["positions"][:12].tolist() == alone.positions[:12].tolist()
+    assert torch.equal(ours["scores"], others["scores"])
+
+
+def test_equal_keys_go_to_the_lower_row_whoever_holds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(jest, "_gumbel", lambda size, _: torch.arange(size, dtype=torch.float64) // 100)
+    for drawn in draws_of_ranks(tmp_path, [90, 210], sub_batch_size=130, method="uniform"):
+        assert drawn["positions"].tolist() == [*range(200, 300), *range(100, 130)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "b", "message"),
+    [
+        ([5, 5], 11, "sub_batch_size must be 1 to B = 10: found 11"),
+        ([5, 0], 3, "every rank must hold a row of the super-batch: found [5, 0]; divide it evenly"),
+    ],
+)
+def test_every_process_says_what_is_wrong(tmp_path, parts, b, message):
+    for said in draws_of_ranks(tmp_path, parts, sub_batch_size=b, n_chunks=1):
+        assert message in said
 
 
 # --- errors --------------------------------------------------------------------------------------------------------

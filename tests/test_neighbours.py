@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from curate.dedup import neighbours
 from curate.dedup.neighbours import (
+    Assignment,
     Cells,
-    Places,
     Threshold,
     cell_count,
     near_pairs,
@@ -34,7 +34,7 @@ def whole(z: Floats, threshold: float) -> set[tuple[int, int]]:
     return set(zip(*(side.tolist() for side in np.nonzero(np.triu(wide @ wide.T >= threshold, 1))), strict=True))
 
 
-def met(places: Places) -> npt.NDArray[np.bool_]:
+def met(places: Assignment) -> npt.NDArray[np.bool_]:
     """Whether two rows [n, n] are compared in some cell: the home of one, where the other is at home or borders."""
     held = np.zeros((len(places.home), int(places.home.max()) + 1), bool)
     at = np.arange(len(places.home))
@@ -50,7 +50,7 @@ def met(places: Places) -> npt.NDArray[np.bool_]:
 @pytest.mark.parametrize("threshold", [0.8, 0.95, 0.99])
 def test_near_rows_meet_in_a_cell_unless_one_borders_on_too_many(d: int, threshold: float) -> None:
     z = clustered(1500, d, clusters=20, spread=0.5)
-    places = train_cells(z.copy(), 40).place(z, threshold, CPU)
+    places = train_cells(z.copy(), 40).assign(z, threshold, CPU)
     together = met(places)
     missed = [(i, j) for i, j in whole(z, threshold) if not together[i, j]]
     assert all(places.beyond[i] or places.beyond[j] for i, j in missed)
@@ -65,7 +65,7 @@ def test_near_rows_meet_in_a_cell_unless_one_borders_on_too_many(d: int, thresho
 def test_borders_are_the_planes_between_centroids() -> None:
     cells = Cells(mean=np.zeros(2, np.float32), centroids=np.array([[1, 0], [0, 1], [-1, 0]], np.float32))
     z = unit_rows(np.array([[1, 0.9], [1, 0.2], [0.2, 1], [-1, 0.99]]))
-    places = cells.place(z, 1 - 0.1**2 / 2 * 4, CPU)  # so that rows within 0.1 of a plane are on the border
+    places = cells.assign(z, 1 - 0.1**2 / 2 * 4, CPU)  # so that rows within 0.1 of a plane are on the border
     assert places.home.tolist() == [0, 0, 1, 2]
     assert places.border[:, 0].tolist() == [1, -1, -1, 1]
     assert (places.border[:, 1:] == -1).all()
@@ -78,7 +78,7 @@ def test_cells_that_are_much_larger_than_others_are_split(monkeypatch: pytest.Mo
         monkeypatch.setattr(neighbours, "GIANT", giant)
         cells = train_cells(z.copy(), 40)
         assert len(cells.centroids) == 40 if giant == 8 else 40 < len(cells.centroids) < 200
-        largest[giant] = np.bincount(cells.place(z, 0.99, CPU).home).max()
+        largest[giant] = np.bincount(cells.assign(z, 0.99, CPU).home).max()
     assert largest[1.2] <= 1.5 * len(z) / 40 < largest[8]
 
 
@@ -88,14 +88,14 @@ def test_copies_of_one_row_end_the_splitting() -> None:
     assert np.isfinite(cells.centroids).all()
     assert len(cells.centroids) < 400
     same = np.repeat(unit_rows(np.ones((1, 8))), 100, axis=0)
-    assert set(train_cells(same.copy(), 20).place(same, 0.95, CPU).home.tolist()) == {0}
+    assert set(train_cells(same.copy(), 20).assign(same, 0.95, CPU).home.tolist()) == {0}
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3, 7])
 def test_a_sample_that_is_too_small_makes_one_cell(rows: int) -> None:
     z = unit_rows(np.random.default_rng(0).normal(size=(rows, 8)))
     cells = train_cells(z.copy(), 20)
-    places = cells.place(z, 0.9, CPU)
+    places = cells.assign(z, 0.9, CPU)
     assert (len(cells.centroids), places.home.tolist(), bool(places.beyond.any())) == (1, [0] * rows, False)
     stored = Cells.from_array(cells.to_array())
     assert np.array_equal(stored.mean, cells.mean)
@@ -121,7 +121,7 @@ def test_tiles_find_what_the_whole_product_holds(data: st.DataObject) -> None:
     caption = data.draw(st.sampled_from([None, 0.7]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbours, "TILE", data.draw(st.integers(1, 20)))
-        patch.setattr(neighbours, "VERIFIED", 7)
+        patch.setitem(neighbours.VERIFIED, "cpu", 7)
         found = list(
             near_pairs(
                 torch.from_numpy(z),

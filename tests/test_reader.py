@@ -27,6 +27,7 @@ from curate import CuratedReader
 from curate.errors import StreamStalledError, UserError
 from curate.pool.shards import Pool
 from curate.reader.curated import Batch
+from curate.reader.pieces import Joined
 from curate.rounds.manifest import Manifest, manifest_name, read_manifest, round_folder
 from curate.rounds.stream import end_stream, stream_end
 from curate.storage import Store
@@ -218,8 +219,65 @@ def test_a_rank_reads_its_own_row_groups_only(tmp_path: Path, monkeypatch, b: in
         per_rank = groups // world_size
         expected = [sub * groups + rank * per_rank + i for sub in range(2) for i in range(per_rank)]
         assert read_groups == expected
-        # For each batch pyarrow reads the last 64 KiB, where the footer is.
-        assert read_bytes[0] < 1.1 * file.size / world_size + 2 * 2**16
+        # Once pyarrow reads the last 64 KiB, where the footer is.
+        assert read_bytes[0] < 1.1 * file.size / world_size + 2**16
+
+
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (2, 1), (0, 3)])
+def test_large_batches_are_read_in_pieces(tmp_path: Path, monkeypatch, workers: int, world_size: int):
+    b = 768  # row groups of 96, and so pieces of 192
+    store = Store(str(tmp_path / "root"))
+    chosen = commit_rounds(
+        store, drawn_pool(tmp_path / "pool", rows=2 * b, image_size=16), rounds=1, sub_batches=2, b=b
+    )
+    handed: list[int] = []
+    join = Joined.add
+    monkeypatch.setattr(Joined, "add", lambda self, piece: handed.append(len(piece)) or join(self, piece))
+
+    def mean_of(picture: Image.Image) -> torch.Tensor:
+        return torch.tensor([float(sum(picture.tobytes()))])
+
+    def length_of(captions: list[str]) -> torch.Tensor:
+        return torch.tensor([[len(caption)] for caption in captions])
+
+    for rank in range(world_size):
+        where = {"rank": rank, "world_size": world_size, "workers": workers}
+        plain, batches = (
+            list(CuratedReader(store.url, **where, **how))
+            for how in ({}, {"preprocess": mean_of, "tokenize": length_of})
+        )
+        share = b // world_size
+        mine = [batch[rank * share : (rank + 1) * share] for batch in chosen]
+        assert uids(batches) == uids(plain) == [[f"{s:05d}{row:04d}" for s, row in batch] for batch in mine]
+        assert [(batch.number, batch.last) for batch in batches] == [(0, False), (1, True)]
+        for batch, pictures in zip(batches, plain, strict=True):
+            assert batch.images.equal(torch.stack([mean_of(picture) for picture in pictures.images]))
+            assert batch.texts.equal(length_of(pictures.texts))
+    assert max(handed) == 192
+
+
+def test_a_reader_that_is_left_stops_in_the_middle_of_a_batch(tmp_path: Path):
+    b = 768
+    store = Store(str(tmp_path / "root"))
+    commit_rounds(store, drawn_pool(tmp_path / "pool", rows=2 * b, image_size=16), rounds=1, sub_batches=2, b=b)
+    batches = iter(CuratedReader(store.url, workers=1))
+    assert next(batches).number == 0
+    batches.close()
+    assert multiprocessing.active_children() == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("one-ahead")]
+
+
+def test_captions_of_different_lengths(tmp_path: Path):
+    store = Store(str(tmp_path / "root"))
+    commit_rounds(store, drawn_pool(tmp_path / "pool", rows=768, image_size=16), rounds=1, sub_batches=1, b=768)
+    calls: list[int] = []
+
+    def longest(captions: list[str]) -> torch.Tensor:
+        calls.append(1)
+        return torch.zeros(len(captions), len(calls))
+
+    line = refusal(lambda: list(CuratedReader(store.url, tokenize=longest)))
+    assert "expected rows of one shape, found [1] and [2]; crop to one size and pad to one length" in line
 
 
 # --- the state ---------------------------------------------------------------------------------------------------
@@ -345,7 +403,7 @@ def test_a_follower_says_when_nothing_came_for_so_long(tmp_path: Path, pool: Poo
     assert sum(1 for _ in islice(batches, rounds)) == rounds
     with pytest.raises(StreamStalledError, match=f"round {rounds} did not come within 0.4 s"):
         next(batches)
-    assert 0.39 <= time.monotonic() - start < 5
+    assert 0.39 <= time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize("rounds", [0, 2])

@@ -1,4 +1,7 @@
-"""A whole round, through a real Ray: what is committed accounts for every row and does not depend on the way there."""
+"""A whole round: what is committed accounts for every row and does not depend on the way there.
+
+The first goes through a real Ray, the others through the stand-in, whose files are the same.
+"""
 
 import hashlib
 import json
@@ -30,8 +33,11 @@ from jobs.drawn_pool import draw_pool
 from jobs.train import train
 from pipelines.round import run_round
 from tests.helpers import write_tiny
+from tests.stand_in import without_ray
 
-pytestmark = pytest.mark.usefixtures("ray_local")
+__all__ = ["without_ray"]
+
+pytestmark = pytest.mark.usefixtures("without_ray")
 
 ROWS, SHARDS, B_SMALL = 600, 5, 16
 
@@ -78,13 +84,14 @@ def recipe_of(world: Path, root: Path | str, **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def committed(world: Path, ray_local: None) -> tuple[Recipe, Manifest]:
-    recipe = recipe_of(world, world / "root")
+    """On Ray: of a wider scope than `without_ray`, it is made before that replaces Ray."""
+    recipe = recipe_of(world, world / "root", resources__workers=2)
     return recipe, run_round(recipe, base=world)
 
 
 @pytest.fixture
 def warm(committed: tuple[Recipe, Manifest], tmp_path: Path) -> Path:
-    """A root without rounds that holds the pool's embeddings already: starting actors takes most of a test's time."""
+    """A root without rounds that holds the pool's embeddings already."""
     for name in ("embeddings", "models"):
         shutil.copytree(Path(committed[0].root) / name, tmp_path / "root" / name)
     return tmp_path / "root"
@@ -142,7 +149,8 @@ def test_running_a_round_again_returns_the_committed_manifest(world: Path, commi
 def test_the_manifest_does_not_depend_on_workers_threads_or_place(
     world: Path, tmp_path: Path, committed: tuple[Recipe, Manifest]
 ) -> None:
-    other = recipe_of(world, tmp_path / "elsewhere", resources__workers=2, resources__threads=2)
+    """Two actors on Ray, and two threads of one process that does one thing after the other."""
+    other = recipe_of(world, tmp_path / "elsewhere", resources__threads=2)
     run_round(other, base=world)
     assert manifest_bytes(other) == manifest_bytes(committed[0])
 

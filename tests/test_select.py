@@ -126,7 +126,7 @@ def test_the_draw_is_that_of_jest_on_the_candidates_in_the_order_of_keys():
     np.testing.assert_allclose([row["score"] for row in rows], expected.scores.numpy(), rtol=1e-6)
     for row in rows:
         own = pool.rows[index_of(pool)[row["shard"], row["row"]]]
-        assert (row["content_low"], row["content_high"]) == (int(own["low"]), int(own["high"]))
+        assert (row["content_low"], row["content_high"]) == (int(own["content_low"]), int(own["content_high"]))
 
 
 def test_the_order_in_which_candidates_come_changes_nothing():

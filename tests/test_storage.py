@@ -169,7 +169,7 @@ assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
 
 def _race(root: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", PRELUDE + RACE, root], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", PRELUDE + RACE, root], capture_output=True, text=True, timeout=180, check=False
     )
     assert run.returncode == 0, run.stderr
     wins = {int(line.split(" ", 1)[0]): line for line in run.stdout.splitlines()}
@@ -203,7 +203,7 @@ if pid == 0:
 assert os.waitpid(pid, 0)[1] == 0
 assert store.read_bytes("child") == b"p"
 """
-    subprocess.run([sys.executable, "-c", PRELUDE + code, s3_root], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", PRELUDE + code, s3_root], check=True, timeout=180)
 
 
 def test_poller_sees_a_name_after_it_missed_it(s3_root: str) -> None:
@@ -214,7 +214,7 @@ def test_poller_sees_a_name_after_it_missed_it(s3_root: str) -> None:
     boto = "import boto3, sys; b, _, k = sys.argv[1][5:].partition('/'); " + (
         "boto3.client('s3').put_object(Bucket=b, Key=k + '/rounds/b', Body=b'x')"
     )
-    subprocess.run([sys.executable, "-c", boto, s3_root], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", boto, s3_root], check=True, timeout=180)
     assert poller.exists("rounds/b")
     assert poller.list("rounds") == ["rounds/a", "rounds/b"]
     assert poller.read_bytes("rounds/b") == b"x"
@@ -225,9 +225,11 @@ def test_poller_sees_a_name_after_it_missed_it(s3_root: str) -> None:
 
 @pytest.mark.parametrize("mode", ["drop-ack", "drop", "503", "409"])
 @pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.usefixtures("short")
-def test_write_that_failed_for_a_moment_succeeds(faulty_s3_root: Faulty, mode: str, times: int) -> None:
+def test_write_that_failed_for_a_moment_succeeds(
+    faulty_s3_root: Faulty, monkeypatch: pytest.MonkeyPatch, mode: str, times: int
+) -> None:
     root, proxy = faulty_s3_root
+    monkeypatch.setattr(access, "PAUSES_S", (0.02, 0.1))
     fault = proxy.fail(mode, key=NAME, times=times)
     Store(root).put_if_absent(NAME, b"ours")
     assert Store(root).read_bytes(NAME) == b"ours"
@@ -253,7 +255,7 @@ def test_write_that_stays_unanswered_is_unknown_before_the_deadline(faulty_s3_ro
     began = time.monotonic()
     with pytest.raises(CommitUnknownError, match="delete nothing"):
         Store(root).put_if_absent(NAME, b"ours")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert fault.seen > 2
     fault.times = 0
     Store(root).put_if_absent(NAME, b"ours")
@@ -405,7 +407,7 @@ sys.exit(3)
         [sys.executable, "-c", PRELUDE + driver, str(tmp_path), act],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert run.returncode == 0, run.stderr

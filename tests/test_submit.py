@@ -162,7 +162,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
     port = free_port()
-    command = ["ray", "start", "--head", "--block", "--num-cpus=4", f"--temp-dir={short}", "--port=0"]
+    command = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={short}", "--port=0"]
     command += [f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", f"--ray-client-server-port={free_port()}"]
     command += ["--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"]
     with (short / "head.log").open("w") as log:
@@ -187,9 +187,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             return False
         raise AssertionError("let us in without a token")
 
+    def takes_jobs() -> bool:
+        """The server answers before the agent is there that it gives jobs to."""
+        try:
+            made.client.submit_job(entrypoint="true")
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            return False
+        return True
+
+    made = Cluster(f"http://127.0.0.1:{port}", env, mark)
     try:
         wait_until(answers)
-        yield Cluster(f"http://127.0.0.1:{port}", env, mark)
+        wait_until(takes_jobs)
+        yield made
     finally:
         head.terminate()  # Ray's own way to an end, which with --block takes all processes along
         try:

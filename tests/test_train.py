@@ -106,6 +106,15 @@ def test_twice_the_same_weights(tmp_path: Path, pool: Pool):
     assert trained(changed, tmp_path).losses != runs[0].losses
 
 
+@pytest.mark.parametrize("how", [{"micro_batch": 5}, {"micro_batch": 7, "grad_checkpointing": True, "workers": 1}])
+def test_micro_batches_are_the_same_training(tmp_path: Path, pool: Pool, how: dict[str, Any]):
+    whole = trained(recipe(tmp_path, pool, data="pool", steps=8, root="whole"), tmp_path)
+    parts = trained(recipe(tmp_path, pool, data="pool", steps=8, root="parts", **how), tmp_path)
+    assert parts.losses[0] == pytest.approx(whole.losses[0], abs=1e-5)
+    assert parts.losses == pytest.approx(whole.losses, abs=1e-3)
+    assert parts.learner.step == 8
+
+
 def test_the_published_weights_are_the_trained_ones(tmp_path: Path, pool: Pool, monkeypatch):
     models = []
     load = jobs.train.load_model

@@ -28,7 +28,7 @@ from curate.recipe import Section, SelectionSection, TrainSection
 from curate.seeds import derive_seed
 from curate.select.draw import Candidates, Scale, Vectors, embeddings_of, needs_learner, select_sub_batch
 from curate.select.windows import EpochRange, key_order, keyed_rows, next_range
-from jobs.optimize import learning_rate, make_criterion, make_optimizer, take_step
+from jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
 from jobs.ranks import Ranks
 
 EMBED_BATCH = 256
@@ -90,17 +90,23 @@ class Loop:
     ) -> None:
         self.pairs, self.model, self.tokenizer, self.spec = pairs, learner, tokenizer, spec
         self.reference, self.arm, self.training, self.seed, self.device = reference, arm, training, seed, device
-        self.ranks = Ranks(rank=0, world_size=1, device=device)
         self.account = Account()
         self.step = 0
-        self.optimizer = make_optimizer(self.model, training)
-        self.criterion = make_criterion(arm.selection.loss, self.ranks)
         # Of equal pairs the first.
         _, first = np.unique(np.asarray(pairs.content[rows]), axis=0, return_index=True)
         self.rows = np.sort(rows[first])
         self._own: tuple[Vectors, Vectors] | None = None
         self._scale = Scale(logit_scale=spec.logit_scale, logit_bias=spec.logit_bias)
-        self._normalize = Encoder(spec, copy.deepcopy(learner), tokenizer, device).normalize
+        self.trainee = Trainee(
+            model=learner,
+            parallel=learner,
+            optimizer=make_optimizer(learner, training),
+            loss=arm.selection.loss,
+            ranks=Ranks(rank=0, world_size=1, device=device),
+            normalize=Encoder(spec, copy.deepcopy(learner), tokenizer, device).normalize,
+            micro_batch=training.micro_batch,
+            grad_clip=training.grad_clip,
+        )
 
     def batches(self) -> Iterator[npt.NDArray[np.int64]]:
         """Rows [b] of the pool, batch after batch; ask for the next one once the learner was trained on the last."""
@@ -147,15 +153,10 @@ class Loop:
         self.step += 1
         torch.manual_seed(derive_seed(self.seed, "step", self.step, 0))
         loss, norm = take_step(
-            self.model,
-            self.optimizer,
-            self.criterion,
-            self._images(self.pairs, rows),
+            self.trainee,
+            self._pixels(self.pairs, rows),
             self._texts(self.pairs, rows),
             rate=learning_rate(self.step, self.training),
-            grad_clip=self.training.grad_clip,
-            ranks=self.ranks,
-            parallel=self.model,
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(f"step {self.step}: the loss is {loss}, its gradient's norm {norm}; lower learning_rate")
@@ -173,7 +174,9 @@ class Loop:
         z: list[list[Tensor]] = [[], []]
         for start in range(0, len(held_out), EMBED_BATCH):
             at = np.arange(start, min(start + EMBED_BATCH, len(held_out)))
-            z[0].append(self.model.encode_image(self._images(held_out, at), normalize=True).float())
+            z[0].append(
+                self.model.encode_image(self.trainee.normalize(self._pixels(held_out, at)), normalize=True).float()
+            )
             z[1].append(self.model.encode_text(self._texts(held_out, at), normalize=True).float())
         zimg, ztxt = torch.cat(z[0]), torch.cat(z[1])
         own = held_out.same_captions.to(self.device)
@@ -229,9 +232,8 @@ class Loop:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "draw", number, i))
         return draw_by_scores(scores, selection.sub_batch_size, selection.gain, generator).numpy()
 
-    def _images(self, pairs: Pairs, rows: npt.NDArray[np.int64]) -> Tensor:
-        pixels = torch.from_numpy(np.asarray(pairs.pixels[rows])).to(self.device)
-        return self._normalize(pixels)
+    def _pixels(self, pairs: Pairs, rows: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.asarray(pairs.pixels[rows])).to(self.device)
 
     def _texts(self, pairs: Pairs, rows: npt.NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(np.asarray(pairs.texts[rows])).to(self.device).long()

@@ -74,7 +74,7 @@ def ours(x: torch.Tensor) -> tuple[Pairs, Ids | None]:
     count = cell_count(n)
     sample = np.random.default_rng(0).permutation(n)[: round(n * sample_share(n, count))]
     cells = train_cells(x.numpy()[sample], count)
-    places = cells.place(z, THRESHOLD, torch.device("cpu"))
+    places = cells.assign(z, THRESHOLD, torch.device("cpu"))
     compared = Compared(shards=(shard,), generations=(0,), newest=0, stand=False)
     pairs, nodes = search_cells(rows, places, range(len(cells.centroids)), Threshold(image=THRESHOLD), compared)
     decisions = decide(pairs, np.zeros(n, int), "components")

@@ -3,7 +3,8 @@
 dedup/<settings>/<pool>/parent.json      whose decisions it starts from
 dedup/<settings>/<pool>/cells.npy        the mean and the centroids; counts.json: rows by status, tasks
 dedup/<settings>/<pool>/pairs-*.parquet  near-duplicates that this pool adds; nodes-*.parquet: what ranks them
-dedup/<settings>/<pool>/dropped.parquet  one row per row that leaves, in the order of the pool
+dedup/<settings>/<pool>/grouping-*       what the tasks that group have for one another, while they do
+dedup/<settings>/<pool>/dropped-*        one row per row that leaves, in the order of the pool; a file for 64 shards
 dedup/<settings>/<pool>/dedup.json       the account; written last
 """
 
@@ -22,7 +23,7 @@ import pyarrow.compute as pc
 
 from curate.errors import CommitConflictError, DamagedError, UserError
 from curate.models.spec import EncoderSpec
-from curate.parquet import damage_told, open_table, read_table, write_table
+from curate.parquet import open_table, read_table, write_table
 from curate.pool.shards import Pool, Shard, load_pool
 from curate.recipe import DedupSection
 from curate.sealed import seal, unseal
@@ -42,6 +43,10 @@ DROPPED_SCHEMA = pa.schema(
     ]
 )
 
+LAYOUT = 2
+"""Of the dropped rows' files. Version 1 wrote them as one, and what it left lies in other folders."""
+DROPPED_SHARDS = 64
+"""Shards whose dropped rows lie in one file: a reader that knows its shard knows the file."""
 SHA256_BYTES = 32
 ROW_GROUP = 65_536
 """Rows: who wants those of one shard reads one row group or two."""
@@ -106,7 +111,7 @@ class Dedup:
 def dedup_folder(section: DedupSection, reference: EncoderSpec, pool: Pool, evaluation: Sequence[Pool]) -> str:
     """Folder of a deduplication within the root; the folder above is that of all that were asked for alike."""
     asked = section.model_dump(mode="json", exclude={"evaluation", "max_dropped_share"})
-    identity = json.dumps([reference.sha, asked, [seen.fingerprint for seen in evaluation]], sort_keys=True)
+    identity = json.dumps([LAYOUT, reference.sha, asked, [seen.fingerprint for seen in evaluation]], sort_keys=True)
     return f"dedup/{hashlib.sha256(identity.encode()).hexdigest()[:16]}/{pool.fingerprint}"
 
 
@@ -160,21 +165,20 @@ def write_records(store: Store, name: str, records: npt.NDArray[np.void], **fact
     _write_table(store, name, pa.table(columns).replace_schema_metadata({"facts": seal(facts)}))
 
 
-def read_records(store: Store, name: str, dtype: np.dtype[np.void]) -> tuple[npt.NDArray[np.void], dict[str, int]]:
-    """The inverse of `write_records`."""
+def read_records(store: Store, name: str, dtype: np.dtype[np.void]) -> npt.NDArray[np.void]:
+    """The array of a file that `write_records` wrote."""
     schema = pa.schema([(column, pa.from_numpy_dtype(dtype[column])) for column in dtype.names or ()])
     table = read_table(store, name, schema=schema)
     records = np.empty(len(table), dtype)
     for column in dtype.names or ():
         records[column] = table[column].to_numpy()
-    with damage_told(name):
-        return records, unseal(table.schema.metadata[b"facts"], name)
+    return records
 
 
-def count_records(store: Store, name: str) -> int:
-    """How many records a file holds, by its footer."""
+def describe_records(store: Store, name: str) -> tuple[int, dict[str, int]]:
+    """How many records a file holds, and the numbers that were written with them, by its footer."""
     with open_table(store, name) as parquet:
-        return int(parquet.metadata.num_rows)
+        return int(parquet.metadata.num_rows), unseal(parquet.schema_arrow.metadata[b"facts"], name)
 
 
 def write_cells(store: Store, folder: str, array: npt.NDArray[np.float32], counts: Mapping[str, Any]) -> None:
@@ -229,9 +233,19 @@ def chain_files(store: Store, chain: Sequence[str]) -> list[tuple[str, list[str]
     return found
 
 
-def write_dropped(store: Store, folder: str, table: pa.Table) -> None:
-    """Write the dropped rows, a table of `DROPPED_SCHEMA` in the order of the pool."""
-    _write_table(store, f"{folder}/dropped.parquet", table)
+def dropped_files(shards: int) -> int:
+    """How many files hold what was dropped of so many shards."""
+    return -(-shards // DROPPED_SHARDS)
+
+
+def dropped_name(folder: str, number: int) -> str:
+    """Name of the file of what was dropped of a run of `DROPPED_SHARDS` shards."""
+    return f"{folder}/dropped-{number:06d}.parquet"
+
+
+def write_dropped(store: Store, folder: str, number: int, table: pa.Table) -> None:
+    """Write what was dropped of a run of shards, a table of `DROPPED_SCHEMA` in the order of the pool."""
+    _write_table(store, dropped_name(folder, number), table)
 
 
 def _write_table(store: Store, name: str, table: pa.Table) -> None:
@@ -248,8 +262,19 @@ def read_dedup(store: Store, folder: str) -> Dedup | None:
 
 
 def read_dropped(store: Store, folder: str, shard: Shard) -> pa.Table:
-    """What was dropped of one shard of the pool, by row: a table of `DROPPED_SCHEMA`."""
-    return read_table(store, f"{folder}/dropped.parquet", schema=DROPPED_SCHEMA, filters=[("shard", "=", shard.index)])
+    """What was dropped of one shard of the pool, by row: a table of `DROPPED_SCHEMA`.
+
+    Raises:
+        UserError: the file is gone, or a version that wrote others made the folder.
+    """
+    name = dropped_name(folder, shard.index // DROPPED_SHARDS)
+    try:
+        return read_table(store, name, schema=DROPPED_SCHEMA, filters=[("shard", "=", shard.index)])
+    except FileNotFoundError:
+        raise UserError(
+            f"{name}: expected the rows that a deduplication dropped, found no such file; restore it, or, if an older "
+            f"version made {folder}, which wrote one dropped.parquet, deduplicate anew"
+        ) from None
 
 
 def kept_rows(store: Store, folder: str | None, shard: Shard, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -263,20 +288,25 @@ def made_with(store: Store, name: str) -> list[str]:
     """What goes with a file if it is to be made again, in the order in which it must go: as a rule the file alone.
 
     With one of a deduplication its account, which says that all is there; with the cells, all that was found by them;
-    with nodes, their pairs, whose file says that both are there.
+    with nodes, their pairs, whose file says that both are there; with any of these, what was grouped so far.
     """
     if not name.startswith("dedup/"):
         return [name]
     folder, _, own = name.rpartition("/")
+    account = f"{folder}/dedup.json"
+    if own.startswith(("grouping-", "dropped-")):
+        return [account, name]
+    there = [(other, other.rpartition("/")[2]) for other in store.list(folder)]
+    grouped = [other for other, file in there if file.startswith("grouping-")]
     if own.startswith("nodes-"):
-        return [f"{folder}/dedup.json", f"{folder}/{own.replace('nodes-', 'pairs-')}", name]
-    found = store.list(folder) if own in ("cells.npy", "counts.json") else []
-    parts = [other for other in found if other.rpartition("/")[2].startswith(("pairs-", "nodes-"))]
-    return [f"{folder}/dedup.json", *parts, *([f"{folder}/cells.npy"] if parts else []), name]
+        return [account, *grouped, f"{folder}/{own.replace('nodes-', 'pairs-')}", name]
+    cells = own in ("cells.npy", "counts.json")
+    parts = [other for other, file in there if cells and file.startswith(("pairs-", "nodes-"))]
+    return [account, *grouped, *parts, *([f"{folder}/cells.npy"] if parts else []), name]
 
 
 def compared_shards(store: Store, pool: Pool, evaluation: Sequence[str]) -> tuple[Shard, ...]:
-    """The shards that `dropped.parquet` numbers: the pool's, then those of the evaluation sets."""
+    """The shards that dropped rows number: the pool's, then those of the evaluation sets."""
     return pool.shards + tuple(shard for print_ in evaluation for shard in load_pool(store, print_).shards)
 
 

@@ -23,20 +23,25 @@ Nodes = npt.NDArray[np.void]
 Pairs = npt.NDArray[np.void]
 Rule = Literal["components", "greedy"]
 
-NODE = np.dtype([("id", "<i8"), ("score", "<f4"), ("pixels", "<i8"), ("uid", "<u8"), ("place", "<u8")])
-"""A row: its number among all rows, and what it is ranked by. `uid` is a hash; `place` one of shard and row."""
+NODE = np.dtype([("id", "<i8"), ("score", "<f4"), ("pixels", "<i8"), ("uid", "<u8"), ("key", "<u8")])
+"""A row: its number among all rows, and what it is ranked by. `uid` is a hash; `key` one of shard and row."""
 
 PAIR = np.dtype([("better", "<i8"), ("worse", "<i8"), ("cosine", "<f4"), ("kind", "i1")])
 KINDS = ("near_duplicate", "duplicate_image", "duplicate_exact")
 """What the kinds 0, 1 and 2 of a pair are: near by cosine, the same image bytes, the same pair."""
 CONTAMINATED = "contaminated"
+REASONS = (*KINDS, CONTAMINATED)
+"""Why a row leaves."""
+ENDS = ("id", "duplicate_of", "representative")
+DROPPED = np.dtype([*((end, "<i8") for end in ENDS), ("cosine", "<f4"), ("why", "i1")])
+"""A row that leaves; `why` is a position in `REASONS`."""
 EVALUATION = -1
 """The tier of rows of evaluation sets: they are better than any row of the pool and are never dropped."""
 
 
 def in_rank_order(nodes: Nodes, tiers: npt.NDArray[np.integer]) -> Ints:
     """The order that sorts rows from the best to the worst; `tiers` [n] come before all else, the lowest first."""
-    return np.lexsort([nodes["place"], nodes["uid"], -nodes["pixels"], -nodes["score"], tiers])
+    return np.lexsort([nodes["key"], nodes["uid"], -nodes["pixels"], -nodes["score"], tiers])
 
 
 def collapse(contents: npt.NDArray[np.uint64], pictures: npt.NDArray[np.uint64] | None) -> tuple[Ints, Pairs]:
@@ -172,7 +177,7 @@ def decide(pairs: Pairs, tiers: npt.NDArray[np.integer], rule: Rule) -> Decision
     inside = np.flatnonzero(left[pairs["better"]] & left[pairs["worse"]])
     edges = pairs[inside]
     better, worse = edges["better"], edges["worse"]
-    group = _best_connected(better, worse, n)
+    group = best_connected(better, worse, n)
     if rule == "greedy":
         strongest = _strongest(worse, better, edges)
         tied[worse[strongest]] = inside[strongest]
@@ -181,7 +186,7 @@ def decide(pairs: Pairs, tiers: npt.NDArray[np.integer], rule: Rule) -> Decision
         for tier in np.unique(tiers[left]):
             now = np.flatnonzero(tiers[worse] <= tier)  # the worse row is the later one
             here = left & (tiers == tier)
-            stays = here & (_best_connected(better[now], worse[now], n) == np.arange(n))
+            stays = here & (best_connected(better[now], worse[now], n) == np.arange(n))
             # Whatever was decided before is: a way ends at the first earlier row, and goes on as that one's does.
             towards = _towards((left & (tiers < tier)) | stays, better[now], worse[now])
             goes = np.flatnonzero(here & ~stays)
@@ -221,7 +226,18 @@ def _neighbours_of(
     return rows[strongest], others[strongest], indices[strongest]
 
 
-def _best_connected(better: Ints, worse: Ints, n: int) -> Ints:
+def dropped_rows(decisions: Decisions, ids: Ints) -> npt.NDArray[np.void]:
+    """The rows that leave, by id: [m] of `DROPPED`; `ids` [n] are in the order of rank."""
+    rows = np.zeros(len(decisions.dropped), DROPPED)
+    for end, at in zip(ENDS, (decisions.dropped, decisions.duplicate_of, decisions.representative), strict=True):
+        rows[end] = ids[at]
+    rows["cosine"] = decisions.cosine
+    for number, reason in enumerate(REASONS):
+        rows["why"][decisions.reason == reason] = number
+    return rows[np.argsort(rows["id"])]
+
+
+def best_connected(better: Ints, worse: Ints, n: int) -> Ints:
     """For each of n rows the first of those that pairs connect it with."""
     graph = coo_array((np.ones(len(better), np.int8), (better, worse)), shape=(n, n))
     count, label = connected_components(graph, directed=False)

@@ -4,7 +4,7 @@ k-means cuts the rows into K cells. Two rows of one cell are compared in that ce
 with |x - y| <= r, where r² = 2 - 2 threshold, lie on different sides of the plane that separates the two centroids, so
 that one of them is within r / 2 of that plane: it is a border row of the other's cell and is compared there. Each row
 is put into the nearest `BORDERS` of the cells that it borders on. Where no row borders on more, every pair is found;
-`Places.beyond` says which rows do, and so how far that guarantee holds.
+`Assignment.beyond` says which rows do, and so how far that guarantee holds.
 
     z      [n, D]  unit rows, float32
     home   [n]     number of the cell that a row lies in
@@ -16,10 +16,12 @@ The cells follow SemDeDup (arXiv 2303.09540, section 3), which compares within c
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from curate.seeds import derive_seed
 
@@ -45,14 +47,19 @@ FEW_ROWS = 8192
 """So many rows are one cell: comparing all of them takes less than finding cells."""
 TILE = 2048
 """Rows and columns of a tile of cosines: 16 MiB."""
-VERIFIED = 8192
-"""Pairs that are verified at once: 100 MiB at D = 512."""
-MARGIN = 2e-3
-"""How far below the threshold a tile's cosine may be and its pair still be verified: TF32 is off by up to 1e-3."""
+VERIFIED = {"cpu": 8192, "cuda": 2**16}
+"""Pairs that are verified at once: 100 MiB at D = 512, and 800 MiB on CUDA, where each batch waits for the device."""
+FOUND = 2**22
+"""Pairs that a kernel has room for, 32 MiB: of more it finds those of a part of the rows at a time."""
+PLACED_BYTES = 2**30
+"""Distances from rows to centroids that CUDA holds at once, at most, and at most an eighth of what is free."""
+NORMED = 2**14
+"""Rows whose norms are computed at once, in float64: 64 MiB at D = 512."""
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class Assignment:
     """Where rows lie among the cells."""
 
     home: Ints
@@ -74,20 +81,24 @@ class Cells:
     centroids: Floats
     """[K, D] unit rows."""
 
-    def place(self, z: npt.NDArray[np.floating], threshold: float, device: torch.device) -> Places:
+    def assign(self, z: npt.NDArray[np.floating] | Tensor, threshold: float, device: torch.device) -> Assignment:
         """Home, and borders for pairs of cosine at least `threshold`, of rows z [n, D] of norm 1 or nearly so."""
         centroids = torch.from_numpy(self.centroids).to(device)
         mean = torch.from_numpy(self.mean).to(device)
         if len(centroids) == 1 or not len(z):
             alone = np.zeros(len(z), np.int64)
-            return Places(home=alone, border=np.full((len(z), BORDERS), -1), beyond=np.zeros(len(z), bool))
+            return Assignment(home=alone, border=np.full((len(z), BORDERS), -1), beyond=np.zeros(len(z), bool))
         # 1 / distance between centroids; a centroid is no neighbour of itself or of a copy of itself.
         nearness = (2 - 2 * centroids @ centroids.T).clamp_min(1e-6).rsqrt()
         reach = (2 - 2 * threshold) ** 0.5 / 2 + ROUNDING
         width = min(BORDERS + 2, len(centroids))
-        parts: list[tuple[torch.Tensor, ...]] = []
-        for start in range(0, len(z), TILE):
-            rows = torch.from_numpy(unit_rows(z[start : start + TILE])).to(device)
+        parts: list[tuple[Tensor, ...]] = []
+        step = TILE
+        if device.type == "cuda":  # a few launches for many rows
+            free = min(PLACED_BYTES, torch.cuda.mem_get_info(device)[0] // 8)
+            step = max(TILE, free // (4 * len(centroids)))
+        for start in range(0, len(z), step):
+            rows = normalized(torch.as_tensor(z[start : start + step]).to(device))
             inner = (rows - mean) @ centroids.T  # [n, K]
             best, home = inner.max(dim=1)
             # Distance of the rows from the plane between both centroids. That of the home itself is 0: it comes first.
@@ -100,7 +111,7 @@ class Cells:
             border = torch.nn.functional.pad(border[:, :BORDERS], (0, BORDERS - min(BORDERS, width - 1)), value=-1)
             parts.append((home, border, beyond))
         home, border, beyond = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        return Places(home=home.numpy(), border=border.numpy(), beyond=beyond.numpy())
+        return Assignment(home=home.numpy(), border=border.numpy(), beyond=beyond.numpy())
 
     def to_array(self) -> Floats:
         """[K + 1, D]: the mean, then the centroids."""
@@ -114,9 +125,18 @@ class Cells:
 
 def unit_rows(z: npt.NDArray[np.floating]) -> Floats:
     """Z [n, D] in float32 with norm 1: stored in float16, rows are off by up to 1e-3."""
-    wide = z.astype(np.float32)
-    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
-    return wide
+    return np.asarray(normalized(torch.from_numpy(z)).numpy())
+
+
+def normalized(z: Tensor) -> Tensor:
+    """As `unit_rows`, on any device, and on all of them to the last bit.
+
+    Squares of float16 numbers up to 4 and their sum, if it is below 16, are exact in float64, in any order.
+    """
+    norms = [
+        torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float64) for part in torch.split(z, NORMED)
+    ]
+    return z.to(torch.float32, copy=True).div_(torch.cat(norms).float())
 
 
 def cell_count(rows: int) -> int:
@@ -200,21 +220,22 @@ class Threshold:
 
 
 def near_pairs(
-    zimg: torch.Tensor,
-    ztxt: torch.Tensor | None,
+    zimg: Tensor,
+    ztxt: Tensor | None,
     threshold: Threshold,
     *,
     inner: int,
-    fresh: torch.Tensor,
-    images_alone: torch.Tensor,
+    fresh: Tensor,
+    images_alone: Tensor,
 ) -> Iterator[tuple[Ints, Ints, Floats]]:
     """Pairs (i, j), i < j, i < inner, that are near-duplicates: compared in tiles, verified one by one.
 
     A plain tiled product is what finds them: FAISS's flat search, which computes both halves of the symmetric product,
-    takes nearly twice as long on a CPU, see `python -m benchmarks.dedup.speed`.
+    takes nearly twice as long on a CPU, see `python -m benchmarks.dedup.speed`. Whatever finds them, what is yielded is
+    the same, in another order: all that might be near is verified.
 
     Args:
-        zimg: [n, D] unit rows on the device that compares them.
+        zimg: [n, D] unit rows, float32, on the device that compares them.
         ztxt: likewise, of the captions; None if `threshold` has none.
         threshold: of a pair.
         inner: rows that are compared with all later ones; the others are compared with these alone.
@@ -224,29 +245,72 @@ def near_pairs(
     Yields:
         i [m], j [m] and cosine [m] of their images.
     """
-    n = len(zimg)
+    least = threshold.image - rounding(zimg.shape[1])
+    find = _find_fused if zimg.is_cuda and HAS_TRITON else _find_tiled
+    batch = VERIFIED.get(zimg.device.type, VERIFIED["cuda"])
+    for i, j in find(zimg, least, inner, fresh):
+        for a, b in zip(torch.split(i, batch), torch.split(j, batch), strict=True):
+            cosine = _cosine(zimg, a, b)
+            good = cosine >= threshold.image
+            if threshold.caption is not None and ztxt is not None:
+                good &= (_cosine(ztxt, a, b) >= threshold.caption) | images_alone[a] | images_alone[b]
+            at = good.nonzero().squeeze(1)
+            if len(at):
+                yield a[at].cpu().numpy(), b[at].cpu().numpy(), cosine[at].cpu().numpy()
+
+
+def rounding(D: int) -> float:
+    """By how much the cosine of two unit rows [D] may exceed what is found of them in half precision.
+
+    Rounded to float16, a unit row is off by 2^-11 and, where its elements are subnormal, 2^-25 each; so the product of
+    two by twice that. Tensor cores sum in float32 and cut off: each of D additions is off by at most 2^-23. The latter
+    is doubled for all that is of second order. TF32, whose numbers have as many bits, and float32 are within it.
+    """
+    return 2.0**-10 + D * 2.0**-22
+
+
+def _find_tiled(z: Tensor, least: float, inner: int, fresh: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs i [m], j [m] whose cosine may be `least` or more, tile by tile."""
+    n = len(z)
     for top in range(0, inner, TILE):
         bottom = min(inner, top + TILE)
         for left in range(top, n, TILE):
             right = min(n, left + TILE)
             if not (fresh[top:bottom].any() or fresh[left:right].any()):
                 continue
-            near = zimg[top:bottom] @ zimg[left:right].T >= threshold.image - MARGIN
+            near = z[top:bottom] @ z[left:right].T >= least
             if left == top:
                 near.triu_(1)
             i, j = near.nonzero(as_tuple=True)
             i, j = i + top, j + left
             wanted = fresh[i] | fresh[j]
-            i, j = i[wanted], j[wanted]
-            for a, b in zip(torch.split(i, VERIFIED), torch.split(j, VERIFIED), strict=True):
-                cosine = _cosine(zimg, a, b)
-                good = cosine >= threshold.image
-                if threshold.caption is not None and ztxt is not None:
-                    good &= (_cosine(ztxt, a, b) >= threshold.caption) | images_alone[a] | images_alone[b]
-                if good.any():
-                    yield a[good].cpu().numpy(), b[good].cpu().numpy(), cosine[good].cpu().numpy()
+            yield i[wanted], j[wanted]
 
 
-def _cosine(z: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+def _find_fused(z: Tensor, least: float, inner: int, fresh: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `_find_tiled`, by one kernel for all tiles, and one wait for how much it found.
+
+    If that is more than there is room for, each half of the longer side is searched by itself.
+    """
+    from curate.kernels import near_tiles  # noqa: PLC0415
+
+    halves = z.half()
+    todo = [(0, inner, 0, len(z))] if inner else []
+    while todo:
+        top, bottom, left, right = todo.pop()
+        found, count = near_tiles(halves, least, top, bottom, left, right, fresh=fresh, capacity=FOUND)
+        m = int(count)
+        if m <= FOUND:
+            pairs = found[:m].sort().values  # the kernel's order is another each time
+            yield pairs >> 32, pairs & 0xFFFFFFFF
+        elif bottom - top >= right - left:
+            middle = (top + bottom) // 2
+            todo += [(middle, bottom, left, right), (top, middle, left, right)]
+        else:
+            middle = (left + right) // 2
+            todo += [(top, bottom, middle, right), (top, bottom, left, middle)]
+
+
+def _cosine(z: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Of pairs of rows, to float32: summed in float64, or the tile that a pair lies in would decide its last bits."""
     return (z[i].double() * z[j].double()).sum(dim=1).float()

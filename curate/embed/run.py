@@ -90,7 +90,8 @@ class Embedder:
             reading = reading_for(self._encoders, shared=True)
             return Processes(reading, processes=processes, ahead=AHEAD, pin=pin, preload=preload)
         ahead = max(1, self._settings.chunk_rows // self._piece_rows)
-        return Threads(reading_for(self._encoders), threads=threads, ahead=ahead, decode=decode)
+        # Where shared memory has no room for processes' pieces, threads decode on their cores.
+        return Threads(reading_for(self._encoders), threads=max(threads, loaders), ahead=ahead, decode=decode)
 
     def embed(
         self, shard: Shard, names: Mapping[str, str], store: Store, *, rows: Rows | None = None

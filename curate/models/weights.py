@@ -61,14 +61,14 @@ def bare_weights(path: Path, model: torch.nn.Module, scratch: Path, *, weights_o
 
 def _only_weights(found: Any, path: Path) -> Mapping[str, Tensor]:
     """The one state dict of a checkpoint."""
-    places = list(_state_dicts(found))
-    if len(places) == 1:
-        return places[0]
+    candidates = list(_state_dicts(found))
+    if len(candidates) == 1:
+        return candidates[0]
     holds = _listed(list(found)) if isinstance(found, Mapping) else f"a {type(found).__name__}"
     raise UserError(
         f"{path}: expected the weights at the top or below one of {', '.join(BELOW)}, found "
-        f"{'several of these in' if places else 'none in'} {holds}; weights must fit the model and be complete: save "
-        "the model's state_dict() alone, as .safetensors"
+        f"{'several of these in' if candidates else 'none in'} {holds}; weights must fit the model and be complete: "
+        "save the model's state_dict() alone, as .safetensors"
     )
 
 

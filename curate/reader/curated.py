@@ -5,6 +5,7 @@ another's. On N ranks each rank reads its own slice. The whole state is one inte
 row of round 0, of the next batch; so training may go on with another number of ranks and reads the same order.
 """
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,8 +24,10 @@ from curate.models.crop import Preprocess, decode_for, pixels_of
 from curate.parquet import open_table
 from curate.pool.images import clean_caption
 from curate.pool.shards import ADDED_COLUMN, caption_bytes, image_bytes
+from curate.reader.pieces import Joined, one_ahead, piece_bounds
 from curate.rounds.manifest import CuratedFile, Manifest, is_expired, manifest_name, read_manifest, round_folder
 from curate.rounds.stream import await_round
+from curate.rounds.write import row_group_rows
 from curate.storage import Store
 
 
@@ -53,8 +56,8 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where one batch lies: all that a worker process needs to read it."""
+class _Range:
+    """Where one piece of a batch lies: all that a worker process needs to read it."""
 
     number: int
     round: int
@@ -63,6 +66,8 @@ class _Place:
     file: str
     first_row: int
     rows: int
+    left: int
+    """Rows of the batch that come after these."""
     image: str
     caption: str
 
@@ -76,10 +81,12 @@ class CuratedReader:
         world_size: number of ranks; must divide b.
         preprocess: open_clip's transform of a picture, or a `Crop`; pictures are returned as they are if None.
         tokenize: open_clip's tokenizer; captions are returned as they are if None.
-        workers: processes that read, decode and tokenise ahead; batches come in order all the same.
+        workers: processes that read, decode and tokenise ahead, a few hundred rows at a time; with any, one batch is
+            put together while the last is used. Batches come in order all the same.
         batch_size: global batch size that the trainer is about to use; refused unless it is b.
         follow: wait for the next round where the committed ones end, until somebody ends the stream.
         timeout_s: with `follow`, how long to wait for a round; for ever if None.
+        pin_memory: hold tensors in pinned memory, from which a GPU copies without blocking.
         verify: also hash each file, whole, when it is first opened. Without it the size of a file is compared, and each
             page that is read with its checksum.
 
@@ -100,6 +107,7 @@ class CuratedReader:
         batch_size: int | None = None,
         follow: bool = False,
         timeout_s: float | None = None,
+        pin_memory: bool = False,
         verify: bool = False,
     ) -> None:
         if not 0 <= rank < world_size:
@@ -110,11 +118,12 @@ class CuratedReader:
         self.batch_size = batch_size
         self.follow = follow
         self.timeout_s = timeout_s
+        self.pin_memory = pin_memory
         self.verify = verify
         self.workers = workers
         self._next = 0
         self._passed: list[tuple[str, int]] = []  # sha256 and stop_batch of the rounds that lie behind
-        self._batches = _Batches(self.store, preprocess, tokenize)
+        self._pieces = _Pieces(self.store, preprocess, tokenize)
 
     def state_dict(self) -> dict[str, int]:
         """`{"next_batch": n}`: what has been handed out, whatever the workers have read ahead."""
@@ -132,14 +141,15 @@ class CuratedReader:
         self._next = number
 
     def __iter__(self) -> Generator[Batch]:
-        places = _Places()
-        loader: DataLoader[Batch | CurateError] = DataLoader(
-            self._batches,
+        ranges = _Ranges()
+        loader: DataLoader[_Piece | CurateError] = DataLoader(
+            self._pieces,
             batch_size=None,
-            sampler=places,
+            sampler=ranges,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
+        pieces: Iterator[_Piece | CurateError] | None = None
         # A round once read is not read again, but for those that an earlier state goes back to.
         while self._passed and self._passed[-1][1] > self._next:
             self._passed.pop()
@@ -150,21 +160,57 @@ class CuratedReader:
                 if self._next < manifest.stop_batch:
                     self._check_sizes(manifest)
                     self._check_files(manifest)
-                    places.places = self._of_round(manifest)[self._next - manifest.first_batch :]
-                    for batch in loader:
-                        if isinstance(batch, CurateError):
-                            raise copy.copy(batch)  # anew: one that this frame holds would keep it alive
-                        self._next = batch.number + 1
-                        yield batch
+                    ranges.ranges = self._of_round(manifest)[self._next - manifest.first_batch :]
+                    pieces = iter(loader)  # here: only the main thread is told when a worker dies
+                    with contextlib.closing(self._ahead(pieces)) as batches:
+                        for batch in batches:
+                            self._next = batch.number + 1
+                            yield batch
                 self._passed.append((digest, manifest.stop_batch))
         finally:
-            del loader  # its workers end now; the garbage collector would wait 5 s for each of them
+            # Its workers end now; the garbage collector would wait 5 s for each of them.
+            del loader, pieces
         stop = self._passed[-1][1] if self._passed else 0
         if self._next > stop:
             raise UserError(
                 f"{self.store.url}: the state says that batch {self._next} is next, but the committed rounds hold only "
                 f"{stop}; the state belongs to another root"
             )
+
+    def _ahead(self, pieces: Iterator["_Piece | CurateError"]) -> Generator[Batch]:
+        """The batches of one round. Without workers each is read when it is asked for, by whoever asks."""
+        if self.workers:
+            return one_ahead(lambda check: self._joined(pieces, check))
+        return self._joined(pieces, lambda: None)
+
+    def _joined(self, pieces: Iterator["_Piece | CurateError"], check: Callable[[], None]) -> Generator[Batch]:
+        """Batches from their pieces."""
+        uids: list[str] = []
+        images = texts = None
+        for piece in pieces:
+            check()
+            if isinstance(piece, CurateError):
+                raise copy.copy(piece)  # anew: one that this frame holds would keep it alive
+            if images is None or texts is None:
+                images, texts = (Joined(len(piece.uids) + piece.left, pin_memory=self.pin_memory) for _ in range(2))
+            uids += piece.uids
+            images.add(piece.images)
+            texts.add(piece.texts)
+            if piece.left:
+                continue
+            batch = Batch(
+                number=piece.number,
+                round=piece.round,
+                sub_batch=piece.sub_batch,
+                last=piece.last,
+                uids=uids,
+                images=images.whole,
+                texts=texts.whole,
+            )
+            uids, images, texts = [], None, None
+            del piece
+            yield batch
+            del batch  # one that is used no more need not be held while the next is put together
 
     def _read_round(self, number: int) -> tuple[Manifest, str] | None:
         """The manifest of a round, with `follow` once it is there; None where the stream ends."""
@@ -215,42 +261,60 @@ class CuratedReader:
             if found != file.sha256:
                 raise UserError(f"{name}: expected sha256 {file.sha256[:12]}, found {found[:12]}; restore the file")
 
-    def _of_round(self, manifest: Manifest) -> list[_Place]:
-        """This rank's slice of each sub-batch of a round."""
+    def _of_round(self, manifest: Manifest) -> list[_Range]:
+        """The pieces of this rank's slice of each sub-batch of a round."""
         b = manifest.sub_batch_size
         share = b // self.world_size
+        pieces = piece_bounds(self.rank * share, (self.rank + 1) * share, row_group_rows(b))
         return [
-            _Place(
+            _Range(
                 number=manifest.first_batch + sub_batch,
                 round=manifest.round,
                 sub_batch=sub_batch,
                 last=sub_batch + 1 == manifest.sub_batches,
                 file=f"{round_folder(manifest.round)}/{file.name}",
-                first_row=(sub_batch - file.first_sub_batch) * b + self.rank * share,
-                rows=share,
+                first_row=(sub_batch - file.first_sub_batch) * b + start,
+                rows=stop - start,
+                left=(self.rank + 1) * share - stop,
                 image=str(manifest.columns["image"]),
                 caption=str(manifest.columns["caption"]),
             )
             for file in sorted(manifest.files, key=lambda file: file.first_sub_batch)
             for sub_batch in range(file.first_sub_batch, file.first_sub_batch + file.sub_batches)
+            for start, stop in pieces
         ]
 
 
-class _Places(Sampler[_Place]):
-    """The places of one round. The loader keeps its workers from round to round and asks here what to read."""
+class _Ranges(Sampler[_Range]):
+    """The pieces of one round. The loader keeps its workers from round to round and asks here what to read."""
 
     def __init__(self) -> None:
-        self.places: Sequence[_Place] = ()
+        self.ranges: Sequence[_Range] = ()
 
-    def __iter__(self) -> Iterator[_Place]:
-        return iter(self.places)
+    def __iter__(self) -> Iterator[_Range]:
+        return iter(self.ranges)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.ranges)
 
 
-class _Batches(Dataset[Batch | CurateError]):
-    """From a place to the batch that lies there: the work of a worker process.
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Consecutive rows of a batch, as a worker hands them over."""
+
+    number: int
+    round: int
+    sub_batch: int
+    last: bool
+    left: int
+    """Rows of the batch that come after these."""
+    uids: list[str]
+    images: Tensor | list[PIL.Image.Image]
+    texts: Tensor | list[str]
+
+
+class _Pieces(Dataset[_Piece | CurateError]):
+    """From a range to its rows: the work of a worker process.
 
     A mistake is returned, not raised: on its way from a worker a raised one becomes a traceback.
     """
@@ -264,39 +328,42 @@ class _Batches(Dataset[Batch | CurateError]):
         self.store = store
         self.preprocess = preprocess
         self.tokenize = tokenize
+        self._footer: tuple[str, Any] | None = None  # of the file that was read last
 
-    def __getitem__(self, place: _Place) -> Batch | CurateError:
+    def __getitem__(self, some: _Range) -> _Piece | CurateError:
         # Published images were decoded once before, so this cannot fail but for damage on the way; and a damaged
         # file makes pyarrow raise whatever it likes.
         try:
-            rows = _read_rows(self.store, place)
-            encoded = image_bytes(rows.column(place.image)).to_pylist()
+            rows = self._read_rows(some)
+            encoded = image_bytes(rows.column(some.image)).to_pylist()
             images: list[Any] = [decode_for(data, [self.preprocess]) for data in encoded]
-            captions = [clean_caption(raw) for raw in caption_bytes(rows.column(place.caption)).to_pylist()]
+            captions = [clean_caption(raw) for raw in caption_bytes(rows.column(some.caption)).to_pylist()]
             uids = rows.column(ADDED_COLUMN).field("uid").to_pylist()
         except CurateError as error:  # the store refused or failed, or the file is damaged
             return error
         except Exception as error:
             reason = one_line(error)
-            where = f"{place.file}: cannot be read at sub-batch {place.sub_batch}"
+            where = f"{some.file}: cannot be read at sub-batch {some.sub_batch}"
             return UserError(f"{where} ({reason}); restore the file")
-        return Batch(
-            number=place.number,
-            round=place.round,
-            sub_batch=place.sub_batch,
-            last=place.last,
+        return _Piece(
+            number=some.number,
+            round=some.round,
+            sub_batch=some.sub_batch,
+            last=some.last,
+            left=some.left,
             uids=uids,
             images=torch.stack([pixels_of(image, self.preprocess) for image in images]) if self.preprocess else images,
             texts=self.tokenize(captions) if self.tokenize else captions,
         )
 
-
-def _read_rows(store: Store, place: _Place) -> Any:
-    """The rows of a place as one record batch; only the row groups that they lie in are read."""
-    with open_table(store, place.file) as parquet:
-        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-        ends = np.cumsum(sizes)
-        first, last = np.searchsorted(ends, [place.first_row, place.first_row + place.rows - 1], side="right")
-        table = parquet.read_row_groups(range(first, last + 1), columns=[place.image, place.caption, ADDED_COLUMN])
-    start = place.first_row - int(ends[first] - sizes[first])
-    return table.slice(start, place.rows).combine_chunks().to_batches()[0]
+    def _read_rows(self, some: _Range) -> Any:
+        """The rows of a range as one record batch; only the row groups that they lie in are read."""
+        name, footer = self._footer or ("", None)
+        with open_table(self.store, some.file, footer=footer if name == some.file else None) as parquet:
+            self._footer = some.file, parquet.metadata
+            sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+            ends = np.cumsum(sizes)
+            first, last = np.searchsorted(ends, [some.first_row, some.first_row + some.rows - 1], side="right")
+            table = parquet.read_row_groups(range(first, last + 1), columns=[some.image, some.caption, ADDED_COLUMN])
+        start = some.first_row - int(ends[first] - sizes[first])
+        return table.slice(start, some.rows).combine_chunks().to_batches()[0]

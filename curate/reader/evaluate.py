@@ -183,8 +183,8 @@ def evaluate(
             by_text = _embed(model.encode_text, tokenize, texts, batch_size, device)
             weights = normalize(by_text.view(len(classes), len(templates), -1).mean(1), dim=-1)  # [classes, D]
             rows = zip(held_out.pairs, held_out.labels, strict=True)
-            place = {label: number for number, label in enumerate(classes)}
-            own = [(image, place[label]) for (image, _), label in rows if label is not None]
+            number_of = {label: number for number, label in enumerate(classes)}
+            own = [(image, number_of[label]) for (image, _), label in rows if label is not None]
             rivals = count_rivals(zimg, weights, torch.tensor(own, device=device))
             to_class = rivals[sorted({image for image, _ in own})]
             figures["zero_shot_top1"] = recall(to_class, 1)

@@ -1,6 +1,6 @@
 """Uniform batches straight from a pool: what a learner is trained on without curation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ from curate.errors import ShardDamagedError, UserError
 from curate.models.crop import Preprocess, decode_for, pixels_of
 from curate.pool.images import Dropped, clean_caption
 from curate.pool.shards import Pool, caption_bytes, image_bytes, read_batches
+from curate.reader.pieces import PIECE_ROWS, Joined
 from curate.seeds import derive_seed
 
 SHUFFLED_ROWS = 65_536
@@ -26,9 +27,9 @@ class UniformBatch:
     number: int
     """Of the batch, counted from the first of epoch 0."""
     images: Tensor
-    """[b, 3, H, W], or uint8 [b, H, W, 3] of a `Crop`"""
+    """[b/W, 3, H, W], or uint8 [b/W, H, W, 3] of a `Crop`."""
     texts: Tensor
-    """[b, L]"""
+    """[b/W, L]"""
 
 
 def uniform_batches(
@@ -41,7 +42,9 @@ def uniform_batches(
     threads: int = 1,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[UniformBatch]:
+    pin_memory: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Generator[UniformBatch]:
     """Endless batches, epoch after epoch in new orders; rows that cannot be used are passed over.
 
     Args:
@@ -53,6 +56,8 @@ def uniform_batches(
         threads: that decode.
         rank: whose slice of each batch is given; b divides by `world_size`.
         world_size: number of ranks, each of which decodes all, because a row's place depends on those before it.
+        pin_memory: hold tensors in pinned memory, from which a GPU copies without blocking.
+        check: called every few hundred rows; what it raises ends the iteration.
 
     Raises:
         UserError: a whole epoch holds fewer than b usable rows, or b does not divide by `world_size`.
@@ -61,25 +66,30 @@ def uniform_batches(
     if batch_size % world_size:
         raise UserError(f"{batch_size} pairs per batch do not divide over {world_size} ranks; use a divisor")
     share = batch_size // world_size
-    number = 0
+    filled = number = 0
+    images, texts = (Joined(share, pin_memory=pin_memory) for _ in range(2))
     with ThreadPoolExecutor(threads) as executor:
-        pairs: list[tuple[Tensor, str]] = []
         for epoch in range(2**31):
             found = 0
             for rows in _shuffled(pool, np.random.default_rng(derive_seed(seed, "uniform", epoch))):
-                for start in range(0, len(rows), batch_size):
+                for start in range(0, len(rows), PIECE_ROWS):
+                    check()
                     decoded = executor.map(
-                        lambda row: _usable(row[0], row[1], preprocess), rows[start : start + batch_size]
+                        lambda row: _usable(row[0], row[1], preprocess), rows[start : start + PIECE_ROWS]
                     )
                     usable = [pair for pair in decoded if pair is not None]
                     found += len(usable)
-                    pairs += usable
-                    while len(pairs) >= batch_size:
-                        mine, pairs = pairs[rank * share : (rank + 1) * share], pairs[batch_size:]
-                        images = torch.stack([image for image, _ in mine])
-                        texts = tokenize([caption for _, caption in mine])
-                        yield UniformBatch(number=number, images=images, texts=texts)
-                        number += 1
+                    while usable:
+                        taken, usable = usable[: batch_size - filled], usable[batch_size - filled :]
+                        mine = taken[max(0, rank * share - filled) : max(0, (rank + 1) * share - filled)]
+                        filled += len(taken)
+                        if mine:
+                            images.add(torch.stack([image for image, _ in mine]))
+                            texts.add(tokenize([caption for _, caption in mine]))
+                        if filled == batch_size:
+                            yield UniformBatch(number=number, images=images.whole, texts=texts.whole)
+                            images, texts = (Joined(share, pin_memory=pin_memory) for _ in range(2))
+                            filled, number = 0, number + 1
             if found < batch_size:
                 raise UserError(f"pool: {found} of {pool.rows} rows can be used, a batch wants {batch_size}")
 

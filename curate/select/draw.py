@@ -141,8 +141,8 @@ def select_sub_batch(
             "reference_loss": ref_losses[positions].float().numpy(),
             "shard": chosen["shard"],
             "row": chosen["row"],
-            "content_low": chosen["low"],
-            "content_high": chosen["high"],
+            "content_low": chosen["content_low"],
+            "content_high": chosen["content_high"],
         },
         schema=SELECTED_SCHEMA,
     )

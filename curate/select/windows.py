@@ -25,7 +25,7 @@ from curate.storage import Store
 UInt64s = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.void]
 
-ROW = np.dtype([("key", "<u8"), ("low", "<u8"), ("high", "<u8"), ("shard", "<i4"), ("row", "<i8")])
+ROW = np.dtype([("key", "<u8"), ("content_low", "<u8"), ("content_high", "<u8"), ("shard", "<i4"), ("row", "<i8")])
 """One candidate: its key, both halves of its content hash, where it lies in the pool."""
 
 END = 2**64
@@ -162,7 +162,7 @@ def keyed_rows(content: UInt64s, shard: int, rows: npt.NDArray[np.int64], *, see
     """Records of dtype `ROW` for rows of one shard."""
     records = np.empty(len(rows), ROW)
     records["key"] = row_keys(content, seed=seed, epoch=epoch)
-    records["low"], records["high"] = content.T
+    records["content_low"], records["content_high"] = content.T
     records["shard"] = shard
     records["row"] = rows
     return records
@@ -170,7 +170,7 @@ def keyed_rows(content: UInt64s, shard: int, rows: npt.NDArray[np.int64], *, see
 
 def key_order(rows: Rows) -> npt.NDArray[np.int64]:
     """The order [n] that sorts rows by key, then content, then shard and row."""
-    return np.lexsort([rows[name] for name in ("row", "shard", "high", "low", "key")])
+    return np.lexsort([rows[name] for name in ("row", "shard", "content_high", "content_low", "key")])
 
 
 def super_batch_of(keys: UInt64s, boundaries: Sequence[int]) -> npt.NDArray[np.int64]:
