@@ -137,9 +137,9 @@ def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
     yield from (
         f"{role}: {section.source}, {_precision(section, recipe.resources)}" for role, section in encoders.items()
     )
-    if found.memory is not None:
-        yield f"train: one rank holds about {found.memory}"
+    memory = [] if found.memory is None else [f"train: one rank holds about {found.memory}"]
     if _of_trainer_alone(recipe):
+        yield from memory
         yield f"train: {recipe.train.steps:,} uniform batches of {selection.sub_batch_size:,}"
         return
     size = selection.super_batch_size
@@ -155,6 +155,7 @@ def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
         f"cost: {pool.rows + seen:,} forward passes of the reference at most, once, and {learner:,} of the learner in "
         "each round; embeddings that exist are not made again"
     )
+    yield from memory
 
 
 def _windows(recipe: Recipe, pool: Pool, super_batches: int) -> Iterator[str]:

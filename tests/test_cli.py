@@ -253,7 +253,7 @@ def test_check_says_what_dedup_would_do(curate: Curate, recipe: Path) -> None:
     sets = f'dedup.evaluation=[{{path = "{recipe.parent / "pool"}"}}]'
     lines = curate("check", recipe, "--set", "dedup.threshold=0.9", "--set", sets).stdout.splitlines()
     assert lines[3] == "dedup: components of cosine 0.9 and above; 100 evaluation rows are kept out"
-    assert lines[-1].startswith("cost: 200 forward passes of the reference at most, once, and 96 of the learner in")
+    assert lines[-2].startswith("cost: 200 forward passes of the reference at most, once, and 96 of the learner in")
     (line,) = mistakes(curate("check", recipe, "--set", "dedup.evaluation=[{path = 'nowhere'}]"))
     assert "nowhere: expected a file" in line
 
