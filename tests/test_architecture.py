@@ -22,7 +22,7 @@ ROOMS = {
     "pool": ["images", "column_types", "hive", "shards", "inventory", "img2dataset", "reshard"],
     "models": ["spec", "hub", "weights", "create", "crop", "causal", "encoder", "learners", "publish"],
     # the steps of a round, each after the files that it exchanges with others
-    "embed": ["decode", "files", "pieces", "loader", "shard", "run"],
+    "embed": ["decode", "files", "room", "pieces", "loader", "shard", "run"],
     "dedup": ["files", "grouping", "forests", "neighbours"],
     "select": ["topics", "windows", "index", "files", "draw"],
     "rounds": ["manifest", "write", "quality", "plan", "stream", "explain", "trace", "gc"],

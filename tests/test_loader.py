@@ -86,8 +86,8 @@ def test_processes_and_threads_write_the_same_bytes(store: Store, pool: Pool, en
 def test_rows_that_kill_or_hang_a_process_cost_themselves(store: Store, pool: Pool, encoder: Encoder) -> None:
     pool = with_sizes(pool, {(0, 30): (99, 32), (2, 79): (98, 32)})
     encoder.crop = Hostile()  # type: ignore[assignment]
-    reading = reading_for({"x": encoder}, shared=True)
-    loader = Processes(reading, processes=2, deadline_s=3)
+    reading = reading_for({"x": encoder})
+    loader = Processes(reading, processes=2, piece_bytes=9 * 3 * 32 * 32, deadline_s=3)
     settings = EmbedSection(batch_size=9, chunk_rows=20)
     embedder = Embedder({"x": encoder}, settings, loader=loader)
     sound = [pq.read_table(shard.path)["broken"].to_pylist() for shard in pool.shards]
@@ -112,7 +112,7 @@ def test_what_ends_the_processes_whatever_they_decode_is_told(
     monkeypatch.setattr(curate.embed.loader, "TRIES", 0)
     encoder.crop = Hostile()  # type: ignore[assignment]
     pool = with_sizes(pool, {(0, 3): (99, 32)})
-    loader = Processes(reading_for({"x": encoder}, shared=True), processes=1)
+    loader = Processes(reading_for({"x": encoder}), processes=1, piece_bytes=80 * 3 * 32 * 32)
     embedder = Embedder({"x": encoder}, EmbedSection(batch_size=80), loader=loader)
     with pytest.raises(ClusterError, match=r"embed: decoding processes ended 0 times .* lower resources\.loaders"):
         embedder.embed(pool.shards[0], {"x": "x/0"}, store)

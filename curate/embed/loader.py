@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from curate.embed.decode import Apart, Watched
 from curate.embed.pieces import Decode, Failed, Piece, Raw, Reading, Slice
+from curate.embed.room import Room, Rooms
 from curate.errors import ClusterError, CurateError
 
 T = TypeVar("T")
@@ -99,11 +100,11 @@ def _read_ahead(reading: Reading, slices: Any, found: "queue.Queue[Raw | Failed]
             _put(found, Failed(job=some.job, error=error), ended)
 
 
-def _decoded(reading: Reading, raw: Raw | Failed, decode: Decode) -> Piece | Failed:
+def _decoded(reading: Reading, raw: Raw | Failed, decode: Decode, room: Room | None = None) -> Piece | Failed:
     if isinstance(raw, Failed):
         return raw
     try:
-        return reading.piece(raw, decode)
+        return reading.piece(raw, decode, room)
     except Exception as error:  # likewise
         return Failed(job=raw.slice.job, error=error)
 
@@ -158,6 +159,7 @@ class Processes:
     Args:
         reading: how.
         processes: that read, decode and tokenise.
+        piece_bytes: of the pixels of a piece, at most.
         ahead: finished pieces of each process that may wait.
         pin: whether the pieces' tensors are moved to pinned memory, for a GPU.
         preload: as `start_server`.
@@ -169,6 +171,7 @@ class Processes:
         reading: Reading,
         *,
         processes: int,
+        piece_bytes: int,
         ahead: int = 2,
         pin: bool = False,
         preload: Sequence[str] = (),
@@ -176,6 +179,7 @@ class Processes:
     ) -> None:
         self._reading = reading
         self._how: dict[str, Any] = {"num_workers": processes, "prefetch_factor": ahead, "pin_memory": pin}
+        self._piece_bytes = piece_bytes
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._closed = False
@@ -205,7 +209,7 @@ class Processes:
             try:
                 found = next(self._found)
             except StopIteration:
-                return None
+                break
             except (RuntimeError, OSError, EOFError) as error:  # a worker died, or what it had sent died with it
                 if not self._closed:
                     self._recover(error)
@@ -213,6 +217,7 @@ class Processes:
             self._fruitless = 0
             self._note(found)
             return found
+        self._rooms.close()
         return None
 
     def close(self) -> None:
@@ -223,7 +228,10 @@ class Processes:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         self._slices = context.Queue()
-        self._stream = _Stream(self._reading, self._slices, int(self._how["num_workers"]), self._deadline_s)
+        processes = int(self._how["num_workers"])
+        # More than may wait, for the piece that is being made and for that which is being used.
+        self._rooms = Rooms(processes, int(self._how["prefetch_factor"]) + 2, self._piece_bytes)
+        self._stream = _Stream(self._reading, self._slices, self._rooms, processes, self._deadline_s)
         self._found: Iterator[Piece | Failed] = iter(
             DataLoader(
                 self._stream,
@@ -259,6 +267,7 @@ class Processes:
         suspects = self._stream.at_work()
         self._stream.end()
         del self._found  # which waits for those that are alive, and ends them
+        self._rooms.close()
         apart = Apart(self._reading.crops, deadline_s=self._deadline_s, method="forkserver")
         for job, number in suspects:
             for some in self._asked.get(job, []):
@@ -295,9 +304,10 @@ def _same(item: T) -> T:
 class _Stream(IterableDataset[Piece | Failed]):
     """What a worker process iterates over: it takes slices from the queue of all of them until it is told to end."""
 
-    def __init__(self, reading: Reading, slices: Any, processes: int, deadline_s: float) -> None:
+    def __init__(self, reading: Reading, slices: Any, rooms: Rooms, processes: int, deadline_s: float) -> None:
         self._reading = reading
         self._slices = slices
+        self._rooms = rooms
         self._deadline_s = deadline_s
         # Read by others while they are written, each by one: a word of memory needs no lock.
         self._marks: Tensor = torch.full((processes, 2), -1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
@@ -325,8 +335,12 @@ class _Stream(IterableDataset[Piece | Failed]):
         reader.start()
         decode = Watched(self._reading.crops, deadline_s=self._deadline_s)
         while (raw := _take(raws, ended)) is not None:
-            if isinstance(raw, Raw):
+            if isinstance(raw, Failed):
+                yield raw
+            elif (room := self._rooms.take(info.id, ended)) is not None:
                 mark[1], mark[0] = raw.number, raw.slice.job
-            found = _decoded(self._reading, raw, decode)
-            mark[0] = -1
-            yield found
+                found = _decoded(self._reading, raw, decode, room)
+                mark[0] = -1
+                if isinstance(found, Failed):
+                    self._rooms.give_back(room)
+                yield found

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from curate.embed.decode import Crop, Decoded, Row
 from curate.embed.files import CONTENT_BYTES, pair_hashes, uid_texts
+from curate.embed.room import Room, Rooms, offsets_of
 from curate.pool.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
 from curate.pool.shards import Columns, Shard, caption_bytes, image_bytes, read_some
 
@@ -77,28 +78,42 @@ class Piece:
     """int64 [u, L] by `Encoder.wording`: each caption once."""
     of: Tensor
     """int64 [n], which of the texts each row has."""
+    room: Room | None = None
+    """Where the pixels lie, if it is shared; to be given back."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """On its way to another process: of tensors only the pixels, for each takes a connection of its own."""
+        """On its way to another process: no tensors, each of which takes a connection; pixels stay in their room."""
         texts = {wording: texts.numpy() for wording, texts in self.texts.items()}
-        return self.__dict__ | {"rows": self.rows.numpy(), "texts": texts, "of": self.of.numpy()}
+        pixels = self.pixels if self.room is None else offsets_of(self.pixels)
+        return self.__dict__ | {"rows": self.rows.numpy(), "texts": texts, "of": self.of.numpy(), "pixels": pixels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         texts = {wording: torch.from_numpy(texts) for wording, texts in state["texts"].items()}
         self.__dict__.update(state, rows=torch.from_numpy(state["rows"]), texts=texts, of=torch.from_numpy(state["of"]))
+        if self.room is not None:
+            rooms = Rooms.ours[self.room.key]
+            self.__dict__["pixels"] = {view: rooms.at(*where) for view, where in state["pixels"].items()}
 
     def table(self) -> pa.Table:
         """The rows; a view of `rows`."""
         return pa.ipc.open_stream(pa.py_buffer(self.rows.numpy())).read_all()
 
     def pin_memory(self) -> "Piece":
-        """What `DataLoader(pin_memory=True)` calls."""
-        return replace(
+        """What `DataLoader(pin_memory=True)` calls; gives the room back."""
+        pinned = replace(
             self,
+            room=None,
             pixels={view: pixels.pin_memory() for view, pixels in self.pixels.items()},
             texts={wording: texts.pin_memory() for wording, texts in self.texts.items()},
             of=self.of.pin_memory(),
         )
+        self.let_go()
+        return pinned
+
+    def let_go(self) -> None:
+        """Give the room back: the pixels are no longer needed."""
+        if self.room is not None:
+            self.room.give_back()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +180,6 @@ class Reading:
     wordings: Mapping[str, str]
     """By encoder; which of the tokenizers it reads by."""
     tokenizers: Mapping[str, Tokenize]
-    shared: bool = False
-    """Whether pixels are written to memory that other processes see."""
     _one: threading.Lock = field(default_factory=threading.Lock, repr=False)
     """The tokenizers of transformers fail if two threads ask them at a time."""
 
@@ -201,15 +214,15 @@ class Reading:
             if not left:
                 return  # what follows in the row group is another slice's
 
-    def piece(self, raw: Raw, decode: Decode) -> Piece:
-        """Hash, decode, crop and tokenise the rows of a piece."""
+    def piece(self, raw: Raw, decode: Decode, room: Room | None = None) -> Piece:
+        """Hash, decode, crop and tokenise the rows of a piece; the pixels are put into `room`, if there is one."""
         some, batch, columns = raw.slice, raw.batch, raw.slice.shard.columns
         images = image_bytes(batch.column(columns.image)).to_pylist()
         captions = caption_bytes(batch.column(columns.caption)).to_pylist()
         hashes = [pair_hashes(image, caption) for image, caption in zip(images, captions, strict=True)]
         failures = download_errors(batch, images)
         views = list(dict.fromkeys(self.views[encoder] for encoder in some.encoders))
-        pixels = _Pixels(len(images), shared=self.shared)
+        pixels = _Pixels(len(images), room)
         decoded = [Decoded(status=DOWNLOAD_FAILED, error=failure) for failure in failures]
         there = [place for place, failure in enumerate(failures) if failure is None]
         for start in range(0, len(there), RUN):
@@ -232,15 +245,16 @@ class Reading:
             pixels=pixels.found(),
             texts=texts,
             of=torch.tensor(of, dtype=torch.int64),
+            room=room,
         )
 
 
 class _Pixels:
     """Crops, written side by side as they come, while they are in a core's cache."""
 
-    def __init__(self, most: int, *, shared: bool) -> None:
+    def __init__(self, most: int, room: Room | None) -> None:
         self._most = most
-        self._shared = shared
+        self._left = None if room is None else room.memory
         self._count = 0
         self._held: dict[str, tuple[Tensor, npt.NDArray[np.uint8]]] = {}
 
@@ -248,22 +262,21 @@ class _Pixels:
         """A row's crops, by view; nothing if there are none."""
         for view, crop in crops.items():
             if view not in self._held:
-                held = _empty((self._most, *crop.shape), shared=self._shared)
+                held = self._place(self._most, *crop.shape)
                 self._held[view] = held, held.numpy()
             self._held[view][1][self._count] = crop
         self._count += bool(crops)
 
+    def _place(self, *shape: int) -> Tensor:
+        if self._left is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        size = int(np.prod(shape))
+        here, self._left = self._left[:size], self._left[size:]
+        return here.view(shape)
+
     def found(self) -> dict[str, Tensor]:
         """Rows [n, H, W, 3] by view."""
         return {view: held[: self._count] for view, (held, _) in self._held.items()}
-
-
-def _empty(shape: tuple[int, ...], *, shared: bool) -> Tensor:
-    if not shared:
-        return torch.empty(shape, dtype=torch.uint8)
-    # As `default_collate` does in a worker: what is made elsewhere would be copied once more on its way.
-    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)), device="cpu")  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _uids(batch: pa.RecordBatch, columns: Columns, hashes: Sequence[tuple[bytes, bytes]]) -> list[str | None]:

@@ -10,7 +10,6 @@ next one's, so that nothing stands still between shards.
 """
 
 import itertools
-import queue
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,14 +32,13 @@ AHEAD = 2
 """Finished pieces of each decoding process that wait."""
 
 
-def reading_for(encoders: "Mapping[str, Encoder]", *, shared: bool = False) -> Reading:
+def reading_for(encoders: "Mapping[str, Encoder]") -> Reading:
     """How rows are read for some encoders: one crop for all that see the same pixels, and so with words."""
     return Reading(
         views={name: encoder.view for name, encoder in encoders.items()},
         crops={encoder.view: encoder.crop for encoder in encoders.values()},
         wordings={name: encoder.wording for name, encoder in encoders.items()},
         tokenizers={encoder.wording: encoder.tokenize for encoder in encoders.values()},
-        shared=shared,
     )
 
 
@@ -76,8 +74,6 @@ class Embedder:
         self._broken: BaseException | None = None
         self._lock = threading.Lock()
         self._loader = loader or self._make_loader(threads, loaders, decode, preload)
-        self._spent: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
-        threading.Thread(target=self._let_go, daemon=True, name="embed_let_go").start()
         self._thread = threading.Thread(target=self._run, daemon=True, name="embed_run")
         self._thread.start()
 
@@ -87,8 +83,14 @@ class Embedder:
         piece_bytes = self._piece_rows * sum(3 * height * width for height, width in flat)
         if processes := processes_that_fit(loaders, piece_bytes, ahead=AHEAD):
             pin = any(encoder.device.type == "cuda" for encoder in self._encoders.values())
-            reading = reading_for(self._encoders, shared=True)
-            return Processes(reading, processes=processes, ahead=AHEAD, pin=pin, preload=preload)
+            return Processes(
+                reading_for(self._encoders),
+                processes=processes,
+                piece_bytes=piece_bytes,
+                ahead=AHEAD,
+                pin=pin,
+                preload=preload,
+            )
         ahead = max(1, self._settings.chunk_rows // self._piece_rows)
         # Where shared memory has no room for processes' pieces, threads decode on their cores.
         return Threads(reading_for(self._encoders), threads=max(threads, loaders), ahead=ahead, decode=decode)
@@ -159,26 +161,18 @@ class Embedder:
             while (found := self._loader.next()) is not None:
                 with self._lock:
                     job = self._jobs.get(found.job)
-                if job is None:
-                    continue  # it failed
                 if isinstance(found, Failed):
-                    job.done.put(found.error)
-                else:
+                    if job is not None:
+                        job.done.put(found.error)
+                    continue
+                if job is not None:  # it may have failed meanwhile
                     self._step(job, found)
-                    self._spent.put(found)
-                found = None
+                found.let_go()
         except BaseException as error:
             with self._lock:
                 self._broken = error
                 for job in self._jobs.values():
                     job.done.put(error)
-        finally:
-            self._spent.put(None)
-
-    def _let_go(self) -> None:
-        """Drop pieces: to give back 38 MB that a loader process shared takes 5 ms, most of what else a batch takes."""
-        while self._spent.get() is not None:
-            pass
 
     @torch.inference_mode()
     def _step(self, job: Job, piece: Piece) -> None:
@@ -186,7 +180,7 @@ class Embedder:
         for name in job.names if piece.ok else ():
             encoder = self._encoders[name]
             z[name] = encoder.encode(piece.pixels[encoder.view], piece.texts[encoder.wording], piece.of)
-        job.add(replace(piece, pixels={}, texts={}), z)
+        job.add(replace(piece, pixels={}, texts={}, room=None), z)
 
 
 def embed_shard(
