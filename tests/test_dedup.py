@@ -21,7 +21,7 @@ from rich.console import Console
 from curate.dedup import neighbours
 from curate.dedup.files import Dedup, dedup_folder, read_cells, read_dropped, write_cells
 from curate.dedup.grouping import NODE, decide
-from curate.dedup.neighbours import Places, Threshold
+from curate.dedup.neighbours import Assignment, Threshold
 from curate.embed.files import embedding_name
 from curate.errors import DamagedError, UserError
 from curate.models.spec import EncoderSpec
@@ -509,7 +509,7 @@ def test_a_flood_of_near_copies_is_thinned(monkeypatch: pytest.MonkeyPatch) -> N
     nodes["id"], nodes["score"] = np.arange(n), rng.random(n)
     distinct = np.column_stack([np.arange(n), np.arange(n)]).astype(np.uint64)
     rows = pipeline.Rows(nodes=nodes, content=distinct, picture=distinct, zimg=z, ztxt=z[:, :0])
-    alone = Places(home=np.zeros(n, int), border=np.full((n, 3), -1), beyond=np.zeros(n, bool))
+    alone = Assignment(home=np.zeros(n, int), border=np.full((n, 3), -1), beyond=np.zeros(n, bool))
     columns = Columns(image="i", caption="c", uid=None)
     shard = Shard(index=0, name="a", path="a", size=0, version="", rows=n, columns=columns)
     compared = pipeline.Compared((shard,), (0,), 0, True)

@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from curate.models.encoder import load_model
+from curate.models.spec import EncoderSpec
 from curate.recipe import TrainSection
 from curate.storage import Store
 from jobs.memory import trainer_memory
@@ -16,13 +18,12 @@ from jobs.optimize import take_step
 from tests.helpers import CPU, tiny_encoder
 from tests.test_train_step import trainee_of
 
-torch.set_num_threads(1)
 pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator, Linux's account"),
 ]
 
-FORK = multiprocessing.get_context("fork")  # a process of its own has a peak of its own
+ALONE = multiprocessing.get_context("spawn")  # a fork would fill what its parent has freed, and grow by less
 # Activations must outweigh what varies from process to process: 4 layers of 64, 65 tokens.
 VISION = {"image_size": 64, "layers": 4, "width": 64, "head_width": 32, "patch_size": 8}
 
@@ -40,29 +41,30 @@ def test_what_is_stated_is_what_is_held(tmp_path: Path, b: int, how: dict[str, A
     settings = TrainSection(**how)
     store = Store(str(tmp_path / "root"))
     spec = tiny_encoder(store, tmp_path, vision_cfg=VISION)
-
-    def train() -> tuple[int, int]:
-        """What a process is said to grow by that makes a model and trains it once, and what it does."""
-        # glibc keeps what is freed and fills its gaps badly: up to 1.7 times what tensors hold, as seen. Not here.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**16)  # M_TRIM_THRESHOLD
-        model = load_model(store, spec, CPU)[0]
-        stated = trainer_memory(model, rows=b, batch=b, embed_dim=16, settings=settings, device_type="cpu")
-        small = trainee_of(tmp_path / "small", "sigmoid", micro_batch=2)
-        take_step(small, torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.ones(2, 24, dtype=torch.int64), rate=0.1)
-        before = peak_bytes()
-        trainee = trainee_of(tmp_path / "large", "sigmoid", micro_batch=settings.micro_batch, vision_cfg=VISION)
-        if settings.grad_checkpointing:
-            trainee.model.set_grad_checkpointing()
-        pixels = torch.ones(b, 64, 64, 3, dtype=torch.uint8)
-        take_step(trainee, pixels, torch.ones(b, 24, dtype=torch.int64), rate=0.1)
-        return stated.device + stated.batches, peak_bytes() - before
-
-    receive, send = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=lambda: send.send(train()))
+    receive, send = ALONE.Pipe(duplex=False)
+    process = ALONE.Process(target=train, args=(send, store.url, spec, settings, b, tmp_path))
     process.start()
     process.join(200)
     assert process.exitcode == 0
     stated, held = receive.recv()
     assert stated / 1.5 < held < stated * 1.5, f"stated {stated:,}, held {held:,}"
+
+
+def train(send: Connection, root: str, spec: EncoderSpec, settings: TrainSection, b: int, scratch: Path) -> None:
+    """What a process is said to grow by that makes a model and trains it once, and what it does."""
+    torch.set_num_threads(1)
+    # glibc keeps what is freed and fills its gaps badly: up to 1.7 times what tensors hold, as seen. Not here.
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+    libc.mallopt(-1, 2**16)  # M_TRIM_THRESHOLD
+    model = load_model(Store(root), spec, CPU)[0]
+    stated = trainer_memory(model, rows=b, batch=b, embed_dim=16, settings=settings, device_type="cpu")
+    small = trainee_of(scratch / "small", "sigmoid", micro_batch=2)
+    take_step(small, torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.ones(2, 24, dtype=torch.int64), rate=0.1)
+    before = peak_bytes()
+    trainee = trainee_of(scratch / "large", "sigmoid", micro_batch=settings.micro_batch, vision_cfg=VISION)
+    if settings.grad_checkpointing:
+        trainee.model.set_grad_checkpointing()
+    pixels = torch.ones(b, 64, 64, 3, dtype=torch.uint8)
+    take_step(trainee, pixels, torch.ones(b, 24, dtype=torch.int64), rate=0.1)
+    send.send((stated.device + stated.batches, peak_bytes() - before))
