@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 demo: $(READY)  ## the whole loop on a small drawn pool: three rounds beside a trainer
 	$(BIN)/python -m jobs.demo
 
-test: $(READY)  ## what CI runs: lint, types, tests; a quarter of an hour on 2 cores
+test: $(READY)  ## what CI runs: lint, types, tests; eight minutes on 2 cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
