@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import GFLOPS, Where, matmul_tflops
 from curate.access import filesystem
 from curate.embed.decode import decode_row
 from curate.embed.run import Embedder
@@ -42,8 +43,6 @@ TINY = {
     "vision_cfg": {"image_size": 224, "layers": 1, "width": 64, "head_width": 32, "patch_size": 32},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
 }
-GFLOP = {"ViT-B-32": 14.78, "ViT-B-16": 41.09, "ViT-L-14": 175.33, "ViT-B-16-SigLIP": 46.44}
-"""Of a pair, both towers, two a multiply-add, all of the text's positions: open_clip's docs/model_profile.csv."""
 WARM = 4
 """Batches that are left out at the start, while the loader fills up."""
 
@@ -178,19 +177,6 @@ def on_s3(pool: Pool, latency_ms: float) -> tuple[Pool, Store, subprocess.Popen[
     return take_inventory(PoolSection(path="s3://bench/pool", uid="key")), Store("s3://bench/root"), server
 
 
-def matmul_rate() -> float:
-    """FLOP a second of bf16 matrices of 8192."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    for _ in range(5):
-        a @ a
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    for _ in range(20):
-        a @ a
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - begun)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -245,9 +231,9 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
         "of_bare_per_worker": pool.rows / spent / bare if spent else np.nan,
     }
     if args.device == "cuda":
-        rate = matmul_rate()
-        found["matmul_tflops"] = rate / 1e12
-        found["share_of_matmul"] = found["pairs_per_s"] * GFLOP.get(args.model, np.nan) * 1e9 / rate
+        rate = matmul_tflops(Where(device=torch.device("cuda"), small=False, deadline=np.inf))
+        found["matmul_tflops"] = rate
+        found["share_of_matmul"] = found["pairs_per_s"] * sum(GFLOPS.get(args.model, (np.nan,))) / 1000 / rate
         print(torch.cuda.get_device_name())
     for name, value in found.items():
         print(f"{name:24s} {value:12.3f}")

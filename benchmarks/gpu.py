@@ -31,6 +31,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -423,10 +424,11 @@ def encoder_of(where: Where, model: Any, tokenizer: Any = None, **how: Any) -> A
 
 def batch_of(where: Where, model: Any, n: int, tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """Random pixels and captions of so many tokens (all if None), in pinned memory."""
+    from curate.models.encoder import image_size_of
+
     text = getattr(model, "text", model)
     length, words = model.context_length, getattr(text, "vocab_size", 512)
-    side = model.visual.image_size
-    height, width = side if isinstance(side, tuple) else (side, side)
+    height, width = image_size_of(model)
     drawn = torch.randint(0, 256, (min(n, 1024), height, width, 3), dtype=torch.uint8)
     pixels = drawn.repeat(-(-n // 1024), 1, 1, 1)[:n]  # to draw 32,768 would take longer than to train on them
     texts = torch.zeros(n, length, dtype=torch.int64)
@@ -551,6 +553,7 @@ def run(where: Where) -> Iterator[Row]:
 
 
 def trainee_of(where: Where, name: str, micro_batch: int, *, compiled: bool = False) -> Any:
+    from curate.models.encoder import normalize_pixels, split_transform
     from curate.recipe import TrainSection
     from jobs.optimize import Trainee, make_optimizer
     from jobs.ranks import Ranks
@@ -564,7 +567,7 @@ def trainee_of(where: Where, name: str, micro_batch: int, *, compiled: bool = Fa
         optimizer=make_optimizer(model, TrainSection(steps=10)),
         loss="softmax",
         ranks=ranks,
-        normalize=encoder_of(where, model_of(where, name)).normalize,
+        normalize=partial(normalize_pixels, shift=split_transform(model)[1]),
         micro_batch=micro_batch,
         grad_clip=1.0,
     )

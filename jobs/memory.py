@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from curate.messages import counted
+from curate.models.encoder import image_size_of
 from curate.reader.pieces import PIECE_ROWS
 from curate.recipe import DeviceType, TrainSection
 from jobs.contrastive import TILE_LOGITS, TILES_HELD
@@ -85,8 +86,7 @@ def trainer_memory(
     if settings.grad_checkpointing:
         model.set_grad_checkpointing()
     model.train()
-    image_size = model.visual.image_size
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = image_size_of(model)
     pixels = (min(rows, settings.micro_batch), 3, height, width)
     row_bytes = height * width * 3 + 8 * model.context_length
     return TrainerMemory(

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ class _Training:
                 f"{start.source}, {start.precision}"
             )
         self.model, self.config, self.tokenizer = load_model(self.store, self.progress.start, ranks.device)
-        self.crop, self.shift = split_transform(self.model, exact=recipe.embed.exact_pixels)
+        self.crop, shift = split_transform(self.model, exact=recipe.embed.exact_pixels)
+        self.normalize = partial(normalize_pixels, shift=shift)
         check_trainable(self.model, recipe)
         loss, bias = recipe.selection.loss, getattr(self.model, "logit_bias", None)
         if loss == "softmax" and bias is not None:
@@ -186,7 +188,7 @@ class _Training:
             optimizer=self.optimizer,
             loss=self.recipe.selection.loss,
             ranks=ranks,
-            normalize=lambda pixels: normalize_pixels(pixels, self.shift),
+            normalize=self.normalize,
             micro_batch=settings.micro_batch,
             grad_clip=settings.grad_clip,
             compiled=settings.compile,
@@ -328,7 +330,7 @@ class _Training:
             batch_size=section.batch_size,
             templates=section.templates,
             threads=max(1, self.settings.workers),
-            normalize_images=lambda pixels: normalize_pixels(pixels, self.shift),
+            normalize_images=self.normalize,
         )
         self.log.write(self.progress.step, **found)
         self.say(f"step {self.progress.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))

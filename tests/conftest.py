@@ -7,13 +7,17 @@ import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
 from curate import access
+from curate.storage import Store
 from tests.faults import FaultProxy
+
+if TYPE_CHECKING:
+    from curate.models.encoder import Encoder
 
 RAY = ("acceleration", "cluster", "dedup", "devices", "embed", "faults", "index", "round")
 """Files with tests that share a Ray: where pytest runs in several processes, one of these runs them all."""
@@ -136,6 +140,21 @@ def ray_local() -> Iterator[None]:
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A fresh local root."""
+    return Store(str(tmp_path / "root"))
+
+
+@pytest.fixture
+def encoder(store: Store, tmp_path: Path) -> "Encoder":
+    """A tiny model with random weights, stored in that root."""
+    from curate.models.encoder import load_encoder
+    from tests.helpers import CPU, tiny_encoder
+
+    return load_encoder(store, tiny_encoder(store, tmp_path), CPU)
 
 
 @pytest.fixture(params=["local", "s3"])

@@ -120,11 +120,6 @@ def literal(
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "root"))
-
-
-@pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pools have cells and several tasks."""
     monkeypatch.setattr(neighbours, "FEW_ROWS", 500)

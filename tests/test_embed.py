@@ -47,16 +47,6 @@ KINDS = {
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "root"))
-
-
-@pytest.fixture
-def encoder(store: Store, tmp_path: Path) -> Encoder:
-    return load_encoder(store, tiny_encoder(store, tmp_path), CPU)
-
-
-@pytest.fixture
 def pool(tmp_path: Path) -> Pool:
     return drawn_pool(tmp_path / "pool", rows=120, shards=2, broken_share=0.2, duplicate_share=0.1)
 

@@ -45,11 +45,6 @@ class Trap:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "root"))
-
-
-@pytest.fixture
 def tiny(tmp_path: Path) -> EncoderSection:
     return write_tiny(tmp_path)
 

@@ -88,11 +88,6 @@ def hub(cache: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return cache
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "root"))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_kind_of_tokenizer_and_tower(tmp_path: Path, hub: str, family: str) -> None:
     (tmp_path / "model.json").write_text(json.dumps(tiny_config(**FAMILIES[family])))

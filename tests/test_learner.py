@@ -21,11 +21,6 @@ from tests.helpers import CPU, tiny_config, tiny_encoder, write_tiny
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "root"))
-
-
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models under names of open_clip's own."""

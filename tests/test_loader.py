@@ -19,25 +19,15 @@ from curate.embed.loader import Processes, Threads, processes_that_fit
 from curate.embed.pieces import Failed, Piece, Reading, Slice, cut_slices
 from curate.embed.run import Embedder, embed_shard, reading_for
 from curate.errors import ClusterError, ShardDamagedError
-from curate.models.encoder import Encoder, load_encoder
+from curate.models.encoder import Encoder
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool
 from curate.recipe import EmbedSection, PoolSection
 from curate.storage import Store
-from tests.helpers import CPU, damage_page, drawn_pool, tiny_encoder
+from tests.helpers import damage_page, drawn_pool
 from tests.hostile import Hostile
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "root"))
-
-
-@pytest.fixture
-def encoder(store: Store, tmp_path: Path) -> Encoder:
-    return load_encoder(store, tiny_encoder(store, tmp_path), CPU)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import json
 import re
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -56,11 +55,6 @@ def manifest(store: Store | None, number: int = 0, parent: str | None = None) ->
         quality={"unique_examples": 16},
         lineage={"seed": 0, "reference": {"sha": "x"}, "shards": [1, 2]},
     )
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "root"))
 
 
 # --- bytes -------------------------------------------------------------------------------------------------------

@@ -30,11 +30,6 @@ from tests.helpers import commit_rounds, drawn_pool
 SPEC = EncoderSpec(model="m", source="s", weights_sha256="w", embed_dim=4, logit_scale=10.0, logit_bias=0.0)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "root"))
-
-
 def contents(values: list[int]) -> np.ndarray:
     return np.array(values, np.uint64)
 

@@ -248,6 +248,10 @@ def test_describe_round_is_json_and_complete(committed: tuple[Recipe, Manifest])
     assert found["learnability"] > found["uniform_learnability"]
 
 
+def learner_of(manifest: Manifest) -> EncoderSpec:
+    return EncoderSpec(**{k: v for k, v in manifest.lineage["learner"].items() if k != "number"})
+
+
 def test_small_rounds_take_each_row_of_an_epoch_once(world: Path, warm: Path) -> None:
     """Rounds of one super-batch score only their own candidates; an epoch of them never offers a row twice."""
     recipe = recipe_of(world, warm, selection__super_batches=1)
@@ -258,7 +262,7 @@ def test_small_rounds_take_each_row_of_an_epoch_once(world: Path, warm: Path) ->
     for number in range(2):
         manifest = run_round(recipe, base=world)
         assert manifest.lineage["windows"]["taken"] == {"epoch": 0, "start": number, "super_batches": 1}
-        learner = EncoderSpec(**{k: v for k, v in manifest.lineage["learner"].items() if k != "number"}).sha
+        learner = learner_of(manifest).sha
         (scope,) = {name for name in store.list(f"embeddings/{learner}") if "/window-" in name} - set(scopes)
         scopes.append(scope)
         tables = [read_embeddings(store, name, ["uid", "status", "content"]) for name in store.list(scope)]
@@ -368,7 +372,7 @@ def test_near_duplicates_leave_before_any_is_chosen(world: Path, warm: Path, tmp
     pool = load_pool(store, manifest.lineage["pool"]["fingerprint"])
     tables = {shard.index: read_dropped(store, folder, shard).to_pylist() for shard in pool.shards}
     dropped = {(index, row["row"]): row for index, rows in tables.items() for row in rows}
-    learner = EncoderSpec(**{k: v for k, v in manifest.lineage["learner"].items() if k != "number"})
+    learner = learner_of(manifest)
     names = [Path(name).name for name in store.list(f"embeddings/{learner.sha}")]
     (scope,) = [name for name in names if name.startswith("window-")]
     for shard in pool.shards:

@@ -39,11 +39,6 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Pool:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "root"))
-
-
-@pytest.fixture
 def committed(store: Store, pool: Pool) -> Callable[..., None]:
     """Commits the next round: two batches, chosen by this learner."""
 

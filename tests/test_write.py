@@ -36,11 +36,6 @@ FOLDER = "rounds/r000000"
 HUGGING_FACE = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})}
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "root"))
-
-
 def places(pool: Pool, sub_batches: int, b: int, seed: int = 0) -> list[list[tuple[int, int]]]:
     everywhere = [(shard.index, row) for shard in pool.shards for row in range(shard.rows)]
     drawn = [everywhere[i] for i in np.random.default_rng(seed).permutation(len(everywhere))[: sub_batches * b]]

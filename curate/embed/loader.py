@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from curate.embed.decode import Apart, Watched
+from curate.embed.decode import DEADLINE_S, Apart, Watched
 from curate.embed.pieces import Decode, Failed, Piece, Raw, Reading, Slice
 from curate.embed.room import Room, Rooms
 from curate.errors import ClusterError, CurateError
@@ -30,6 +30,8 @@ POLL_S = 0.2
 """Between looks whether there is still something to wait for."""
 TRIES = 3
 """Starts of the processes in a row that yield nothing, after which the reason is no row."""
+AT_WORK = 2
+"""Pieces of each process beside those that wait: the one that is being made, and the one that is being used."""
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -147,10 +149,10 @@ def processes_that_fit(wanted: int, piece_bytes: int, *, ahead: int) -> int:
     Args:
         wanted: processes.
         piece_bytes: of the pixels of one piece.
-        ahead: pieces of each process that wait; it is at work on one more.
+        ahead: pieces of each process that wait.
     """
     free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else 2**40
-    return max(0, min(wanted, int(0.8 * free) // (piece_bytes * (ahead + 2))))
+    return max(0, min(wanted, int(0.8 * free) // (piece_bytes * (ahead + AT_WORK))))
 
 
 class Processes:
@@ -175,7 +177,7 @@ class Processes:
         ahead: int = 2,
         pin: bool = False,
         preload: Sequence[str] = (),
-        deadline_s: float = 30.0,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
         self._reading = reading
         self._how: dict[str, Any] = {"num_workers": processes, "prefetch_factor": ahead, "pin_memory": pin}
@@ -229,8 +231,7 @@ class Processes:
         context = multiprocessing.get_context("forkserver")
         self._slices = context.Queue()
         processes = int(self._how["num_workers"])
-        # More than may wait, for the piece that is being made and for that which is being used.
-        self._rooms = Rooms(processes, int(self._how["prefetch_factor"]) + 2, self._piece_bytes)
+        self._rooms = Rooms(processes, int(self._how["prefetch_factor"]) + AT_WORK, self._piece_bytes)
         self._stream = _Stream(self._reading, self._slices, self._rooms, processes, self._deadline_s)
         self._found: Iterator[Piece | Failed] = iter(
             DataLoader(

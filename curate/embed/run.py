@@ -78,9 +78,8 @@ class Embedder:
         self._thread.start()
 
     def _make_loader(self, threads: int, loaders: int, decode: Decode | None, preload: tuple[str, ...]) -> Loader:
-        sides = {encoder.view: encoder.model.visual.image_size for encoder in self._encoders.values()}
-        flat = [(side, side) if isinstance(side, int) else side for side in sides.values()]
-        piece_bytes = self._piece_rows * sum(3 * height * width for height, width in flat)
+        sizes = {encoder.view: encoder.image_size for encoder in self._encoders.values()}
+        piece_bytes = self._piece_rows * sum(3 * height * width for height, width in sizes.values())
         if processes := processes_that_fit(loaders, piece_bytes, ahead=AHEAD):
             pin = any(encoder.device.type == "cuda" for encoder in self._encoders.values())
             return Processes(

@@ -77,7 +77,7 @@ class Part:
         places = sorted(self.pieces)
         rows = pa.concat_tables([self.pieces[place].table() for place in places])
         oks = [(place * self.piece_rows, self.pieces[place].ok) for place in places]
-        statuses = np.array(rows["status"].to_pylist(), object)
+        statuses = told = np.array(rows["status"].to_pylist(), object)
         tables = {}
         for name, encoder in encoders.items():
             width = encoder.spec.embed_dim
@@ -85,7 +85,7 @@ class Part:
             z = np.concatenate([held[:, at : at + ok] for at, ok in oks], axis=1)
             tables[name] = _with_vectors(rows, z, some=some)
             own = np.array(tables[name]["status"].to_pylist(), object)
-            statuses = np.where(own != np.array(rows["status"].to_pylist(), object), own, statuses)
+            statuses = np.where(own != told, own, statuses)
         return tables, statuses
 
 

@@ -59,6 +59,8 @@ class Encoder:
         self._dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
         self.model = model.eval().requires_grad_(False).to(self._dtype)
         self.tokenize: Callable[[Sequence[str]], Tensor] = tokenizer
+        self.image_size = image_size_of(self.model)
+        """Height and width of the pictures that it sees."""
         self.crop, self._shift = split_transform(self.model, exact=spec.exact_pixels)
         # Not the transform's own repr, which tells no fill colour.
         cfg = _preprocess_cfg(self.model)
@@ -257,6 +259,12 @@ def is_two_towers(model: Any) -> bool:
     return isinstance(model, open_clip.CLIP | open_clip.CustomTextCLIP) and not model.output_dict
 
 
+def image_size_of(model: Any) -> tuple[int, int]:
+    """Height and width of the pictures that a model's image tower takes."""
+    height, width = open_clip.utils.to_2tuple(model.visual.image_size)
+    return height, width
+
+
 def eval_transform(model: Any) -> Compose:
     """open_clip's own transform for inference: the pixels that scores and plain training see."""
     return image_transform_v2(_preprocess_cfg(model), is_train=False)
@@ -331,8 +339,8 @@ def _stored_config(model: Any, config: dict[str, Any]) -> dict[str, Any]:
         UserError: the transform has another size than the model.
     """
     cfg = _preprocess_cfg(model)
-    own = model.visual.image_size
-    if tuple(open_clip.utils.to_2tuple(cfg.size)) != tuple(open_clip.utils.to_2tuple(own)):
+    if tuple(open_clip.utils.to_2tuple(cfg.size)) != image_size_of(model):
+        own = model.visual.image_size
         raise UserError(
             f"the model's transform makes pictures of {cfg.size}, its image tower takes {own}; make them equal"
         )

@@ -117,7 +117,8 @@ def manifest_name(number: int) -> str:
 
 def expire(store: Store, number: int) -> None:
     """Say that the rows of a round are to be removed; who misses them then is told so."""
-    store.put_if_absent(f"{round_folder(number)}/{EXPIRED}", seal({"round": number}))
+    if not is_expired(store, number):  # asked before each file of the round: a look is less than a publication
+        store.put_if_absent(f"{round_folder(number)}/{EXPIRED}", seal({"round": number}))
 
 
 def is_expired(store: Store, number: int) -> bool:

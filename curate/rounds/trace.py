@@ -73,12 +73,13 @@ def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
     rows = list(_find(store, newest, uid))
     if not rows:
         raise UserError(f"uid {uid}: none of the {newest.pool.rows:,} rows of the pool has it; uids are in curate.uid")
+    expired = {context.manifest.round for context in contexts if is_expired(store, context.manifest.round)}
     for row in rows:
         content, key = row.pop("content"), row.pop("key")
         if row["status"] == "ok":
             row["rounds"] = [
                 {"round": context.manifest.round, "outcome": "round_expired"}
-                if is_expired(store, context.manifest.round)
+                if context.manifest.round in expired
                 else _follow(store, context, key, row["row"], content)
                 for context in contexts
             ]
