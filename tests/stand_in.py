@@ -56,7 +56,11 @@ class Blocks:
         import pyarrow as pa
 
         made = actor(*fn_constructor_args)
-        self.found = [receipt for item in self.items for receipt in made(pa.Table.from_pylist([item]))]
+        try:
+            self.found = [receipt for item in self.items for receipt in made(pa.Table.from_pylist([item]))]
+        finally:
+            if made.failure is None:  # its threads, and the models that they hold, end with an actor's process
+                made.embedder.close()
         return self
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
