@@ -1,0 +1,1 @@
+"""Does joint selection make a learner learn faster? On frozen features, where thousands of steps cost seconds."""

@@ -1,0 +1,305 @@
+"""A learner of two small towers on frozen features, trained on batches that the product's selection draws.
+
+The towers are two layers each, 64 → 256 → 32, as in LiT (arXiv 2111.07991) with a head on both sides. Draws are
+`curate.jest`'s, on embeddings rounded to float16, as `curate round` stores them; `tests/test_heads.py` holds that the
+rows are those that the product's selection picks from the same super-batches.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize, softplus
+
+from benchmarks.acceleration.variants import draw_by_scores, super_batch_losses
+from benchmarks.heads.worlds import WIDTH, Pairs
+from curate.criteria import Criterion, Loss
+from curate.jest import Embeddings, jointly_sample_batch
+from curate.seeds import derive_seed
+
+HIDDEN, D = 256, 32
+START_STEPS, START_BATCH, START_RATE = 3000, 64, 1e-3
+"""Of uniform training, at a constant rate, that a learner has behind it when it is past its start."""
+FORWARD, TRAIN = 1, 3
+"""Operations of one pair, in forward passes (arXiv 2406.17711, A.4)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way of choosing batches, with all that it is trained with."""
+
+    method: Literal["uniform", "independent", "super_batch", "joint"] = "uniform"
+    """`super_batch` draws by each pair's part of the super-batch's loss: the other reading of independent selection."""
+    criterion: Criterion = "learnability"
+    gain: float = 10.0
+    filter_ratio: float = 0.975
+    n_chunks: int = 16
+    batch: int = 32
+    steps: int = 1000
+    rate: float = 1e-3
+    """At its highest; a cosine to 0, after a warm-up of 2 %."""
+    loss: Loss = "sigmoid"
+    round_steps: int = 1
+    """Steps between two scorings by the learner."""
+    shuffled: bool = False
+    """The rows of a round are dealt anew to its batches."""
+    uniform_share: float = 0.0
+    """Of batches that are drawn uniformly."""
+    easy_steps: int = 0
+    """Steps at the beginning that are chosen by easy-reference."""
+    start: Literal["trained", "random"] = "trained"
+    reference: Literal["strong", "weak", "start"] = "strong"
+    """`start` is the learner as it begins: a control, for it knows nothing that the learner does not."""
+    rows: Literal["all", "filtered", "reference's"] = "all"
+    """`filtered`: what the reference likes most, once; `reference's`: the clean pairs that it was trained on."""
+    kept: float = 1.0
+    """Share of the pool that is left, where it is filtered."""
+
+    @property
+    def super_batch(self) -> int:
+        """B."""
+        return round(self.batch / (1 - self.filter_ratio)) if self.selects else self.batch
+
+    @property
+    def selects(self) -> bool:
+        """Whether anything is scored."""
+        return self.method != "uniform"
+
+    @property
+    def looks_at_learner(self) -> bool:
+        """Whether the learner scores."""
+        return self.selects and self.criterion != "easy_reference"
+
+    @property
+    def operations(self) -> int:
+        """In forward passes of one pair, those of the reference apart."""
+        scored = self.steps - self.easy_steps if self.looks_at_learner else 0
+        return TRAIN * self.batch * self.steps + FORWARD * self.super_batch * scored
+
+
+class Heads(nn.Module):
+    """Two towers, a scale and a bias."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.image, self.text = (
+                nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, D)) for _ in range(2)
+            )
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit embeddings [n, D] of both views."""
+        return normalize(self.image(image), dim=1), normalize(self.text(text), dim=1)
+
+    def loss(self, image: Tensor, text: Tensor, loss: Loss) -> Tensor:
+        """Of a batch: SigLIP's or CLIP's, as `open_clip`'s losses have them."""
+        zimg, ztxt = self(image, text)
+        logits = self.log_scale.exp() * zimg @ ztxt.T
+        if loss == "softmax":
+            own = torch.arange(len(logits))
+            return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+        logits = logits + self.bias
+        total: Tensor = softplus(logits).sum() - logits.diagonal().sum()
+        return total / len(logits)
+
+    @torch.inference_mode()
+    def embed(self, image: Tensor, text: Tensor) -> Embeddings:
+        """As selection reads them from a root: rounded to float16."""
+        zimg, ztxt = (z.half().float() for z in self(image, text))
+        return Embeddings(zimg, ztxt, float(self.log_scale.exp()), float(self.bias))
+
+
+def train_uniformly(
+    model: Heads,
+    pairs: Pairs,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    loss: Loss = "sigmoid",
+    decays: bool = True,
+) -> None:
+    """Train on batches drawn by chance."""
+    trainer = Trainer(model, rate=rate, steps=steps, decays=decays)
+    for rows, _ in zip(super_batches(torch.arange(len(pairs)), batch, seed), range(steps), strict=False):
+        trainer.step(pairs.image[rows], pairs.text[rows], loss)
+
+
+class Trainer:
+    """AdamW with beta2 .95 (arXiv 2406.17711, A.1)."""
+
+    def __init__(self, model: Heads, *, rate: float, steps: int, decays: bool = True) -> None:
+        self._model, self._rate, self._steps, self._decays = model, rate, steps, decays
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
+        )
+        self._done = 0
+
+    def step(self, image: Tensor, text: Tensor, loss: Loss) -> None:
+        """One step on one batch."""
+        warm = min(1.0, (self._done + 1) / max(1.0, 0.02 * self._steps))
+        decay = (1 + math.cos(math.pi * self._done / self._steps)) / 2 if self._decays else 1.0
+        self._optimizer.param_groups[0]["lr"] = self._rate * warm * decay
+        self._optimizer.zero_grad()
+        torch.autograd.backward(self._model.loss(image, text, loss))
+        self._optimizer.step()
+        self._done += 1
+
+
+def super_batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """Disjoint ones of an epoch after the other, each epoch in an order of its own."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "walk"))
+    while True:
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        yield from torch.split(order[: len(order) // size * size], size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of a run."""
+
+    r1: float
+    """Recall at 1, the mean of both ways, on held-out pairs."""
+    wrong: float
+    """Share of the rows trained on with which something is wrong."""
+    mates: float
+    """Other rows of a batch of a row's own concept, the mean over all rows trained on."""
+    unique: int
+    """Different rows trained on."""
+    operations: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def run(
+    arm: Arm, pool: Pairs, held_out: Pairs, *, start: Heads, reference: Heads, reference_pairs: Pairs, seed: int
+) -> Outcome:
+    """Train a learner as an arm has it.
+
+    Args:
+        arm: how.
+        pool: what is chosen from.
+        held_out: what the learner is judged by.
+        start: the learner as it begins; it is trained in place.
+        reference: the fixed model, of which `arm.reference` says.
+        reference_pairs: what it was trained on.
+        seed: of the walk and of all draws.
+    """
+    if arm.rows == "reference's":
+        pool = reference_pairs
+    fixed = reference.embed(pool.image, pool.text)
+    rows = torch.arange(len(pool))
+    if arm.rows == "filtered":
+        own = (fixed.zimg * fixed.ztxt).sum(1)
+        rows = own.topk(round(arm.kept * len(pool))).indices
+    trainer = Trainer(start, rate=arm.rate, steps=arm.steps)
+    batches: list[Tensor] = []
+    for batch in _batches(arm, pool, rows, start, fixed, seed):
+        trainer.step(pool.image[batch], pool.text[batch], arm.loss)
+        batches.append(batch)
+    chosen = torch.stack(batches)
+    return Outcome(
+        r1=recall_at_1(start, held_out),
+        wrong=float(pool.wrong[chosen].float().mean()),
+        mates=_mates(pool.concept[chosen]),
+        unique=len(torch.unique(chosen)),
+        operations=arm.operations,
+    )
+
+
+def _batches(arm: Arm, pool: Pairs, rows: Tensor, learner: Heads, reference: Embeddings, seed: int) -> Iterator[Tensor]:
+    """Rows [b] of the pool, batch after batch; ask for the next one once the learner was trained on the last."""
+    supers = super_batches(rows, arm.super_batch, seed)
+    for number in range(math.ceil(arm.steps / arm.round_steps)):
+        drawn = []
+        for i in range(min(arm.round_steps, arm.steps - number * arm.round_steps)):
+            candidates = next(supers)
+            step = number * arm.round_steps + i
+            if not arm.selects:
+                drawn.append(candidates)
+                continue
+            generator = torch.Generator().manual_seed(derive_seed(seed, "draw", number, i))
+            easy = step < arm.easy_steps
+            is_uniform = int((step + 1) * arm.uniform_share) > int(step * arm.uniform_share)
+            drawn.append(
+                candidates[
+                    draw(
+                        arm,
+                        pool.take(candidates),
+                        learner,
+                        _of(reference, candidates),
+                        generator,
+                        easy=easy,
+                        is_uniform=is_uniform,
+                    )
+                ]
+            )
+        if arm.shuffled:
+            order = torch.Generator().manual_seed(derive_seed(seed, "deal", number))
+            dealt = torch.cat(drawn)
+            drawn = list(torch.split(dealt[torch.randperm(len(dealt), generator=order)], arm.batch))
+        yield from drawn
+
+
+def draw(
+    arm: Arm,
+    candidates: Pairs,
+    learner: Heads,
+    reference: Embeddings,
+    generator: torch.Generator,
+    *,
+    easy: bool = False,
+    is_uniform: bool = False,
+) -> Tensor:
+    """Positions [b] of a super-batch's rows."""
+    criterion: Criterion = "easy_reference" if easy else arm.criterion
+    own = None
+    if arm.looks_at_learner and not easy and not is_uniform:
+        own = learner.embed(candidates.image, candidates.text)
+    if arm.method == "super_batch" and not is_uniform:
+        scores = -super_batch_losses(reference)
+        if own is not None:
+            scores += super_batch_losses(own)
+        return draw_by_scores(scores, arm.batch, arm.gain, generator)
+    return jointly_sample_batch(
+        own,
+        reference,
+        sub_batch_size=arm.batch,
+        n_chunks=arm.n_chunks,
+        loss=arm.loss,
+        criterion=criterion,
+        method="uniform" if is_uniform or arm.method == "super_batch" else arm.method,
+        gain=arm.gain,
+        generator=generator,
+    ).positions
+
+
+@torch.inference_mode()
+def recall_at_1(model: Heads, pairs: Pairs) -> float:
+    """Share of pairs whose nearest caption, and picture, is of the same label; the mean of both ways."""
+    zimg, ztxt = model(pairs.image, pairs.text)
+    found = 0.0
+    for queries, others in ((zimg, ztxt), (ztxt, zimg)):
+        for start in range(0, len(queries), 1024):
+            nearest = (queries[start : start + 1024] @ others.T).argmax(1)
+            found += float((pairs.label[nearest] == pairs.label[start : start + 1024]).sum())
+    return found / 2 / len(pairs)
+
+
+def _of(model: Embeddings, rows: Tensor) -> Embeddings:
+    return Embeddings(model.zimg[rows], model.ztxt[rows], model.logit_scale, model.logit_bias)
+
+
+def _mates(concepts: Tensor) -> float:
+    """Concepts [steps, b] → other rows of the same concept in the batch."""
+    alike = sum(int(torch.bincount(row).square().sum()) for row in concepts)
+    return alike / concepts.numel() - 1

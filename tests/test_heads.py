@@ -1,0 +1,159 @@
+"""The study on frozen features: its draws are the product's, its worlds are as dirty as they say."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.heads.learner import Arm, Heads, draw, recall_at_1, run, super_batches, train_uniformly
+from benchmarks.heads.report import difference
+from benchmarks.heads.study import ARMS
+from benchmarks.heads.worlds import WORLDS, Pairs, make_world
+from curate.jest import Embeddings
+from curate.recipe import SelectionSection
+from curate.seeds import derive_seed
+from curate.select.draw import Candidates, Scale, select_sub_batch
+from curate.select.windows import key_order, keyed_rows
+
+SEED, B, b = 3, 320, 32
+DRAWN = [name for name in WORLDS if name != "pictures"]
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Pairs:
+    return make_world("concepts", seed=1, dirt=0.3).pool.take(torch.arange(4000))
+
+
+def embeddings_of(model: Heads, pairs: Pairs) -> Embeddings:
+    return model.embed(pairs.image, pairs.text)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("criterion", ["learnability", "easy_reference", "hard_learner"])
+@pytest.mark.parametrize("method", ["joint", "independent"])
+def test_rows_are_those_that_the_product_picks(pairs, method, criterion, loss) -> None:
+    learner, reference = Heads(0), Heads(1)
+    arm = Arm(method=method, criterion=criterion, loss=loss, gain=3.0, filter_ratio=0.9, batch=b)
+    assert arm.super_batch == B
+    content = np.arange(2 * B, dtype=np.uint64).reshape(B, 2)
+    walked = keyed_rows(content, 0, np.arange(B), seed=SEED, epoch=0)
+    walked = walked[key_order(walked)]
+    candidates = pairs.take(torch.from_numpy(walked["row"].astype(np.int64)))
+
+    def stored(model: Heads) -> tuple[np.ndarray, np.ndarray]:
+        found = embeddings_of(model, candidates)
+        return found.zimg.half().numpy(), found.ztxt.half().numpy()
+
+    def scale(model: Heads) -> Scale:
+        found = embeddings_of(model, candidates)
+        return Scale(logit_scale=found.logit_scale, logit_bias=found.logit_bias)
+
+    table, _ = select_sub_batch(
+        Candidates(rows=walked, learner=stored(learner), reference=stored(reference)),
+        SelectionSection(
+            method=method, criterion=criterion, loss=loss, gain=3.0, sub_batch_size=b, filter_ratio=0.9, n_chunks=16
+        ),
+        learner=scale(learner),
+        reference=scale(reference),
+        seed=SEED,
+        round_number=7,
+        sub_batch=2,
+        device=torch.device("cpu"),
+    )
+    generator = torch.Generator().manual_seed(derive_seed(SEED, "draw", 7, 2))
+    positions = draw(arm, candidates, learner, embeddings_of(reference, candidates), generator)
+    assert walked["row"][positions.numpy()].tolist() == table["row"].to_pylist()
+
+
+@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("dirt", [pytest.param(0.3, marks=pytest.mark.exhaustive), 0.6])
+def test_worlds_are_as_dirty_as_they_say(name, dirt) -> None:
+    world, again = (make_world(name, seed=2, dirt=dirt) for _ in range(2))
+    assert torch.equal(world.pool.text, again.pool.text)
+    assert abs(float(world.pool.wrong.float().mean()) - dirt) < 0.01
+    clean = make_world(name, seed=2, dirt=0.0)
+    # What is not wrong is what it would be without dirt, and so are reference and held-out pairs.
+    right = ~world.pool.wrong
+    assert torch.equal(world.pool.image[right], clean.pool.image[right])
+    assert torch.equal(world.pool.text[right], clean.pool.text[right])
+    assert torch.equal(world.reference.text, clean.reference.text)
+    assert torch.equal(world.held_out.image, clean.held_out.image)
+    assert not torch.equal(world.pool.text, clean.pool.text)
+    assert not clean.pool.wrong.any()
+    assert not torch.equal(world.pool.image[:100], world.held_out.image[:100])
+
+
+def test_an_epoch_has_each_row_once() -> None:
+    walk = super_batches(torch.arange(100), 30, SEED)
+    epochs = [torch.cat([next(walk) for _ in range(3)]) for _ in range(2)]
+    assert all(len(torch.unique(epoch)) == 90 for epoch in epochs)
+    assert not torch.equal(*epochs)
+
+
+@pytest.fixture(scope="module")
+def reference(pairs) -> Heads:
+    model = Heads(9)
+    train_uniformly(model, pairs.take(torch.where(~pairs.wrong)[0]), steps=300, batch=256, rate=3e-3, seed=0)
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"round_steps": 5},
+        {"round_steps": 5, "shuffled": True},
+        {"method": "super_batch"},
+        {"uniform_share": 0.5},
+        {"easy_steps": 10},
+        {"rows": "filtered", "kept": 0.5, "method": "uniform"},
+    ],
+)
+def test_arms_train_on_what_they_chose(pairs, reference, changes) -> None:
+    arm = replace(Arm(method="joint", filter_ratio=0.9, batch=b, steps=20), **changes)
+    outcome = run(arm, pairs, pairs, start=Heads(0), reference=reference, reference_pairs=pairs, seed=SEED)
+    uniform = run(
+        Arm(batch=b, steps=20), pairs, pairs, start=Heads(0), reference=reference, reference_pairs=pairs, seed=SEED
+    )
+    assert uniform.wrong == pytest.approx(0.3, abs=0.06)
+    assert outcome.wrong < uniform.wrong - 0.05
+    scored = 20 - arm.easy_steps if arm.looks_at_learner else 0
+    assert outcome.operations == 3 * 20 * b + scored * (B if arm.selects else 0)
+    assert uniform.unique == 20 * b
+
+
+def test_the_reference_s_own_pairs(pairs, reference) -> None:
+    own = pairs.take(torch.where(~pairs.wrong)[0])
+    arm = Arm(rows="reference's", batch=b, steps=20)
+    assert run(arm, pairs, pairs, start=Heads(0), reference=reference, reference_pairs=own, seed=SEED).wrong == 0
+
+
+def test_recall_counts_pairs_of_one_label() -> None:
+    image = torch.eye(64)[:4]
+    pairs = Pairs(
+        image=image, text=image, label=torch.tensor([0, 0, 1, 2]), concept=torch.arange(4), wrong=torch.zeros(4) > 0
+    )
+
+    class Same(Heads):
+        def forward(self, image, text):
+            return image, text[[1, 0, 3, 2]]
+
+    assert recall_at_1(Same(0), pairs) == 0.5
+
+
+def test_differences_are_paired_by_seed() -> None:
+    records = [
+        {"name": name, "seed": seed, "r1": seed / 10 + shift, "world": "concepts", "dirt": 0.3}
+        for name, shift in (("a", 0.02), ("b", 0.0))
+        for seed in (1, 2, 3)
+    ]
+    records[0]["r1"] += 0.01
+    mean, half, seeds = difference(records, "a", "b", world="concepts") or (0, 0, 0)
+    assert (round(mean, 5), seeds) == (0.02333, 3)
+    assert half == pytest.approx(4.303 * np.std([0.03, 0.02, 0.02], ddof=1) / 3**0.5)
+    assert difference(records, "a", "b", world="pictures") is None
+
+
+def test_every_arm_has_as_many_tries() -> None:
+    assert {len(tries) for _, tries in ARMS.values()} == {6}
