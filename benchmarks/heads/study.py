@@ -78,6 +78,14 @@ CORE = (
     "uniform, same operations",
 )
 """Arms that are run with every share of dirt and both references."""
+PRIMARY = (
+    "joint learnability",
+    "independent learnability",
+    "uniform",
+    "joint, the reference is the start",
+    "independent, the reference is the start",
+)
+"""Arms of the primary outcome and its control."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +200,7 @@ def _trained(identity: Sequence[Any], place: Place, train: Callable[[Heads], Non
 # --- what is run -----------------------------------------------------------------------------------------------------
 
 
-def pilot_jobs(worlds: Iterable[Name] = WORLDS) -> list[tuple[str, Job]]:
+def pilot_jobs(worlds: Iterable[Name] = WORLDS, arms: Iterable[str] = ARMS) -> list[tuple[str, Job]]:
     """Six tries of each arm in each world."""
     return [
         (name, Job(world=world, dirt=DIRT, seed=PILOT_SEED, arm=replace(arm, **some)))  # type: ignore[arg-type]
@@ -200,10 +208,10 @@ def pilot_jobs(worlds: Iterable[Name] = WORLDS) -> list[tuple[str, Job]]:
     ]  # fmt: skip
 
 
-def settled(place: Place, worlds: Iterable[Name] = WORLDS) -> dict[tuple[Name, str], Arm]:
+def settled(place: Place, worlds: Iterable[Name] = WORLDS, arms: Iterable[str] = ARMS) -> dict[tuple[Name, str], Arm]:
     """Each arm in each world with the settings that were best on the pilot seed."""
     best: dict[tuple[Name, str], tuple[float, Arm]] = {}
-    for name, job in pilot_jobs(worlds):
+    for name, job in pilot_jobs(worlds, arms):
         r1 = float(run_job(job, place)["r1"])
         if r1 > best.get((job.world, name), (-1.0, job.arm))[0]:
             best[job.world, name] = r1, job.arm
@@ -211,11 +219,13 @@ def settled(place: Place, worlds: Iterable[Name] = WORLDS) -> dict[tuple[Name, s
 
 
 def main_jobs(arms: dict[tuple[Name, str], Arm], seeds: Sequence[int] = SEEDS) -> list[tuple[str, Job]]:
-    """Every arm at 30 %, and the core ones at every share and with the weak reference."""
+    """Every arm at 30 %, and the core ones, where all are asked for, at every share and with the weak reference."""
     jobs = []
     for seed in seeds:
         for (world, name), arm in arms.items():
             jobs.append((name, Job(world=world, dirt=DIRT, seed=seed, arm=arm)))
+    if set(CORE) - {name for _, name in arms}:
+        return jobs
     for seed in seeds:
         for (world, name), arm in arms.items():
             if name not in CORE:
@@ -289,18 +299,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/heads"))
     parser.add_argument("--report", type=Path, help="folder for the tables and figures")
     parser.add_argument("--parts", default="pilot,main,sweeps", help="of pilot, main, sweeps")
+    parser.add_argument("--primary", action="store_true", help="only the arms of the primary outcome, at 30 %%")
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
     place = Place(out=arguments.out, data=arguments.data or Path())
     worlds: tuple[Name, ...] = WORLDS if arguments.data else WORLDS[:2]
     parts, seeds = arguments.parts.split(","), SEEDS[: arguments.seeds]
-    run_all(pilot_jobs(worlds), place, processes=arguments.processes, label="pilot")
-    arms = settled(place, worlds)
+    names = PRIMARY if arguments.primary else tuple(ARMS)
+    run_all(pilot_jobs(worlds, names), place, processes=arguments.processes, label="pilot")
+    arms = settled(place, worlds, names)
     records = []
     if "main" in parts:
         records += run_all(main_jobs(arms, seeds), place, processes=arguments.processes, label="main")
-    if "sweeps" in parts:
+    if "sweeps" in parts and not arguments.primary:
         records += run_all(sweep_jobs(arms, seeds), place, processes=arguments.processes, label="sweeps")
     if arguments.report:
         from benchmarks.heads.report import write_report  # noqa: PLC0415  matplotlib, which workers need not import

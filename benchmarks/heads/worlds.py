@@ -201,7 +201,7 @@ def _pictures(data: Path, cache: Path, dirt: float, generator: torch.Generator) 
     pictures = int(row.max()) + 1
     u = torch.rand(pictures, generator=generator)[row]
     held = (u < 0.12) & (torch.arange(len(row)) < pictures)  # one crop of each
-    pool, reference = (u >= 0.12) & (u < 0.56), u >= 0.56
+    pool, reference = (u >= 0.12) & (u < 0.4), u >= 0.4
     return World(
         pool=_swapped(every.take(torch.where(pool)[0]), dirt, generator),
         reference=every.take(torch.where(reference)[0]),
