@@ -16,13 +16,29 @@ from pathlib import Path
 from jobs.drawn_pool import draw_pool
 
 RECIPES = Path(__file__).parents[1] / "jobs/recipes"
-SELECTION = '{sub_batch_size = 256, filter_ratio = 0.8, criterion = "learnability", gain = 1.0, super_batches = %d}'
+TINY = """
+reference.model = "tiny-clip.json"
+learner.model = "tiny-clip.json"
+selection = {sub_batch_size = 256, filter_ratio = 0.8, criterion = "learnability", super_batches = %d}
+"""
 """B = 1,280."""
+LARGE = """
+reference.model = "ViT-B-32"
+learner.model = "ViT-B-32"
+selection = {sub_batch_size = 128, loss = "softmax"}
+"""
+KINDS = {
+    "dedup": (12_000, 12, TINY % 4 + "dedup.threshold = 0.9999"),
+    "window": (16_000, 48, TINY % 1),
+    "large": (2000, 4, LARGE),
+}
+"""Rows, shards and the rest of a recipe."""
 ROUNDS = {
-    "the first round: reference over 12,000 rows, near-duplicates, learner": ("dedup", 12_000, 12, 4),
-    "the second: no reference is missing": ("dedup", 12_000, 12, 4),
-    "a window of 16 of 48 shards, the first round": ("window", 16_000, 48, 1),
-    "the second, in another window": ("window", 16_000, 48, 1),
+    "the first round: 12,000 rows, near-duplicates, learner": "dedup",
+    "the second: no reference is missing": "dedup",
+    "a window of 16 of 48 shards, 16,000 rows, the first round": "window",
+    "the second, in another window": "window",
+    "ViT-B-32 over 2,000 rows, easy-reference": "large",
 }
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
@@ -30,19 +46,19 @@ SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", choices=KINDS, nargs="+", help="recipes")
     asked = parser.parse_args()
     print("| round | start, said | all, said | all, taken | taken / said | written, said | written | written / said |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for title, (kind, rows, shards, super_batches) in ROUNDS.items():
+    for title, kind in ROUNDS.items():
+        if kind not in (asked.only or ROUNDS.values()):
+            continue
         folder = asked.folder / kind
-        draw_pool(folder / "pool", rows=rows, shards=shards, seed=0, image_size=256)
+        rows, shards, how = KINDS[kind]
+        if not (folder / "pool").exists():  # drawn anew, it would be another pool
+            draw_pool(folder / "pool", rows=rows, shards=shards, seed=0, image_size=256)
         recipe = folder / "recipe.toml"
-        recipe.write_text(
-            f'root = "{folder}/root"\npool = {{path = "{folder}/pool", uid = "key"}}\n'
-            f"selection = {SELECTION % super_batches}\n"
-            + "".join(f'{role}.model = "tiny-clip.json"\n' for role in ("reference", "learner"))
-            + ("dedup.threshold = 0.9999\n" if kind == "dedup" else "")
-        )
+        recipe.write_text(f'root = "{folder}/root"\npool = {{path = "{folder}/pool", uid = "key"}}\n{how}\n')
         (folder / "tiny-clip.json").write_bytes((RECIPES / "tiny-clip.json").read_bytes())
         said, _ = run("check", recipe)
         print(said, file=sys.stderr)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import normalize
 
@@ -22,7 +22,7 @@ from curate.embed.shard import Job, write_files
 from curate.errors import UserError
 from curate.messages import counted
 from curate.models.encoder import Encoder
-from curate.pool.shards import Pool, caption_bytes, image_bytes, row_groups
+from curate.pool.shards import Columns, Pool, caption_bytes, image_bytes, row_groups
 from curate.recipe import EmbedSection, SelectionSection
 from curate.rounds.write import chosen_rows, curated_schema, write_curated
 from curate.seeds import derive_seed
@@ -53,7 +53,7 @@ class FileBytes:
 
     row: float
     group: float
-    """Of a row group beside its rows: what the footer says of it."""
+    """Of a row group beside its rows."""
     chunk_rows: int
     """Of a row group."""
 
@@ -130,7 +130,7 @@ def measure(
         pieces |= dict.fromkeys(roles, made)
     forward_s = {role: _forward(encoders[role], made, settings.batch_size) for role, made in pieces.items()}
     written = {role: _embedding_file(encoders[role], made, settings, scratch) for role, made in pieces.items()}
-    curated_s, curated_bytes = _curated(pool, raws[0], scratch)
+    curated_s, curated_bytes = _curated(pool, raws, scratch)
     return Rates(
         rows=rows,
         device_type=device.type,
@@ -225,50 +225,65 @@ def _encode(encoder: Encoder, pixels: torch.Tensor, texts: torch.Tensor) -> floa
 def _embedding_file(
     encoder: Encoder, pieces: Sequence[Piece], settings: EmbedSection, scratch: Store
 ) -> tuple[float, FileBytes]:
-    """Seconds a row and bytes of an embedding file, with vectors that are drawn: none compresses less."""
+    """Seconds a row and bytes of an embedding file: of one with all pieces, and of one with a few rows."""
+    begun = time.perf_counter()
+    rows, size = _written(encoder, pieces, scratch)
+    took = (time.perf_counter() - begun) / rows
+    fewer, small = _written(encoder, pieces[:1], scratch)
+    row = (size - small) / (rows - fewer) if rows > fewer else size / rows
+    return took, FileBytes(row=row, group=max(0.0, small - row * fewer), chunk_rows=settings.chunk_rows)
+
+
+def _written(encoder: Encoder, pieces: Sequence[Piece], scratch: Store) -> tuple[int, int]:
+    """Rows and bytes of a file with one row group; its vectors are drawn: none compress less."""
     most = max(piece.table().num_rows for piece in pieces)
     job = Job(names={"": "embeddings.parquet"}, pieces=len(pieces), piece_rows=most, part_pieces=len(pieces))
     generator = torch.Generator().manual_seed(0)
-    begun = time.perf_counter()
     for piece in pieces:
         z = normalize(torch.randn(2, piece.ok, encoder.spec.embed_dim, generator=generator), dim=2)
         job.add(replace(piece, pixels={}, texts={}), {"": (z[0], z[1])} if piece.ok else {})
     counts = write_files(scratch, job, {"": encoder}, some=False)
-    took, rows = time.perf_counter() - begun, sum(counts.values())
-    with scratch.open_input("embeddings.parquet") as file:
-        footer = pq.read_metadata(file)
-    groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-    held = sum(group.column(i).total_compressed_size for group in groups for i in range(group.num_columns))
-    beside = (scratch.size("embeddings.parquet") or 0) - held
-    return took / rows, FileBytes(row=held / rows, group=beside / len(groups), chunk_rows=settings.chunk_rows)
+    return sum(counts.values()), scratch.size("embeddings.parquet") or 0
 
 
-def _curated(pool: Pool, raw: Raw, scratch: Store) -> tuple[float, float]:
+def _curated(pool: Pool, raws: Sequence[Raw], scratch: Store) -> tuple[float, float]:
     """Seconds and bytes of a chosen row in a curated file."""
-    columns, shard, n = pool.columns, raw.slice.shard, len(raw.rows)
+    n = sum(len(raw.rows) for raw in raws)
+    rng = np.random.default_rng(0)
+    position, score = rng.permutation(n), rng.random((3, n))
+    pieces, done = [], 0
+    for raw in raws:
+        at = slice(done, done + len(raw.rows))
+        done = at.stop
+        picks = _picks(raw, pool.columns, position[at], score[:, at])
+        schema = curated_schema(pool)
+        pieces.append(chosen_rows(raw.slice.shard, picks, columns=pool.columns, schema=schema, round_number=0))
+    begun = time.perf_counter()
+    file = write_curated(pieces, scratch, "rounds", columns=pool.columns, sub_batch_size=n)
+    return (time.perf_counter() - begun) / n, file.size / n
+
+
+def _picks(raw: Raw, columns: Columns, position: npt.NDArray[np.int64], score: npt.NDArray[np.float64]) -> pa.Table:
+    """Rows as a selected file would have them; scores [3, n] are anything."""
     images = image_bytes(raw.batch.column(columns.image)).to_pylist()
     captions = caption_bytes(raw.batch.column(columns.caption)).to_pylist()
-    halves_of = halves([content_hash(image, caption) for image, caption in zip(images, captions, strict=True)])
-    noise = np.random.default_rng(0).random(n).astype(np.float32)
-    picks = pa.Table.from_pydict(
+    content = halves([content_hash(image, caption) for image, caption in zip(images, captions, strict=True)])
+    zeros = np.zeros(len(raw.rows), np.int64)
+    return pa.Table.from_pydict(
         {
-            "sub_batch": np.zeros(n),
-            "position": np.random.default_rng(0).permutation(n),
-            "chunk": np.zeros(n),
-            "score": noise,
-            "learner_loss": noise[::-1],
-            "reference_loss": noise**2,
-            "shard": np.full(n, shard.index),
+            "sub_batch": zeros,
+            "position": position,
+            "chunk": zeros,
+            "score": score[0].astype(np.float32),
+            "learner_loss": score[1].astype(np.float32),
+            "reference_loss": score[2].astype(np.float32),
+            "shard": zeros + raw.slice.shard.index,
             "row": raw.rows,
-            "content_low": halves_of[:, 0],
-            "content_high": halves_of[:, 1],
+            "content_low": content[:, 0],
+            "content_high": content[:, 1],
         },
         schema=SELECTED_SCHEMA,
     )
-    rows = chosen_rows(shard, picks, columns=columns, schema=curated_schema(pool), round_number=0)
-    begun = time.perf_counter()
-    file = write_curated([rows], scratch, "rounds", columns=columns, sub_batch_size=n)
-    return (time.perf_counter() - begun) / n, file.size / n
 
 
 def _draw(selection: SelectionSection, dims: Mapping[str, int], device: torch.device, seed: int) -> float:

@@ -4,26 +4,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 import jobs.cost
 from curate.embed.files import embedding_name
+from curate.errors import UserError
+from curate.models.encoder import Encoder
 from curate.models.spec import EncoderSpec
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool
-from curate.recipe import Recipe, ResourcesSection
+from curate.recipe import EmbedSection, Recipe, ResourcesSection, SelectionSection
 from curate.rounds.manifest import manifest_name
 from curate.rounds.plan import evaluation_sets
 from curate.storage import Store
 from jobs.check import check_recipe
-from jobs.cost import Hands, Supply, described, hands_of, stages_of, supply_of
+from jobs.cost import Hands, Stage, Supply, described, hands_of, stages_of, supply_of
 from jobs.drawn_pool import draw_pool
-from jobs.rates import FileBytes, Rates
+from jobs.rates import FileBytes, Rates, measure
 from jobs.work import LEARNER, REFERENCE, Pass, Work, encoders_of, work_of
 from pipelines.round import run_round
-from tests.helpers import write_tiny
+from tests.helpers import write_pool, write_tiny
 from tests.stand_in import without_ray
 
 __all__ = ["without_ray"]
@@ -89,15 +92,25 @@ def bytes_below(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_missing_is_what_a_round_embeds(world: Path, tmp_path: Path, without_ray: None, kind: str) -> None:
+def test_what_is_said_is_what_a_round_does(world: Path, tmp_path: Path, without_ray: None, kind: str) -> None:
     recipe = recipe_of(world, tmp_path / "root", **KINDS[kind])
     before, _, encoders = found(recipe, world, tmp_path / "a", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        kept: list[Stage] = []
+        patch.setattr(jobs.cost, "stages_of", lambda *args, **how: kept.extend(stages_of(*args, **how)) or kept)
+        assert list(check_recipe(recipe, base=world))[-1].startswith("short: ")
+    assert not (tmp_path / "root").exists()
+
     run_round(recipe, base=world)
     assert {role: embedded(tmp_path / "root", spec) for role, spec in encoders.items()} == {
         role: before.missing(role) for role in encoders
     }
-    assert before.new_bytes == bytes_below(tmp_path / "root/models") + bytes_below(tmp_path / "root/pools")
-    assert (before.index_entries, before.chosen) == (2 * ROWS, recipe.selection.super_batches * 8)
+    models, pools = (bytes_below(tmp_path / "root" / name) for name in ("models", "pools"))
+    assert before.new_bytes == models + pools
+    assert (before.index_entries, before.chosen) == (2 * ROWS, (recipe.selection.super_batches or 0) * 8)
+    if recipe.dedup is None:  # how many near-duplicates will be found, and written down, nobody knows before
+        written = bytes_below(tmp_path / "root") - models  # which are nearly all
+        assert sum(stage.written_bytes for stage in kept) - models == pytest.approx(written, rel=0.2)
 
     after, _, _ = found(recipe, world, tmp_path / "b", 1)
     assert (after.missing(REFERENCE), after.dedup_rows, after.index_entries, after.new_bytes) == (0, 0, 0, 0)
@@ -137,26 +150,21 @@ def test_of_a_round_that_was_begun_what_is_there_is_not_counted(world: Path, tmp
     assert [one.files for one in work.passes] == [1, 3]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bytes_are_within_a_fifth(world: Path, tmp_path: Path, without_ray: None, kind: str) -> None:
-    recipe = recipe_of(world, tmp_path / "root", **KINDS[kind])
-    kept = []
-
-    def keep(work: Work, rates: Rates, hands: Hands, **how: float) -> Any:
-        kept[:] = stages_of(work, rates, hands, **how)
-        return kept
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.cost, "stages_of", keep)
-        said = list(check_recipe(recipe, base=world))
-    assert said[-1].startswith("short: ")
-    assert not (tmp_path / "root").exists()
-    run_round(recipe, base=world)
-    written = bytes_below(tmp_path / "root")
-    assert sum(stage.written_bytes for stage in kept) == pytest.approx(written, rel=0.2)
-    models = bytes_below(tmp_path / "root/models")  # which are nearly all
-    if recipe.dedup is None:  # how many near-duplicates will be found, and written down, nobody knows before
-        assert sum(stage.written_bytes for stage in kept) - models == pytest.approx(written - models, rel=0.2)
+def test_rows_of_which_none_can_be_used(encoder: Encoder, tmp_path: Path, store: Store) -> None:
+    rows = pa.table({"jpg": [b"", b"no picture"], "caption": ["a", "b"]})
+    with pytest.raises(UserError, match="none of 8 rows, drawn at random, can be used"):
+        measure(
+            write_pool(tmp_path / "pool", rows),
+            {REFERENCE: encoder},
+            [(REFERENCE,)],
+            {REFERENCE: 16},
+            EmbedSection(),
+            SelectionSection(sub_batch_size=8, n_chunks=4),
+            store,
+            device=encoder.device,
+            seed=0,
+            dedup=False,
+        )
 
 
 # --- from what was measured to what is said ----------------------------------------------------------------------
