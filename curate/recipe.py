@@ -298,6 +298,13 @@ class ResourcesSection(Section):
         "less two if not given, else none",
     )
     address: str = Field("local", description="Ray cluster: local, auto or ray://host:port")
+    price_per_hour: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="of one worker, with its share of its node, in any currency: `curate check` then says what a round "
+        "costs",
+    )
 
 
 class TrainSection(Section):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from curate.embed.files import DAMAGED_SHARD
 from curate.errors import InputChangedError, ShardDamagedError, UserError
-from curate.messages import counted, gathered
+from curate.messages import counted, gathered, one_line
 from curate.models.create import create_model
 from curate.models.encoder import check_storable, load_model
 from curate.models.learners import newest_learner, record_learner
@@ -74,10 +74,16 @@ class _Found:
     """Of the trainer, on one rank; None if shapes do not tell."""
 
 
-def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
+def check_recipe(recipe: Recipe, *, base: Path, measure: bool = True, imports_s: float = 0.0) -> Iterator[str]:
     """Look at pool, models and root; yield what would run, a line each.
 
     With `train.data = "pool"` and no reference the recipe is one of the trainer alone, and no round is asked of it.
+
+    Args:
+        recipe: the whole recipe.
+        base: its folder.
+        measure: whether to embed a few batches and say what the next round costs.
+        imports_s: that this process took to import this module, as workers will.
 
     Raises:
         UserError: every mistake that can be known before a round, together.
@@ -110,6 +116,8 @@ def check_recipe(recipe: Recipe, *, base: Path) -> Iterator[str]:
         raise UserError(*mistakes)
     found = _Found(pool=pool, sample=sample, evaluation=evaluation, next_round=newest + 1, memory=memory)
     yield from _described(recipe, found)
+    if measure and store is not None and not _of_trainer_alone(recipe):
+        yield from _cost(store, recipe, found, base, imports_s)
 
 
 def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
@@ -187,6 +195,27 @@ def _windows(recipe: Recipe, pool: Pool, super_batches: int) -> Iterator[str]:
             f"of two: the pool is sorted by topic, and a window of {fewest} shards is no fair sample of it; shuffle "
             f"it once: curate reshard {shlex.quote(_first(recipe.pool.path))} --to FOLDER --shuffle"
         )
+
+
+def _cost(store: Store, recipe: Recipe, found: _Found, base: Path, imports_s: float) -> Iterator[str]:
+    """What the next round costs, or why that is not known."""
+    sample = found.sample
+    try:
+        # Here, because it imports Ray, and only who measures has seconds to spare.
+        from jobs.cost import cost_of  # noqa: PLC0415
+
+        yield from cost_of(
+            store,
+            recipe,
+            found.pool,
+            found.evaluation,
+            base=base,
+            number=found.next_round,
+            usable=1 - sample.dropped.total() / max(1, sample.rows),
+            imports_s=imports_s,
+        )
+    except Exception as error:  # a device that is full, a disk that is: a round may do all the same
+        yield f"measured: nothing: {one_line(error, 300)}"
 
 
 def _first(path: str | list[str]) -> str:

@@ -9,6 +9,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -38,12 +39,20 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: SetOption = None) -> None:
-    """Say what a round would do and what is wrong, without doing it: every mistake in one pass."""
+def check(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    measure: Annotated[
+        bool, typer.Option(help="embed a few batches here, for seconds, and say what a round costs")
+    ] = True,
+) -> None:
+    """Say what a round would do and what is wrong, without doing it: every mistake in one pass, and what it costs."""
     loaded = _load(recipe, overrides)
+    begun = time.perf_counter()
     from jobs.check import check_recipe  # noqa: PLC0415
 
-    for line in check_recipe(loaded, base=recipe.parent):
+    imports_s = time.perf_counter() - begun  # a worker of a round has the same to import
+    for line in check_recipe(loaded, base=recipe.parent, measure=measure, imports_s=imports_s):
         print(printable(line))
 
 

@@ -220,8 +220,13 @@ def _gpus() -> int:
 
 
 def free_cpus() -> int:
-    """CPUs of the cluster less the two that feeding tasks need; at least one."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)) - 2)
+    """Of the cluster's CPUs those for actors."""
+    return free_of(ray.cluster_resources().get("CPU", 1))
+
+
+def free_of(cpus: float) -> int:
+    """Of so many CPUs all but the two that feeding tasks need; at least one."""
+    return max(1, int(cpus) - 2)
 
 
 def largest_node(resource: str) -> float:

@@ -132,7 +132,7 @@ def _embed(
         return
     # Twice: while a model is loaded it is there, and its checkpoint as well.
     memory = ACTOR_BYTES + 2 * sum(store.size(f"{spec.folder}/{WEIGHTS_NAME}") or 0 for spec in encoders)
-    memory += LOADER_BYTES * _loaders(resources, devices.gpus, largest_node("CPU"), largest_node("GPU"))
+    memory += LOADER_BYTES * loaders_of(resources, devices.gpus, largest_node("CPU"), largest_node("GPU"))
     workers = min(_workers(resources, devices, memory), len(items))
     at_once = SHARDS_AT_ONCE * (2 if devices.gpus else 1)
     context = DataContext.get_current()
@@ -187,17 +187,24 @@ def _workers(resources: ResourcesSection, devices: Devices, memory: int) -> int:
     """
     require_memory(memory, "embed")
     if devices.gpus:
-        return min(resources.workers or devices.gpus, devices.gpus, places_for(memory))
+        return min(workers_of(resources, devices.gpus, 0), places_for(memory))
     needed, largest = CPU_SHARE * resources.threads, largest_node("CPU")
     if needed > largest:
         raise UserError(
             f"resources.threads = {resources.threads}: a worker would need {needed:.1f} CPUs, the largest node has "
             f"{largest:g}; lower it"
         )
-    return min(resources.workers or max(1, free_cpus() // resources.threads), places_for(memory))
+    return min(workers_of(resources, 0, free_cpus()), places_for(memory))
 
 
-def _loaders(resources: ResourcesSection, gpus: int, cores: float, gpus_of_node: float) -> int:
+def workers_of(resources: ResourcesSection, gpus: int, free: int) -> int:
+    """Actors on so many GPUs, or else on so many free CPUs, as far as memory has room for them."""
+    if gpus:
+        return min(resources.workers or gpus, gpus)
+    return resources.workers or max(1, free // resources.threads)
+
+
+def loaders_of(resources: ResourcesSection, gpus: int, cores: float, gpus_of_node: float) -> int:
     """Decoding processes of an actor, whose node has so many cores."""
     if resources.loaders is not None:
         return resources.loaders
@@ -230,7 +237,7 @@ class EmbedShards:
     def _load(self, encoders: Sequence[EncoderSpec], settings: EmbedSection, resources: ResourcesSection) -> None:
         where = device()
         gpu = where.type == "cuda"
-        if loaders := _loaders(resources, int(gpu), loky.cpu_count(), _gpus_here() if gpu else 0):
+        if loaders := loaders_of(resources, int(gpu), loky.cpu_count(), _gpus_here() if gpu else 0):
             start_server(["ray"])  # imports what they need while this process loads its models
         # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
         from curate.models.encoder import load_encoder  # noqa: PLC0415

@@ -52,10 +52,15 @@ class Round:
     @property
     def in_one_pass(self) -> bool:
         """Whether one pass for both models is cheaper than a second one over this round's candidates."""
-        if self.recipe.dedup is not None:
-            return False  # which rows are candidates is known after the reference has seen them
-        wanted = self.recipe.selection.super_batches
-        return wanted is None or 2 * wanted * self.recipe.selection.super_batch_size >= self.pool.rows
+        return one_pass_pays(self.recipe, self.pool.rows)
+
+
+def one_pass_pays(recipe: Recipe, rows: int) -> bool:
+    """Whether learner and reference had better embed a pool of so many rows in one pass."""
+    if recipe.dedup is not None:
+        return False  # which rows are candidates is known after the reference has seen them
+    wanted = recipe.selection.super_batches
+    return wanted is None or 2 * wanted * recipe.selection.super_batch_size >= rows
 
 
 @dataclass(frozen=True, kw_only=True)

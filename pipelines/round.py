@@ -21,7 +21,7 @@ from curate.rounds.stream import END_NAME, stream_end
 from curate.rounds.write import curated_schema
 from curate.select.files import SubBatchStats
 from curate.select.index import DUPLICATE_EXACT
-from curate.select.windows import EpochRange, Stretch, next_range, stretches, windows_of
+from curate.select.windows import Stretch, next_windows, stretches, windows_through
 from curate.storage import Store
 from curate.tally import Tally
 from pipelines.cluster import connect, footers_bar, remaking, take_devices
@@ -138,28 +138,24 @@ def place_round(site: Site, round_: Round, dedup: Dedup | None) -> Placed:
     _check_dropped(placed.embedded, recipe)
     _check_near_duplicates(placed.deduplicated, recipe)
 
-    # Another pool, reference, seed, B or size of windows: other windows, so that the next round begins a new epoch.
-    through = [index.folder, recipe.seed, B, selection.least_window_rows]
-    before = round_.parent[0].lineage["windows"] if round_.parent else None
-    previous = EpochRange(**before["taken"]) if before else None
-    same = before is not None and before["through"] == through
-    epoch = 0 if previous is None else previous.epoch if same else previous.epoch + 1
-    while True:
-        windows = windows_of(
-            pool.shards, index.candidates, seed=recipe.seed, epoch=epoch, window_rows=selection.least_window_rows
+    found = next_windows(
+        pool.shards,
+        index.candidates,
+        selection,
+        seed=recipe.seed,
+        index=index.folder,
+        before=round_.parent[0].lineage["windows"] if round_.parent else None,
+    )
+    if found is None:
+        raise UserError(
+            f"selection: a round wants {(wanted or 1) * B:,} candidates ({wanted or 1} super-batches of {B:,}), "
+            f"the pool holds {sum(index.candidates):,} distinct usable pairs of {pool.rows:,} rows (the others: "
+            f"{_reasons(placed.embedded, placed.deduplicated)}); lower sub_batch_size, filter_ratio or "
+            "super_batches, or add shards, and delete the round's folder to begin it anew"
         )
-        held = sum(window.candidates // B for window in windows)
-        taken = next_range(previous, held=held, super_batches=wanted, same=same)
-        if taken is None:
-            raise UserError(
-                f"selection: a round wants {(wanted or 1) * B:,} candidates ({wanted or 1} super-batches of {B:,}), "
-                f"the pool holds {sum(index.candidates):,} distinct usable pairs of {pool.rows:,} rows (the others: "
-                f"{_reasons(placed.embedded, placed.deduplicated)}); lower sub_batch_size, filter_ratio or "
-                "super_batches, or add shards, and delete the round's folder to begin it anew"
-            )
-        if taken.epoch == epoch:
-            return replace(placed, windows=tuple(windows), taken=taken, through=through)
-        epoch = taken.epoch
+    windows, taken = found
+    through = windows_through(selection, seed=recipe.seed, index=index.folder)
+    return replace(placed, windows=tuple(windows), taken=taken, through=through)
 
 
 def draw_windows(site: Site, round_: Round, placed: Placed) -> Drawn:

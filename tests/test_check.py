@@ -64,7 +64,7 @@ def recipe_of(folder: Path, *sets: str) -> Recipe:
 
 
 def said(folder: Path, *sets: str) -> list[str]:
-    return list(check_recipe(recipe_of(folder, *sets), base=folder))
+    return list(check_recipe(recipe_of(folder, *sets), base=folder, measure=False))
 
 
 def refused(folder: Path, *sets: str) -> str:

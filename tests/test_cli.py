@@ -192,6 +192,7 @@ def test_check_says_what_a_round_would_do(curate: Curate, recipe: Path) -> None:
     assert lines[6] == "selection: 3 super-batches of 32 at most, joint learnability, 24 rows in batches of 8"
     assert lines[7].startswith("windows: one, the whole pool")
     assert lines[8].startswith("cost: 100 forward passes of the reference at most, once, and 96 of the learner in each")
+    assert lines[-1].startswith("short: ")
     assert ended.stderr == ""
     assert not (recipe.parent / "root").exists()  # nothing is written
 
@@ -206,7 +207,8 @@ def test_check_says_what_a_round_would_do(curate: Curate, recipe: Path) -> None:
     ],
 )
 def test_check_says_the_precision(curate: Curate, recipe: Path, sets: list[str], said: str) -> None:
-    lines = curate("check", recipe, *(part for text in sets for part in ("--set", text))).stdout.splitlines()
+    changes = [part for text in sets for part in ("--set", text)]
+    lines = curate("check", recipe, "--no-measure", *changes).stdout.splitlines()
     assert lines[4].startswith(f"reference: tiny.json, {said}")
 
 
@@ -250,8 +252,9 @@ def test_either_signal_stops_a_command(recipe: Path, number: signal.Signals) -> 
 
 
 def test_check_says_what_dedup_would_do(curate: Curate, recipe: Path) -> None:
-    sets = f'dedup.evaluation=[{{path = "{recipe.parent / "pool"}"}}]'
-    lines = curate("check", recipe, "--set", "dedup.threshold=0.9", "--set", sets).stdout.splitlines()
+    evaluation = f'dedup.evaluation=[{{path = "{recipe.parent / "pool"}"}}]'
+    sets = ["--set", "dedup.threshold=0.9", "--set", evaluation]
+    lines = curate("check", recipe, "--no-measure", *sets).stdout.splitlines()
     assert lines[3] == "dedup: components of cosine 0.9 and above; 100 evaluation rows are kept out"
     assert lines[-2].startswith("cost: 200 forward passes of the reference at most, once, and 96 of the learner in")
     (line,) = mistakes(curate("check", recipe, "--set", "dedup.evaluation=[{path = 'nowhere'}]"))

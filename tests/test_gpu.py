@@ -53,7 +53,9 @@ def test_a_round_a_learner_that_is_stopped_and_goes_on_and_the_next_round(tmp_pa
     write_tiny(tmp_path)
     draw_pool(tmp_path / "pool", rows=600, shards=2, seed=0, image_size=32, broken_share=0.02, duplicate_share=0.05)
     (tmp_path / "recipe.toml").write_text(RECIPE)
-    assert "reference: tiny.json, bf16 on cuda" in curate(tmp_path, "check", "recipe.toml")
+    said = curate(tmp_path, "check", "recipe.toml")
+    assert "reference: tiny.json, bf16 on cuda" in said
+    assert "measured: 256 rows on this machine's cuda" in said
     curate(tmp_path, "round", "recipe.toml")
     for steps in ("2", "4"):  # the second goes on from the first one's checkpoint, whose AdamW is fused
         curate(tmp_path, "train", "recipe.toml", "--set", f"train.steps={steps}")

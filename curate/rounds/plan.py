@@ -139,7 +139,7 @@ def _make(
         recipe_fingerprint=recipe.fingerprint(),
         pool=pool.fingerprint,
         reference=reference,
-        learner=_as_scored(learner.encoder, recipe) if learner else None,
+        learner=learner_as_scored(learner.encoder, recipe) if learner else None,
         learner_number=newest.number if newest else None,
         evaluation=tuple(seen.fingerprint for seen in evaluation),
     )
@@ -154,10 +154,7 @@ def known_inventory(store: Store) -> Pool | None:
 
 
 def store_reference(store: Store, recipe: Recipe, *, base: Path, device_type: DeviceType) -> EncoderSpec:
-    """Store the recipe's reference in the root.
-
-    With `precision = "auto"` it stays at that of the newest round, or a cluster that once has no GPU would have the
-    whole pool embedded again in another one.
+    """Store the recipe's reference in the root; named as `reference_as_scored` has it.
 
     Args:
         store: the root.
@@ -174,15 +171,24 @@ def store_reference(store: Store, recipe: Recipe, *, base: Path, device_type: De
     if section is None:
         raise UserError("reference: must be given for a round; add [reference] with model and pretrained")
     spec = store_encoder(store, section, role="reference", base=base, seed=recipe.seed, device_type=device_type)
+    return reference_as_scored(store, spec, recipe)
+
+
+def reference_as_scored(store: Store, spec: EncoderSpec, recipe: Recipe) -> EncoderSpec:
+    """The recipe's reference on the recipe's pixels, in the precision that it names.
+
+    With `precision = "auto"` it stays at that of the newest round, or a cluster that once has no GPU would have the
+    whole pool embedded again in another one.
+    """
     spec = replace(spec, exact_pixels=recipe.embed.exact_pixels)
     newest = read_manifest(store, last_round(store))
-    if newest is None or section.precision != "auto":
+    if newest is None or recipe.reference is None or recipe.reference.precision != "auto":
         return spec
     before = EncoderSpec(**newest[0].lineage["reference"])
     return replace(spec, precision=before.precision) if before.model == spec.model else spec
 
 
-def _as_scored(learner: EncoderSpec, recipe: Recipe) -> EncoderSpec:
+def learner_as_scored(learner: EncoderSpec, recipe: Recipe) -> EncoderSpec:
     """The learner on the recipe's pixels, in the precision that it names, else in that which it was published with."""
     learner = replace(learner, exact_pixels=recipe.embed.exact_pixels)
     precision = recipe.learner.precision

@@ -9,7 +9,7 @@ nobody ever holds the whole order. What a round reads is what lies in its window
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.pool.shards import Shard
+from curate.recipe import SelectionSection
 from curate.sealed import seal, unseal
 from curate.seeds import derive_seed
 from curate.storage import Store
@@ -136,6 +137,45 @@ def next_range(
     if same and previous.stop + wanted <= held:
         return EpochRange(epoch=previous.epoch, start=previous.stop, super_batches=wanted)
     return EpochRange(epoch=previous.epoch + 1, start=0, super_batches=wanted)
+
+
+def windows_through(selection: SelectionSection, *, seed: int, index: str) -> list[Any]:
+    """What windows depend on, beside the epoch: with another pool, reference, seed, B or size they are others."""
+    return [index, seed, selection.super_batch_size, selection.least_window_rows]
+
+
+def next_windows(
+    shards: Sequence[Shard],
+    candidates: Sequence[int],
+    selection: SelectionSection,
+    *,
+    seed: int,
+    index: str,
+    before: Mapping[str, Any] | None,
+) -> tuple[list[Window], EpochRange] | None:
+    """The windows of the epoch that the next round is in, and its range; None if a fresh epoch has too few candidates.
+
+    Args:
+        shards: of the pool.
+        candidates: of each shard.
+        selection: sizes.
+        seed: of the recipe.
+        index: folder of the pool's index.
+        before: `lineage["windows"]` of the last round; None if there was none. If it went through other windows, the
+            next one begins a new epoch.
+    """
+    previous = None if before is None else EpochRange(**before["taken"])
+    same = before is not None and before["through"] == windows_through(selection, seed=seed, index=index)
+    epoch = 0 if previous is None else previous.epoch if same else previous.epoch + 1
+    while True:
+        windows = windows_of(shards, candidates, seed=seed, epoch=epoch, window_rows=selection.least_window_rows)
+        held = sum(window.candidates // selection.super_batch_size for window in windows)
+        taken = next_range(previous, held=held, super_batches=selection.super_batches, same=same)
+        if taken is None:
+            return None
+        if taken.epoch == epoch:
+            return windows, taken
+        epoch = taken.epoch
 
 
 def stretches(windows: Sequence[Window], taken: EpochRange, super_batch_size: int) -> list[Stretch]:
