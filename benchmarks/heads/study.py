@@ -204,7 +204,7 @@ def pilot_jobs(worlds: Iterable[Name] = WORLDS, arms: Iterable[str] = ARMS) -> l
     """Six tries of each arm in each world."""
     return [
         (name, Job(world=world, dirt=DIRT, seed=PILOT_SEED, arm=replace(arm, **some)))  # type: ignore[arg-type]
-        for world in worlds for name, (arm, tries) in ARMS.items() for some in tries
+        for world in worlds for name in arms for arm, tries in [ARMS[name]] for some in tries
     ]  # fmt: skip
 
 
