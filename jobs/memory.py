@@ -16,9 +16,12 @@ from curate.models.encoder import image_size_of
 from curate.reader.pieces import PIECE_ROWS
 from curate.recipe import DeviceType, TrainSection
 from jobs.contrastive import TILE_LOGITS, TILES_HELD
+from jobs.sharding import blocks_of
 
 PREFETCHED = 2
 """Pieces that each of a loader's processes holds ahead: torch's default."""
+NODE_RANKS = 8
+"""As many as a usual node has GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,9 @@ class TrainerMemory:
     """
 
     weights: int
-    """With gradients and AdamW's two moments."""
+    """With gradients and AdamW's two moments; of sharded ones, this rank's."""
+    gathered: int
+    """Of sharded ones, those that are whole for a while, with their gradients, at the peak."""
     activations: int
     """Of a forward and backward pass of one micro-batch, at the peak."""
     loss: int
@@ -43,11 +48,13 @@ class TrainerMemory:
     """Pairs of a forward pass."""
     rows: int
     """Of this rank's share of a batch."""
+    ranks: int
+    """W, that share the batch."""
 
     @property
     def device(self) -> int:
         """On the device."""
-        return self.weights + self.activations + self.loss
+        return self.weights + self.gathered + self.activations + self.loss
 
     @property
     def host(self) -> int:
@@ -55,8 +62,9 @@ class TrainerMemory:
         return self.batches + self.loaders
 
     def __str__(self) -> str:
+        share = f" as one of {self.ranks} and {_gb(self.gathered)} gathered" if self.gathered else ""
         return (
-            f"{_gb(self.device)} on its {self.device_type} (weights, gradients and moments {_gb(self.weights)}, "
+            f"{_gb(self.device)} on its {self.device_type} (weights, gradients and moments {_gb(self.weights)}{share}, "
             f"activations of {counted(self.micro_batch, 'pair')} {_gb(self.activations)}, the loss {_gb(self.loss)}), "
             f"{_gb(self.host)} in memory (shares of {counted(self.rows, 'picture')} {_gb(self.batches)}, loaders "
             f"{_gb(self.loaders)})"
@@ -65,6 +73,15 @@ class TrainerMemory:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"
+
+
+def stated_ranks(batch: int, settings: TrainSection) -> int:
+    """Ranks that a statement is made for before there are any: one, or where they share weights those of a usual node.
+
+    >>> stated_ranks(4096, TrainSection()), stated_ranks(4096, TrainSection(fully_shard=True))
+    (1, 8)
+    """
+    return max(ranks for ranks in range(1, NODE_RANKS + 1) if batch % ranks == 0) if settings.fully_shard else 1
 
 
 def trainer_memory(
@@ -86,11 +103,15 @@ def trainer_memory(
     if settings.grad_checkpointing:
         model.set_grad_checkpointing()
     model.train()
+    ranks = batch // rows
+    weights = sum(4 * weight.nbytes if weight.requires_grad else weight.nbytes for weight in model.parameters())
+    sharded = settings.fully_shard and ranks > 1
     height, width = image_size_of(model)
     pixels = (min(rows, settings.micro_batch), 3, height, width)
     row_bytes = height * width * 3 + 8 * model.context_length
     return TrainerMemory(
-        weights=sum(4 * weight.nbytes if weight.requires_grad else weight.nbytes for weight in model.parameters()),
+        weights=-(-weights // ranks) if sharded else weights,
+        gathered=_gathered_bytes(model) if sharded else 0,
         activations=_peak_bytes(model, pixels, model.context_length, bf16=device_type == "cuda"),
         # Of both towers: this rank's, their parts and gradients; of one tower at a time: the whole batch's, and theirs.
         loss=4 * embed_dim * (6 * rows + 2 * batch) + 4 * TILES_HELD * min(rows * batch, max(TILE_LOGITS, batch)),
@@ -99,7 +120,21 @@ def trainer_memory(
         device_type=device_type,
         micro_batch=pixels[0],
         rows=rows,
+        ranks=ranks,
     )
+
+
+def _bytes_of(module: torch.nn.Module) -> int:
+    return sum(weight.nbytes for weight in module.parameters())
+
+
+def _gathered_bytes(model: Any) -> int:
+    """Most bytes of weights that are not this rank's own and of their gradients."""
+    blocks = [_bytes_of(block) for block in blocks_of(model)]
+    root = _bytes_of(model) - sum(blocks)
+    # Of the root weights and gradient. In the backward pass of a block likewise; beside it the gradient of the block
+    # before is on its way to those who keep it, and the weights of the next one are on theirs.
+    return 2 * root + 4 * max(blocks, default=0)
 
 
 def _peak_bytes(model: Any, pixels: tuple[int, ...], context_length: int, *, bf16: bool) -> int:
@@ -117,7 +152,7 @@ def _peak_bytes(model: Any, pixels: tuple[int, ...], context_length: int, *, bf1
         texts = torch.zeros(pixels[0], context_length, dtype=torch.int64)
         with _Live() as live:
             images = torch.zeros(pixels)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 zimg, ztxt, *_ = functional_call(model, state, (images, texts))
             torch.autograd.backward(zimg.float().sum() + ztxt.float().sum())
         return int(live.peak)
