@@ -1,6 +1,7 @@
 """What one rank of the trainer holds in memory, known before it is trained."""
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class TrainerMemory:
     """
 
     weights: int
-    """With gradients and AdamW's two moments; of sharded ones, this rank's."""
+    """With gradients, those that are sent, and AdamW's two moments; of sharded ones, this rank's."""
     gathered: int
     """Of sharded ones, those that are whole for a while, with their gradients, at the peak."""
     activations: int
@@ -104,8 +105,10 @@ def trainer_memory(
         model.set_grad_checkpointing()
     model.train()
     ranks = batch // rows
-    weights = sum(4 * weight.nbytes if weight.requires_grad else weight.nbytes for weight in model.parameters())
     sharded = settings.fully_shard and ranks > 1
+    # DistributedDataParallel has a second copy of the gradient, in the buckets that it sends.
+    times = 5 if ranks > 1 and not sharded else 4
+    weights = sum(weight.nbytes * (times if weight.requires_grad else 1) for weight in model.parameters())
     height, width = image_size_of(model)
     pixels = (min(rows, settings.micro_batch), 3, height, width)
     row_bytes = height * width * 3 + 8 * model.context_length
@@ -150,7 +153,7 @@ def _peak_bytes(model: Any, pixels: tuple[int, ...], context_length: int, *, bf1
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         texts = torch.zeros(pixels[0], context_length, dtype=torch.int64)
-        with _Live() as live:
+        with _Live(state.values()) as live:
             images = torch.zeros(pixels)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 zimg, ztxt, *_ = functional_call(model, state, (images, texts))
@@ -163,12 +166,16 @@ def _drop_gradient(weight: Tensor) -> None:
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that operations have made and that are still there."""
+    """Adds up the storages that operations have made and that are still there.
 
-    def __init__(self) -> None:
+    Args:
+        given: tensors that are not counted, nor are their views, which operations return as well.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
