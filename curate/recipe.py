@@ -333,6 +333,11 @@ class TrainSection(Section):
     grad_checkpointing: bool = Field(
         False, description="keep fewer activations and compute them again: less memory, a third more time"
     )
+    fully_shard: bool = Field(
+        False,
+        description="shard weights, gradients and moments over the ranks by torch's fully_shard (FSDP2), where a model "
+        "does not fit one: 16 bytes a weight are divided, and weights are gathered in each pass",
+    )
     compile: bool = Field(False, description="torch.compile the learner: faster steps after minutes of compiling")
     workers: int = Field(0, ge=0, description="decoding processes per rank, or threads with data = pool")
     follow: Literal["stop", "wait", "repeat"] = Field(

@@ -40,7 +40,7 @@ from curate.select.topics import likeness, sample_captions
 from curate.select.windows import EpochRange, stretches, windows_of
 from curate.storage import Store
 from jobs.checkpoint import checkpoints, load_checkpoint
-from jobs.memory import TrainerMemory, trainer_memory
+from jobs.memory import TrainerMemory, stated_ranks, trainer_memory
 from jobs.train import check_kind, check_trainable
 
 SAMPLED_SHARDS = 4
@@ -362,7 +362,8 @@ def _check_learner(recipe: Recipe, base: Path, store: Store | None) -> TrainerMe
 def _memory(model: torch.nn.Module, config: dict[str, Any], recipe: Recipe) -> TrainerMemory | None:
     b = recipe.selection.sub_batch_size
     device_type: DeviceType = "cuda" if torch.cuda.is_available() else "cpu"  # as the trainer chooses
-    how = {"rows": b, "batch": b, "embed_dim": config["embed_dim"], "device_type": device_type}
+    rows = b // stated_ranks(b, recipe.train)
+    how = {"rows": rows, "batch": b, "embed_dim": config["embed_dim"], "device_type": device_type}
     with contextlib.suppress(RuntimeError):
         return trainer_memory(model, settings=recipe.train, **how)
     return None

@@ -2,7 +2,8 @@
 
     trainer/checkpoint-000000500.safetensors     model.<name>, optimizer.<name>.<state>; metadata: where it stands
 
-The tensors of a training do not depend on the number of ranks, so any number of them may go on from a checkpoint.
+The tensors of a training are whole, however many ranks there are and whether or not they shard the weights, so that any
+number of them may go on from a checkpoint, either way.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from curate.errors import UserError
 from curate.messages import one_line
 from curate.models.spec import EncoderSpec
 from curate.storage import Store
+from jobs.sharding import laid_out, whole_on_cpu
 
 FOLDER = "trainer"
 KEPT = 2
@@ -51,12 +53,30 @@ class Progress:
     """Since the last learner before this, by number of the batch."""
 
 
-def save_checkpoint(store: Store, progress: Progress, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write a checkpoint, then remove those that are older than the one before it."""
-    tensors = {f"model.{name}": tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def save_checkpoint(
+    store: Store,
+    progress: Progress,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    first: bool = True,
+) -> None:
+    """Write a checkpoint, then remove those that are older than the one before it.
+
+    Args:
+        store: the root.
+        progress: where training stands.
+        model: all ranks call this if it is sharded.
+        optimizer: of its weights.
+        first: whether this rank writes it.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = value.detach().cpu().contiguous()
+            tensors[f"optimizer.{name}.{key}"] = value
+    tensors = whole_on_cpu(tensors, keep=first)
+    if not first:
+        return
     with store.local_scratch() as scratch:
         path = scratch / "checkpoint"
         record = json.dumps(asdict(progress) | {"start": progress.start.to_json()}, sort_keys=True)
@@ -110,9 +130,10 @@ def load_checkpoint(store: Store, name: str) -> tuple[Progress, dict[str, torch.
 
 
 def restore(tensors: dict[str, torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into a model of the same architecture and its optimiser."""
+    """Put a checkpoint's tensors into a model of the same architecture, sharded or not, and its optimiser."""
+    own = model.state_dict()
     weights = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-    model.load_state_dict(weights)
+    model.load_state_dict({name: laid_out(value, own.get(name)) for name, value in weights.items()})
     # Torch knows where each state belongs: a fused AdamW has its step count on the parameter's device, others do not.
     names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -121,6 +142,6 @@ def restore(tensors: dict[str, torch.Tensor], model: torch.nn.Module, optimizer:
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             name, _, part = key.removeprefix("optimizer.").rpartition(".")
-            state.setdefault(numbers[name], {})[part] = value
+            state.setdefault(numbers[name], {})[part] = laid_out(value, own[name])
     groups = optimizer.state_dict()["param_groups"]  # the recipe's
     optimizer.load_state_dict({"state": state, "param_groups": groups})

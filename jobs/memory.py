@@ -1,6 +1,7 @@
 """What one rank of the trainer holds in memory, known before it is trained."""
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,12 @@ from curate.models.encoder import image_size_of
 from curate.reader.pieces import PIECE_ROWS
 from curate.recipe import DeviceType, TrainSection
 from jobs.contrastive import TILE_LOGITS, TILES_HELD
+from jobs.sharding import blocks_of
 
 PREFETCHED = 2
 """Pieces that each of a loader's processes holds ahead: torch's default."""
+NODE_RANKS = 8
+"""As many as a usual node has GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,9 @@ class TrainerMemory:
     """
 
     weights: int
-    """With gradients and AdamW's two moments."""
+    """With gradients, those that are sent, and AdamW's two moments; of sharded ones, this rank's."""
+    gathered: int
+    """Of sharded ones, those that are whole for a while, with their gradients, at the peak."""
     activations: int
     """Of a forward and backward pass of one micro-batch, at the peak."""
     loss: int
@@ -43,11 +49,13 @@ class TrainerMemory:
     """Pairs of a forward pass."""
     rows: int
     """Of this rank's share of a batch."""
+    ranks: int
+    """W, that share the batch."""
 
     @property
     def device(self) -> int:
         """On the device."""
-        return self.weights + self.activations + self.loss
+        return self.weights + self.gathered + self.activations + self.loss
 
     @property
     def host(self) -> int:
@@ -55,8 +63,9 @@ class TrainerMemory:
         return self.batches + self.loaders
 
     def __str__(self) -> str:
+        share = f" as one of {self.ranks} and {_gb(self.gathered)} gathered" if self.gathered else ""
         return (
-            f"{_gb(self.device)} on its {self.device_type} (weights, gradients and moments {_gb(self.weights)}, "
+            f"{_gb(self.device)} on its {self.device_type} (weights, gradients and moments {_gb(self.weights)}{share}, "
             f"activations of {counted(self.micro_batch, 'pair')} {_gb(self.activations)}, the loss {_gb(self.loss)}), "
             f"{_gb(self.host)} in memory (shares of {counted(self.rows, 'picture')} {_gb(self.batches)}, loaders "
             f"{_gb(self.loaders)})"
@@ -65,6 +74,15 @@ class TrainerMemory:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"
+
+
+def stated_ranks(batch: int, settings: TrainSection) -> int:
+    """Ranks that a statement is made for before there are any: one, or where they share weights those of a usual node.
+
+    >>> stated_ranks(4096, TrainSection()), stated_ranks(4096, TrainSection(fully_shard=True))
+    (1, 8)
+    """
+    return max(ranks for ranks in range(1, NODE_RANKS + 1) if batch % ranks == 0) if settings.fully_shard else 1
 
 
 def trainer_memory(
@@ -86,11 +104,17 @@ def trainer_memory(
     if settings.grad_checkpointing:
         model.set_grad_checkpointing()
     model.train()
+    ranks = batch // rows
+    sharded = settings.fully_shard and ranks > 1
+    # DistributedDataParallel has a second copy of the gradient, in the buckets that it sends.
+    times = 5 if ranks > 1 and not sharded else 4
+    weights = sum(weight.nbytes * (times if weight.requires_grad else 1) for weight in model.parameters())
     height, width = image_size_of(model)
     pixels = (min(rows, settings.micro_batch), 3, height, width)
     row_bytes = height * width * 3 + 8 * model.context_length
     return TrainerMemory(
-        weights=sum(4 * weight.nbytes if weight.requires_grad else weight.nbytes for weight in model.parameters()),
+        weights=-(-weights // ranks) if sharded else weights,
+        gathered=_gathered_bytes(model) if sharded else 0,
         activations=_peak_bytes(model, pixels, model.context_length, bf16=device_type == "cuda"),
         # Of both towers: this rank's, their parts and gradients; of one tower at a time: the whole batch's, and theirs.
         loss=4 * embed_dim * (6 * rows + 2 * batch) + 4 * TILES_HELD * min(rows * batch, max(TILE_LOGITS, batch)),
@@ -99,7 +123,21 @@ def trainer_memory(
         device_type=device_type,
         micro_batch=pixels[0],
         rows=rows,
+        ranks=ranks,
     )
+
+
+def _bytes_of(module: torch.nn.Module) -> int:
+    return sum(weight.nbytes for weight in module.parameters())
+
+
+def _gathered_bytes(model: Any) -> int:
+    """Most bytes of weights that are not this rank's own and of their gradients."""
+    blocks = [_bytes_of(block) for block in blocks_of(model)]
+    root = _bytes_of(model) - sum(blocks)
+    # Of the root weights and gradient. In the backward pass of a block likewise; beside it the gradient of the block
+    # before is on its way to those who keep it, and the weights of the next one are on theirs.
+    return 2 * root + 4 * max(blocks, default=0)
 
 
 def _peak_bytes(model: Any, pixels: tuple[int, ...], context_length: int, *, bf16: bool) -> int:
@@ -115,9 +153,9 @@ def _peak_bytes(model: Any, pixels: tuple[int, ...], context_length: int, *, bf1
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
         texts = torch.zeros(pixels[0], context_length, dtype=torch.int64)
-        with _Live() as live:
+        with _Live(state.values()) as live:
             images = torch.zeros(pixels)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 zimg, ztxt, *_ = functional_call(model, state, (images, texts))
             torch.autograd.backward(zimg.float().sum() + ztxt.float().sum())
         return int(live.peak)
@@ -128,12 +166,16 @@ def _drop_gradient(weight: Tensor) -> None:
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that operations have made and that are still there."""
+    """Adds up the storages that operations have made and that are still there.
 
-    def __init__(self) -> None:
+    Args:
+        given: tensors that are not counted, nor are their views, which operations return as well.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from curate.criteria import Loss
 from curate.errors import UserError
 from curate.recipe import TrainSection
 from jobs.contrastive import contrastive_loss
 from jobs.ranks import Ranks
+from jobs.sharding import by_layout, clip_gradient
 
 LARGEST_LOG_SCALE = math.log(100)
 """Where CLIP stops its temperature (arXiv 2103.00020, 2.5)."""
@@ -42,8 +44,10 @@ def make_optimizer(model: Any, settings: TrainSection) -> torch.optim.Optimizer:
     # Gains, biases and the logit scale are not decayed, as in open_clip's own trainer.
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    # Where weights are sharded some are not, and one pass takes no mixture.
+    groups = [(part, settings.weight_decay) for part in by_layout(decayed)] + [(part, 0.0) for part in by_layout(plain)]
     return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        [{"params": part, "weight_decay": decay} for part, decay in groups],
         lr=settings.learning_rate,
         betas=(0.9, settings.beta2),
         fused=True,  # one pass over weights and moments: a vocabulary of 49,408 rows is most of a small model
@@ -55,7 +59,7 @@ class Trainee:
     """A model and all that a step of its training takes but the batch."""
 
     model: Any
-    """open_clip's, with a `logit_bias` that needs a gradient where the loss is the sigmoid one."""
+    """open_clip's, with a `logit_bias` that needs a gradient where the loss is the sigmoid one; maybe sharded."""
     parallel: Any
     """`ranks.wrap(model)`."""
     optimizer: torch.optim.Optimizer
@@ -96,7 +100,7 @@ def take_step(trainee: Trainee, pixels: Tensor, texts: Tensor, *, rate: float) -
         check_divisible(model, len(pixels), trainee.micro_batch)
         value = _backward_in_parts(trainee, pixels, texts, parts)
     loss = trainee.ranks.mean(value)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), trainee.grad_clip).item()
+    norm = clip_gradient(model, trainee.ranks, trainee.grad_clip)
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
         with torch.no_grad():
@@ -134,7 +138,8 @@ def _embed(trainee: Trainee, forward: Any, pixels: Tensor, texts: Tensor) -> lis
     """Both embeddings, float32 [n, D]; the scale, and the bias where it is trained."""
     device = trainee.ranks.device
     images = trainee.normalize(pixels.to(device, non_blocking=True))
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    # A cache of weights in bf16 would hold all of them until the pass is over; each is used once in it.
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
         zimg, ztxt, scale, *bias = forward(images, texts.to(device, non_blocking=True))
     trained = getattr(trainee.model, "logit_bias", None) is not None and trainee.model.logit_bias.requires_grad
     return [zimg.float(), ztxt.float(), scale, *(bias if trained else ())]
@@ -162,8 +167,10 @@ def _backward_in_parts(trainee: Trainee, pixels: Tensor, texts: Tensor, parts: S
     for part, draw in zip(parts, draws, strict=True):
         last = part is parts[-1]
         _restore_random_state(draw, trainee.ranks.device)
-        # Of several ranks, gradients are summed over the parts first, and sent once.
-        with contextlib.nullcontext() if last or trainee.ranks.world_size == 1 else trainee.parallel.no_sync():
+        # Of several ranks, gradients are summed over the parts first, and sent once. Where weights are sharded each
+        # part sends its own: the sum would be a gradient of the whole model on each rank, a quarter of what is saved.
+        once = isinstance(trainee.parallel, DistributedDataParallel) and not last
+        with trainee.parallel.no_sync() if once else contextlib.nullcontext():
             found = _embed(trainee, trainee.parallel, pixels[part], texts[part])
             grads = [by_zimg[part], by_ztxt[part], *(by_scalars if last else ())]
             torch.autograd.backward(found[: len(grads)], grads)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from curate.errors import UserError
 from curate.recipe import DeviceType
@@ -72,8 +73,8 @@ class Ranks:
         return value
 
     def wrap(self, model: Any) -> Any:
-        """The model such that its gradients are means over all ranks."""
-        if self.world_size == 1:
+        """The model such that its gradients are means over all ranks; one that is sharded sees to that itself."""
+        if self.world_size == 1 or isinstance(model, FSDPModule):
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)

@@ -51,6 +51,7 @@ from curate.storage import Store
 from jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
 from jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
 from jobs.ranks import Ranks, join_ranks
+from jobs.sharding import compile_model, encoding, is_sharded, shard_weights, whole_model
 from jobs.stretch import Stretch, committed_stretch, starved_stretch
 from jobs.train_log import TrainingLog, log_folder
 
@@ -119,13 +120,17 @@ class _Training:
                 f"learner = {learner.source}, {learner.precision}: not looked at, training goes on with "
                 f"{start.source}, {start.precision}"
             )
-        self.model, self.config, self.tokenizer = load_model(self.store, self.progress.start, ranks.device)
+        # What is to be sharded goes to the device block by block: there may be no room for all of it.
+        device = torch.device("cpu") if self.settings.fully_shard else ranks.device
+        self.model, self.config, self.tokenizer = load_model(self.store, self.progress.start, device)
         self.crop, shift = split_transform(self.model, exact=recipe.embed.exact_pixels)
         self.normalize = partial(normalize_pixels, shift=shift)
         check_trainable(self.model, recipe)
         loss, bias = recipe.selection.loss, getattr(self.model, "logit_bias", None)
         if loss == "softmax" and bias is not None:
             bias.requires_grad_(False)  # shifts every logit alike, so that this loss has no gradient for it
+        if self.settings.fully_shard:
+            shard_weights(self.model, ranks)
         self.optimizer = make_optimizer(self.model, self.settings)
         if checkpoint is not None:
             restore(tensors, self.model, self.optimizer)
@@ -134,16 +139,16 @@ class _Training:
         self.losses: list[float] = []
         self.held_out: HeldOut | None = None
         self.log: TrainingLog | None = None
+        section = recipe.evaluate
+        if section is not None and (ranks.first or is_sharded(self.model)):
+            self.held_out = load_held_out(
+                section.path,
+                image=section.image,
+                caption=section.caption,
+                label=section.label,
+                threads=max(1, self.settings.workers),
+            )
         if ranks.first:
-            if recipe.evaluate is not None:
-                section = recipe.evaluate
-                self.held_out = load_held_out(
-                    section.path,
-                    image=section.image,
-                    caption=section.caption,
-                    label=section.label,
-                    threads=max(1, self.settings.workers),
-                )
             # At step 0 without a checkpoint, even the evaluation before the first step is to be done again.
             step = self.progress.step if checkpoint is not None or self.progress.step else -1
             self.log = stack.enter_context(TrainingLog(log_folder(self.store, self.settings.logs), step=step))
@@ -180,8 +185,7 @@ class _Training:
         if settings.grad_checkpointing:
             self.model.set_grad_checkpointing()
         if settings.compile:
-            # In place, so that names of weights stay. Parts of a batch have two sizes at most, each compiled by itself.
-            self.model.compile(dynamic=False)
+            compile_model(self.model)
         return Trainee(
             model=self.model,
             parallel=ranks.wrap(self.model),
@@ -319,27 +323,29 @@ class _Training:
 
     def _evaluate(self) -> None:
         section = self.recipe.evaluate
-        if self.log is None or self.held_out is None or section is None:
+        if self.held_out is None or section is None:
             return
-        found = evaluate(
-            self.model,
-            self.tokenizer,
-            self.crop,
-            self.held_out,
-            device=self.ranks.device,
-            batch_size=section.batch_size,
-            templates=section.templates,
-            threads=max(1, self.settings.workers),
-            normalize_images=self.normalize,
-        )
+        with encoding(self.model):
+            found = evaluate(
+                self.model,
+                self.tokenizer,
+                self.crop,
+                self.held_out,
+                device=self.ranks.device,
+                batch_size=section.batch_size,
+                templates=section.templates,
+                threads=max(1, self.settings.workers),
+                normalize_images=self.normalize,
+            )
+        if self.log is None:
+            return
         self.log.write(self.progress.step, **found)
         self.say(f"step {self.progress.step}: " + ", ".join(f"{name} {value:.3f}" for name, value in found.items()))
 
     # --- what is left behind ---------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.ranks.first:
-            save_checkpoint(self.store, self.progress, self.model, self.optimizer)
+        save_checkpoint(self.store, self.progress, self.model, self.optimizer, first=self.ranks.first)
 
     def _publish(self) -> None:
         """Publish the model as the next learner, unless the newest learner is this very model."""
@@ -354,14 +360,15 @@ class _Training:
         """Publish what the checkpoint says is due. Killed before it is done, the next run does it from there."""
         if not self.progress.due:
             return
+        store, start, progress = self.store, self.progress.start, self.progress
+        model = whole_model(self.model, lambda: load_model(store, start, torch.device("cpu"))[0], self.ranks)
         if self.ranks.first:
-            start, progress = self.progress.start, self.progress
             encoder = store_model(
-                self.store, self.model, self.config, self.tokenizer, source=start.source, precision=start.precision
+                store, model, self.config, self.tokenizer, source=start.source, precision=start.precision
             )
             try:
                 record_learner(
-                    self.store,
+                    store,
                     encoder,
                     step=progress.step,
                     next_batch=progress.next_batch if progress.data == "rounds" else 0,

@@ -300,6 +300,8 @@ def test_a_recipe_of_the_trainer_alone(folder: Path) -> None:
     assert lines[-3] == "learner: tiny.json, fp32 on cpu"
     assert lines[-2].startswith("train: one rank holds about 0.0")
     assert "activations of 8 pairs 0.00 GB" in lines[-2]
+    line = said(folder, "train.data=pool", "train.fully_shard=true")[-2]
+    assert "moments 0.00 GB as one of 8 and 0.01 GB gathered, activations of 1 pair 0.00 GB" in line
     assert lines[-1] == "train: 1 uniform batches of 8"
     assert said(folder, "train.data=pool", "selection.filter_ratio=0.99")
     line = refused(folder, "train.data=pool", "selection.sub_batch_size=100")

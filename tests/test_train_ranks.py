@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 
-from curate.models.learners import newest_learner
+from curate.models.encoder import load_model, normalize_pixels, split_transform
+from curate.models.learners import newest_learner, read_learner
 from curate.pool.shards import Pool
-from curate.recipe import Recipe
+from curate.reader.evaluate import evaluate, load_held_out
+from curate.recipe import EvaluateSection, Recipe
 from curate.storage import Store
 from jobs.train import train
-from tests.helpers import commit_rounds, drawn_pool, write_tiny
+from tests.helpers import CPU, commit_rounds, drawn_pool, write_tiny
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.timeout(240)
@@ -143,6 +145,56 @@ def test_torchrun_starts_ranks(alone: Alone, pool: Pool) -> None:
     assert done.stdout.count("learner 1 published at step 2") == 1  # by the first rank alone
     assert places(made) == places(whole)[:2]
     assert losses(made)[0] == pytest.approx(losses(whole)[0], abs=1e-6)
+
+
+def test_sharded_ranks_and_one_that_holds_all_go_on_from_each_other(alone: Alone, pool: Pool) -> None:
+    whole, base = alone("sigmoid")
+    how = {"micro_batch": 2, "grad_checkpointing": True}
+    held_out = EvaluateSection(path=pool.shards[0].path, every=15)
+    made = recipe(base, pool, "sharded", **how).model_copy(update={"evaluate": held_out})
+
+    def steps() -> list[dict[str, Any]]:
+        return [line for line in log(made) if "loss" in line]
+
+    for ranks, shard, reached in ((2, True, 16), (1, False, 24), (3, True, None)):
+        train_section = made.train.model_copy(update={"fully_shard": shard})
+        processes = start(made.model_copy(update={"train": train_section}), base, ranks)
+        if reached is None:
+            finish(processes)
+            continue
+        for _ in patience():
+            if len(steps()) >= reached:
+                break
+        os.kill(processes[-1].pid, signal.SIGKILL)
+        for process in processes:
+            process.join(100)
+            assert process.exitcode != 0
+    lines = steps()
+    assert len(lines) == ROUNDS * SUB_BATCHES
+    assert [line["uids_sha256"] for line in lines] == [line["uids_sha256"] for line in log(whole)]
+    assert [line["loss"] for line in lines] == pytest.approx(losses(whole), abs=2e-4)
+    # What was measured on shards is what the learner that was published of them is, as it was before the first step.
+    store = Store(made.root)
+    for number, step in ((0, 0), (ROUNDS, ROUNDS * SUB_BATCHES)):
+        (logged,) = [line for line in log(made) if "image_to_text_r1" in line and line["step"] == step]
+        found = evaluated(store, number, held_out)
+        assert {name: logged[name] for name in found} == found
+    assert newest_learner(store).number == ROUNDS
+
+
+def evaluated(store: Store, number: int, section: EvaluateSection) -> dict[str, float]:
+    model, _, tokenizer = load_model(store, read_learner(store, number).encoder, CPU)
+    crop, shift = split_transform(model, exact=False)
+    return evaluate(
+        model,
+        tokenizer,
+        crop,
+        load_held_out(section.path),
+        device=CPU,
+        batch_size=section.batch_size,
+        templates=section.templates,
+        normalize_images=lambda pixels: normalize_pixels(pixels, shift),
+    )
 
 
 def test_killed_five_times_and_started_again(alone: Alone, pool: Pool) -> None:

@@ -22,6 +22,7 @@ from curate.storage import Store
 from jobs.contrastive import contrastive_loss
 from jobs.optimize import Trainee, make_optimizer, take_step
 from jobs.ranks import Ranks, join_ranks
+from jobs.sharding import shard_weights
 from tests.helpers import CPU, tiny_encoder
 
 torch.set_num_threads(1)
@@ -126,13 +127,17 @@ def test_the_tiled_loss_over_ranks(loss: str, count: int) -> None:
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
-def trainee_of(folder: Path, loss: str, ranks: Ranks = ALONE, micro_batch: int = 10**6, **changes: Any) -> Trainee:
+def trainee_of(
+    folder: Path, loss: str, ranks: Ranks = ALONE, micro_batch: int = 10**6, *, shard: bool = False, **changes: Any
+) -> Trainee:
     """A tiny model, the same each time; with `changes` of its configuration."""
     store = Store(str(folder / f"root-{ranks.rank}"))
     spec = tiny_encoder(store, folder / f"config-{ranks.rank}", **changes)
     model = load_model(store, spec, ranks.device)[0]
     if loss == "softmax" and model.logit_bias is not None:
         model.logit_bias.requires_grad_(False)
+    if shard:
+        shard_weights(model, ranks)
     settings = TrainSection(micro_batch=micro_batch)
     shift = split_transform(model)[1]
     return Trainee(

@@ -156,7 +156,8 @@ def evaluate(
         Shares in [0, 1]: `image_to_text_r1`, `image_to_text_r5`, `text_to_image_r1`, `text_to_image_r5`; with labels
         `zero_shot_top1`, and `zero_shot_top5` if there are more than 5 classes.
     """
-    with _in_eval(model), torch.inference_mode(), ThreadPoolExecutor(threads) as executor:
+    # Without a gradient, but not in inference mode: weights that FSDP gathers first then could not be trained later.
+    with _in_eval(model), torch.no_grad(), ThreadPoolExecutor(threads) as executor:
 
         def pixels(images: list[bytes]) -> Tensor:
             return torch.stack(
@@ -258,7 +259,8 @@ def _embed(
     rows = []
     for start in range(0, len(items), batch_size):
         batch = prepare(list(items[start : start + batch_size])).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        # A cache would hold all weights in bf16; each is used once.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             encoded = encode(batch, normalize=False)
         # In float32: in bfloat16 a row that was divided by its norm is up to 0.3 % off unit length.
         rows.append(normalize(encoded.float(), dim=-1))
