@@ -4,6 +4,7 @@ Ray Data is handed shards, not files to read: its own reader skips empty files s
 dropped rows again. Here what remains to do is the set of shards whose file is missing.
 """
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,16 +15,11 @@ import loky
 import pyarrow as pa
 import ray
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 from tqdm import tqdm
 
-from curate.embed.decode import Apart
 from curate.embed.files import embedding_name
-from curate.embed.loader import start_server
-from curate.embed.run import Embedder, reading_for
-from curate.embed.shard import embed_damaged
 from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
 from curate.models.spec import WEIGHTS_NAME, EncoderSpec
 from curate.pool.shards import Columns, Pool, Shard
@@ -205,7 +201,10 @@ def _loaders(resources: ResourcesSection, gpus: int, cores: float, gpus_of_node:
 
 
 class EmbedShards:
-    """The actor: holds the encoders, embeds the shards that it is given; several threads may call it at a time."""
+    """The actor: holds the encoders, embeds the shards that it is given; several threads may call it at a time.
+
+    It imports what it computes with: the driver needs neither torch and open_clip nor the seconds that they take.
+    """
 
     def __init__(
         self,
@@ -217,24 +216,32 @@ class EmbedShards:
         on_bad_shard: BadShardPolicy,
     ) -> None:
         logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every load on the root logger
-        torch.set_num_threads(resources.threads)
         self.store = store
         self.wanted = wanted
         self.on_bad_shard = on_bad_shard
         self.failure: CurateError | None = None
+        gc.disable()  # what is imported stays: to look through it for garbage takes a quarter of the time
         try:
             self._load(encoders, settings, resources)
         except CurateError as error:
             self.failure = error  # raised here it would be lost: Ray tells of a constructor its traceback alone
+        finally:
+            gc.enable()
 
     def _load(self, encoders: Sequence[EncoderSpec], settings: EmbedSection, resources: ResourcesSection) -> None:
+        from curate.embed.loader import start_server  # noqa: PLC0415
+
         where = device()
         gpu = where.type == "cuda"
         if loaders := _loaders(resources, int(gpu), loky.cpu_count(), _gpus_here() if gpu else 0):
             start_server(["ray"])  # imports what they need while this process loads its models
-        # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
+        import torch  # noqa: PLC0415
+
+        from curate.embed.decode import Apart  # noqa: PLC0415
+        from curate.embed.run import Embedder, reading_for  # noqa: PLC0415
         from curate.models.encoder import load_encoder  # noqa: PLC0415
 
+        torch.set_num_threads(resources.threads)
         compile_for = settings.batch_size if settings.compile and gpu else None
         self.encoders = {spec.sha: load_encoder(self.store, spec, where, compile_for=compile_for) for spec in encoders}
         self.embedder = Embedder(
@@ -272,6 +279,8 @@ class EmbedShards:
                 # Not raised: all other shards are read, so that all that are damaged are told together.
                 damage = str(error)
                 if self.on_bad_shard == "skip":
+                    from curate.embed.shard import embed_damaged  # noqa: PLC0415
+
                     encoders = {name: self.encoders[sha] for sha, name in names.items()}
                     counts = embed_damaged(shard, encoders, self.store, error)
             dropped = sum(rows for status, rows in counts.items() if status != "ok")

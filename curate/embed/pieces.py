@@ -6,7 +6,7 @@ by few: whoever begins in the middle of one reads it from its start.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -23,12 +23,10 @@ from curate.embed.room import Room, Rooms, offsets_of
 from curate.pool.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
 from curate.pool.shards import Columns, Shard, caption_bytes, image_bytes, read_some
 
-Decode = Callable[[Sequence[Row]], list[Decoded]]
+Decode = Callable[[Sequence[Row]], Iterable[Decoded]]
 Tokenize = Callable[[Sequence[str]], Tensor]
 Rows = npt.NDArray[np.int64]
 
-RUN = 8
-"""Rows that are decoded before their crops are moved to where they stay: a megabyte, which is in the cache yet."""
 SPLITS = 4
 """Slices of one row group at most, each of which reads it from its start: on average 2.5 times, if it is large."""
 
@@ -225,12 +223,10 @@ class Reading:
         pixels = _Pixels(len(images), room)
         decoded = [Decoded(status=DOWNLOAD_FAILED, error=failure) for failure in failures]
         there = [place for place, failure in enumerate(failures) if failure is None]
-        for start in range(0, len(there), RUN):
-            places = there[start : start + RUN]
-            found = decode([(images[place], captions[place]) for place in places])
-            for place, one in zip(places, found, strict=True):
-                pixels.add({view: one.pixels[view] for view in views if one.status == "ok"})
-                decoded[place] = replace(one, pixels={})
+        found = decode([(images[place], captions[place]) for place in there])
+        for place, one in zip(there, found, strict=True):
+            pixels.add({view: one.pixels[view] for view in views if one.status == "ok"})
+            decoded[place] = replace(one, pixels={})
         usable = [one.caption for one in decoded if one.status == "ok"]
         captioned: dict[str, int] = {}
         of = [captioned.setdefault(caption, len(captioned)) for caption in usable]
