@@ -21,11 +21,13 @@ from tqdm import tqdm
 
 from curate.embed.files import embedding_name
 from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
+from curate.messages import counted
 from curate.models.spec import WEIGHTS_NAME, EncoderSpec
 from curate.pool.shards import Columns, Pool, Shard
 from curate.recipe import BadShardPolicy, EmbedSection, ResourcesSection
 from curate.storage import Store
 from pipelines.cluster import (
+    CPU_SHARE,
     RETRIES,
     Devices,
     device,
@@ -41,8 +43,6 @@ from pipelines.wanted import Wanted
 # A shard is one task. A slow CPU may spend hours on one, so Ray's guard of 30 minutes would stop healthy work.
 NO_PROGRESS_S = 6 * 3600
 MOST_BLOCKS = 1000
-# Below one per thread, so that the tasks which feed the actors find a CPU (ray#44687).
-CPU_SHARE = 0.9
 ACTOR_BYTES = 3 * 2**29
 """What an actor holds beside its weights: `import open_clip` alone leaves a process at 1.3 GB."""
 LOADER_BYTES = 2**29
@@ -130,6 +130,7 @@ def _embed(
     memory = ACTOR_BYTES + 2 * sum(store.size(f"{spec.folder}/{WEIGHTS_NAME}") or 0 for spec in encoders)
     memory += LOADER_BYTES * _loaders(resources, devices.gpus, largest_node("CPU"), largest_node("GPU"))
     workers = min(_workers(resources, devices, memory), len(items))
+    _require_croppers(resources, devices, workers)
     at_once = SHARDS_AT_ONCE * (2 if devices.gpus else 1)
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
@@ -193,10 +194,26 @@ def _workers(resources: ResourcesSection, devices: Devices, memory: int) -> int:
     return min(resources.workers or max(1, free_cpus() // resources.threads), places_for(memory))
 
 
+def _require_croppers(resources: ResourcesSection, devices: Devices, workers: int) -> None:
+    """Refuse what would wait for ever.
+
+    Raises:
+        UserError: the cluster lacks the CPUs for all actors that decode, beside those that embed.
+    """
+    if not resources.crop_actors:
+        return
+    needed = workers * CPU_SHARE * (resources.crop_actors + (0 if devices.gpus else resources.threads))
+    if needed > (there := float(ray.cluster_resources().get("CPU", 0))):
+        raise UserError(
+            f"resources.crop_actors = {resources.crop_actors}: with {counted(workers, 'worker')} this needs "
+            f"{needed:.1f} CPUs, the cluster has {there:g}; lower it, or add nodes"
+        )
+
+
 def _loaders(resources: ResourcesSection, gpus: int, cores: float, gpus_of_node: float) -> int:
     """Decoding processes of an actor, whose node has so many cores."""
-    if resources.loaders is not None:
-        return resources.loaders
+    if resources.loaders is not None or resources.crop_actors:
+        return resources.loaders or 0
     return max(1, int(cores / max(1, gpus_of_node)) - 2) if gpus else 0
 
 
@@ -244,6 +261,11 @@ class EmbedShards:
         torch.set_num_threads(resources.threads)
         compile_for = settings.batch_size if settings.compile and gpu else None
         self.encoders = {spec.sha: load_encoder(self.store, spec, where, compile_for=compile_for) for spec in encoders}
+        loader = None
+        if resources.crop_actors:
+            from pipelines.crops import Croppers  # noqa: PLC0415
+
+            loader = Croppers(reading_for(self.encoders), resources.crop_actors, pin=gpu)
         self.embedder = Embedder(
             self.encoders,
             settings,
@@ -252,6 +274,7 @@ class EmbedShards:
             # Ray starts an actor again that died, and gives it the shards that it died of.
             decode=Apart(reading_for(self.encoders).crops) if restarted() else None,
             preload=("ray",),
+            loader=loader,
         )
 
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:

@@ -81,16 +81,24 @@ class Piece:
 
     def __getstate__(self) -> dict[str, Any]:
         """On its way to another process: no tensors, each of which takes a connection; pixels stay in their room."""
+        arrays = {name: tensor.numpy() for name, tensor in (("rows", self.rows), ("of", self.of))}
         texts = {wording: texts.numpy() for wording, texts in self.texts.items()}
-        pixels = self.pixels if self.room is None else offsets_of(self.pixels)
-        return self.__dict__ | {"rows": self.rows.numpy(), "texts": texts, "of": self.of.numpy(), "pixels": pixels}
+        pixels: dict[str, Any] = (
+            {view: pixels.numpy() for view, pixels in self.pixels.items()}
+            if self.room is None
+            else offsets_of(self.pixels)
+        )
+        return self.__dict__ | arrays | {"texts": texts, "pixels": pixels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        texts = {wording: torch.from_numpy(texts) for wording, texts in state["texts"].items()}
-        self.__dict__.update(state, rows=torch.from_numpy(state["rows"]), texts=texts, of=torch.from_numpy(state["of"]))
-        if self.room is not None:
-            rooms = Rooms.ours[self.room.key]
-            self.__dict__["pixels"] = {view: rooms.at(*where) for view, where in state["pixels"].items()}
+        if state["room"] is None:
+            pixels = {view: _writable(pixels) for view, pixels in state["pixels"].items()}
+        else:
+            rooms = Rooms.ours[state["room"].key]
+            pixels = {view: rooms.at(*where) for view, where in state["pixels"].items()}
+        texts = {wording: _writable(texts) for wording, texts in state["texts"].items()}
+        arrays = {name: _writable(state[name]) for name in ("rows", "of")}
+        self.__dict__.update(state | arrays, texts=texts, pixels=pixels)
 
     def table(self) -> pa.Table:
         """The rows; a view of `rows`."""
@@ -112,6 +120,11 @@ class Piece:
         """Give the room back: the pixels are no longer needed."""
         if self.room is not None:
             self.room.give_back()
+
+
+def _writable(array: npt.NDArray[Any]) -> Tensor:
+    """An array as a tensor, copied out of memory that is not ours to write to, as that of Ray's object store."""
+    return torch.from_numpy(np.require(array, requirements="W"))
 
 
 @dataclass(frozen=True, kw_only=True)
