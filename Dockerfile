@@ -5,7 +5,8 @@ FROM python:3.12-slim
 
 RUN pip install --no-cache-dir uv
 WORKDIR /opt/curate
-ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH UV_LINK_MODE=copy
+# Bytecode is compiled here: the user that runs this may not write it, and each worker would compile torch anew.
+ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 
 # Dependencies first: they change less often than the code. Tests' packages are in the lock and stay out of use.
 COPY requirements.lock ./

@@ -35,10 +35,11 @@ lock: $(READY)  ## pin pyproject.toml's dependencies for every supported platfor
 	  --generate-hashes --quiet --output-file requirements.lock pyproject.toml
 
 # uv itself is the one thing that plain pip installs; everything else comes from the lock, by hash.
+# Compiled here, once: where bytecode is not written, each process would compile torch's sources anew, 5 s of its time.
 $(READY): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.lock
+	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
 	touch $(READY)
 

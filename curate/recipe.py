@@ -297,6 +297,12 @@ class ResourcesSection(Section):
         description="decoding processes per worker, instead of threads; beside a GPU its share of the node's cores "
         "less two if not given, else none",
     )
+    crop_actors: int = Field(
+        0,
+        ge=0,
+        description="actors per worker that decode instead, a CPU each, spread over the cluster's nodes; for nodes "
+        "short of cores, as pixels are five times the bytes of pictures",
+    )
     address: str = Field("local", description="Ray cluster: local, auto or ray://host:port")
     price_per_hour: float | None = Field(
         None,
@@ -305,6 +311,17 @@ class ResourcesSection(Section):
         description="of one worker, with its share of its node, in any currency: `curate check` then says what a round "
         "costs",
     )
+
+    @field_validator("crop_actors")
+    @classmethod
+    def _one_way_to_decode(cls, crop_actors: int, info: ValidationInfo) -> int:
+        if crop_actors and info.data.get("loaders"):
+            raise PydanticCustomError(
+                "crop_actors",
+                "must be 0 where loaders = {n} decode; leave out one of the two",
+                {"n": info.data["loaders"]},
+            )
+        return crop_actors
 
 
 class TrainSection(Section):

@@ -46,6 +46,8 @@ AT_ONCE = 16
 MOST_REMADE = 20
 STDERR = 2
 CORE_LOG = re.compile(rb"\[\d{4}-\d\d-\d\d [^\]]*\] \w+\.cc:\d+: ")
+# Below one per thread, so that the tasks which feed the actors find a CPU (ray#44687).
+CPU_SHARE = 0.9
 # Without limits Ray restarts an actor for ever on a row that kills it.
 RETRIES = {"max_restarts": 4, "max_task_retries": 2}
 

@@ -4,6 +4,7 @@ Ray Data is handed shards, not files to read: its own reader skips empty files s
 dropped rows again. Here what remains to do is the set of shards whose file is missing.
 """
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,22 +15,19 @@ import loky
 import pyarrow as pa
 import ray
 import ray.data
-import torch
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 from tqdm import tqdm
 
-from curate.embed.decode import Apart
 from curate.embed.files import embedding_name
-from curate.embed.loader import start_server
-from curate.embed.run import Embedder, reading_for
-from curate.embed.shard import embed_damaged
 from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
+from curate.messages import counted
 from curate.models.spec import WEIGHTS_NAME, EncoderSpec
 from curate.pool.shards import Columns, Pool, Shard
 from curate.recipe import BadShardPolicy, EmbedSection, ResourcesSection
 from curate.storage import Store
 from pipelines.cluster import (
+    CPU_SHARE,
     RETRIES,
     Devices,
     device,
@@ -45,8 +43,6 @@ from pipelines.wanted import Wanted
 # A shard is one task. A slow CPU may spend hours on one, so Ray's guard of 30 minutes would stop healthy work.
 NO_PROGRESS_S = 6 * 3600
 MOST_BLOCKS = 1000
-# Below one per thread, so that the tasks which feed the actors find a CPU (ray#44687).
-CPU_SHARE = 0.9
 ACTOR_BYTES = 3 * 2**29
 """What an actor holds beside its weights: `import open_clip` alone leaves a process at 1.3 GB."""
 LOADER_BYTES = 2**29
@@ -134,6 +130,7 @@ def _embed(
     memory = ACTOR_BYTES + 2 * sum(store.size(f"{spec.folder}/{WEIGHTS_NAME}") or 0 for spec in encoders)
     memory += LOADER_BYTES * loaders_of(resources, devices.gpus, largest_node("CPU"), largest_node("GPU"))
     workers = min(_workers(resources, devices, memory), len(items))
+    _require_croppers(resources, devices, workers)
     at_once = SHARDS_AT_ONCE * (2 if devices.gpus else 1)
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
@@ -204,15 +201,34 @@ def workers_of(resources: ResourcesSection, gpus: int, free: int) -> int:
     return resources.workers or max(1, free // resources.threads)
 
 
+def _require_croppers(resources: ResourcesSection, devices: Devices, workers: int) -> None:
+    """Refuse what would wait for ever.
+
+    Raises:
+        UserError: the cluster lacks the CPUs for all actors that decode, beside those that embed.
+    """
+    if not resources.crop_actors:
+        return
+    needed = workers * CPU_SHARE * (resources.crop_actors + (0 if devices.gpus else resources.threads))
+    if needed > (there := float(ray.cluster_resources().get("CPU", 0))):
+        raise UserError(
+            f"resources.crop_actors = {resources.crop_actors}: with {counted(workers, 'worker')} this needs "
+            f"{needed:.1f} CPUs, the cluster has {there:g}; lower it, or add nodes"
+        )
+
+
 def loaders_of(resources: ResourcesSection, gpus: int, cores: float, gpus_of_node: float) -> int:
     """Decoding processes of an actor, whose node has so many cores."""
-    if resources.loaders is not None:
-        return resources.loaders
+    if resources.loaders is not None or resources.crop_actors:
+        return resources.loaders or 0
     return max(1, int(cores / max(1, gpus_of_node)) - 2) if gpus else 0
 
 
 class EmbedShards:
-    """The actor: holds the encoders, embeds the shards that it is given; several threads may call it at a time."""
+    """The actor: holds the encoders, embeds the shards that it is given; several threads may call it at a time.
+
+    It imports what it computes with: the driver needs neither torch and open_clip nor the seconds that they take.
+    """
 
     def __init__(
         self,
@@ -224,26 +240,39 @@ class EmbedShards:
         on_bad_shard: BadShardPolicy,
     ) -> None:
         logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every load on the root logger
-        torch.set_num_threads(resources.threads)
         self.store = store
         self.wanted = wanted
         self.on_bad_shard = on_bad_shard
         self.failure: CurateError | None = None
+        gc.disable()  # what is imported stays: to look through it for garbage takes a quarter of the time
         try:
             self._load(encoders, settings, resources)
         except CurateError as error:
             self.failure = error  # raised here it would be lost: Ray tells of a constructor its traceback alone
+        finally:
+            gc.enable()
 
     def _load(self, encoders: Sequence[EncoderSpec], settings: EmbedSection, resources: ResourcesSection) -> None:
+        from curate.embed.loader import start_server  # noqa: PLC0415
+
         where = device()
         gpu = where.type == "cuda"
         if loaders := loaders_of(resources, int(gpu), loky.cpu_count(), _gpus_here() if gpu else 0):
             start_server(["ray"])  # imports what they need while this process loads its models
-        # Here, because the driver of a round needs neither a model nor the seconds that importing open_clip takes.
+        import torch  # noqa: PLC0415
+
+        from curate.embed.decode import Apart  # noqa: PLC0415
+        from curate.embed.run import Embedder, reading_for  # noqa: PLC0415
         from curate.models.encoder import load_encoder  # noqa: PLC0415
 
+        torch.set_num_threads(resources.threads)
         compile_for = settings.batch_size if settings.compile and gpu else None
         self.encoders = {spec.sha: load_encoder(self.store, spec, where, compile_for=compile_for) for spec in encoders}
+        loader = None
+        if resources.crop_actors:
+            from pipelines.crops import Croppers  # noqa: PLC0415
+
+            loader = Croppers(reading_for(self.encoders), resources.crop_actors, pin=gpu)
         self.embedder = Embedder(
             self.encoders,
             settings,
@@ -252,6 +281,7 @@ class EmbedShards:
             # Ray starts an actor again that died, and gives it the shards that it died of.
             decode=Apart(reading_for(self.encoders).crops) if restarted() else None,
             preload=("ray",),
+            loader=loader,
         )
 
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
@@ -279,6 +309,8 @@ class EmbedShards:
                 # Not raised: all other shards are read, so that all that are damaged are told together.
                 damage = str(error)
                 if self.on_bad_shard == "skip":
+                    from curate.embed.shard import embed_damaged  # noqa: PLC0415
+
                     encoders = {name: self.encoders[sha] for sha, name in names.items()}
                     counts = embed_damaged(shard, encoders, self.store, error)
             dropped = sum(rows for status, rows in counts.items() if status != "ok")

@@ -19,7 +19,7 @@ from tests.faults import FaultProxy
 if TYPE_CHECKING:
     from curate.models.encoder import Encoder
 
-RAY = ("acceleration", "cluster", "dedup", "devices", "embed", "faults", "index", "round")
+RAY = ("acceleration", "cluster", "crops", "dedup", "devices", "embed", "faults", "index", "round")
 """Files with tests that share a Ray: where pytest runs in several processes, one of these runs them all."""
 FIRST = (*RAY, "submit", "train_ranks", "environment", "encoder")
 """Files that take longest, so that no process works alone at the end."""

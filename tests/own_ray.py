@@ -2,9 +2,11 @@
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +14,14 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from curate.embed.run import Embedder, embed_shard, reading_for
 from curate.errors import ClusterError, UserError
-from curate.recipe import ResourcesSection
+from curate.models.encoder import load_encoder
+from curate.recipe import EmbedSection, ResourcesSection
+from curate.storage import Store
 from pipelines.cluster import CPUS, Devices, connect, device, run_tasks, take_devices
+from pipelines.crops import Croppers
+from tests.helpers import drawn_pool, tiny_encoder
 
 
 def found(*_: Any) -> tuple[int, list[str], str]:
@@ -137,6 +144,44 @@ def a_worker_that_dies() -> None:
         run_tasks(die, [0], None, title="tasks")
 
 
+def crops_of_another_node() -> None:
+    """Pictures that are decoded on two nodes, of which one is lost on the way."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    lost = cluster.add_node(num_cpus=2)
+    connect(cluster.address)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(f"{folder}/root")
+        pool = drawn_pool(Path(folder) / "pool", rows=240, shards=4, broken_share=0.2)
+        encoder = load_encoder(store, tiny_encoder(store, Path(folder)), torch.device("cpu"))
+        settings = EmbedSection(batch_size=9, chunk_rows=20)
+        croppers = Croppers(reading_for({"x": encoder}), 2, pin=False)
+
+        def nodes() -> set[str]:
+            return set(ray.get([actor.__ray_call__.remote(node) for actor in croppers._actors]))
+
+        assert len(nodes()) == 2
+        embedder = Embedder({"x": encoder}, settings, loader=croppers)
+        for shard in pool.shards:
+            embed_shard(shard, {f"here/{shard.index}": encoder}, store, settings)
+            embedder.embed(shard, {"x": f"there/{shard.index}"}, store)
+            assert store.read_bytes(f"here/{shard.index}") == store.read_bytes(f"there/{shard.index}")
+            if shard.index == 1:
+                cluster.remove_node(lost, allow_graceful=False)
+        embedder.close()
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def node(_: Any) -> str:
+    """Where an actor is."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
 RUNS: tuple[Callable[[], None], ...] = (pretended_gpus,)
-LONG_RUNS: tuple[Callable[[], None], ...] = (gpus_of_several_steps, gpus_that_come_later, a_worker_that_dies)
+LONG_RUNS: tuple[Callable[[], None], ...] = (
+    gpus_of_several_steps,
+    gpus_that_come_later,
+    a_worker_that_dies,
+    crops_of_another_node,
+)
 """For make test-all: each starts several nodes or actors."""

@@ -30,7 +30,7 @@ def statuses(found: list[Decoded]) -> list[str]:
 def test_the_rows_that_kill_or_hold_up_are_named_and_no_others() -> None:
     apart = Apart({"view": crop}, deadline_s=3)
     sound = [row(0), (b"", b"x"), (row(1)[0], b" "), row(2)]
-    here, there = Watched({"view": crop})(sound), apart(sound)
+    here, there = list(Watched({"view": crop})(sound)), apart(sound)
     assert statuses(here) == statuses(there) == ["ok", "image_empty", "caption_empty", "ok"]
     for one, other in zip(here, there, strict=True):
         assert (one.caption, one.size, one.error) == (other.caption, other.size, other.error)
@@ -48,11 +48,11 @@ WATCHED = """
 from curate.embed.decode import Watched
 from tests.broken_crop import crop, row
 watched = Watched({"view": crop}, deadline_s=1)
-watched([row(0)])
+list(watched([row(0)]))
 import time
 time.sleep(2)  # nothing is under way: nothing ends this process
 print("alive", flush=True)
-watched([row(1), row(2, (98, 32))])
+list(watched([row(1), row(2, (98, 32))]))
 """
 
 

@@ -422,6 +422,8 @@ def test_normalised_pixels_are_open_clips_own_on_a_cpu_and_an_ulp_or_two_off_in_
     shift = Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
     theirs = torch.stack([shift(ToTensor()(Image.fromarray(image.numpy()))) for image in pixels])
     assert normalize_pixels(pixels, shift).equal(theirs)
+    last = torch.empty(theirs.shape, memory_format=torch.channels_last)
+    assert normalize_pixels(pixels, shift, last).equal(theirs)
     fused = fused_shift(pixels.permute(0, 3, 1, 2), shift, torch.empty_like(theirs))
     assert (fused - theirs).abs().max() < 1e-6
     half = fused_shift(pixels.permute(0, 3, 1, 2), shift, torch.empty(theirs.shape, dtype=torch.bfloat16))

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -72,8 +72,9 @@ class Watched:
     """Decodes in this process, in as many threads as call it, and ends the process when a row hangs.
 
     Python cannot interrupt a decoder that hangs; the C thread of `faulthandler` can end the process whatever it does.
-    To set its clock anew starts a thread, 30 µs or more: so it is not done for each row, but where the clock would
-    otherwise run out before a row that begins now has had its time.
+    To set its clock anew starts a thread, 30 µs or more, and to stop it joins one: so neither is done for each row, but
+    the clock is set where it would otherwise run out before a row that begins now has had its time, and stopped where
+    no rows follow.
     """
 
     def __init__(self, crops: Mapping[str, Crop], *, deadline_s: float = DEADLINE_S) -> None:
@@ -83,17 +84,15 @@ class Watched:
         self._set_at = -math.inf
         self._lock = threading.Lock()
 
-    def __call__(self, rows: Sequence[Row]) -> list[Decoded]:
-        """Decode rows, in order."""
-        found = []
+    def __call__(self, rows: Sequence[Row]) -> Iterator[Decoded]:
+        """Decode rows, in order, each when it is asked for; whoever asks for one soon asks for the next."""
         self._step(1)
         try:
             for row in rows:
                 self._step(0)
-                found.append(decode_row(row, self._crops))
+                yield decode_row(row, self._crops)
         finally:
             self._step(-1)
-        return found
 
     def _step(self, change: int) -> None:
         """Rows begin or end: from now on some row has to end within the deadline, unless none is under way."""

@@ -1,5 +1,7 @@
 """Slices in, pieces out, in any order: by threads of this process, or by processes of a `DataLoader`.
 
+`pipelines/crops.py` has a third way, by processes on other machines.
+
 Threads are for machines whose few cores the model needs as well: a process of its own would have to import torch, and
 would have nobody's core to run on. Beside a GPU one process decodes on each core, for threads would share one lock.
 """
@@ -77,7 +79,7 @@ class Threads:
 
     def next(self) -> Piece | Failed | None:
         """As `Loader` has it."""
-        return _take(self._found, self._closed.is_set)
+        return take(self._found, self._closed.is_set)
 
     def close(self) -> None:
         """As `Loader` has it."""
@@ -87,19 +89,19 @@ class Threads:
         _read_ahead(self._reading, self._slices, self._raw, self._closed.is_set)
 
     def _decode_all(self) -> None:
-        while (raw := _take(self._raw, self._closed.is_set)) is not None:
-            _put(self._found, _decoded(self._reading, raw, self._decode), self._closed.is_set)
+        while (raw := take(self._raw, self._closed.is_set)) is not None:
+            put(self._found, _decoded(self._reading, raw, self._decode), self._closed.is_set)
 
 
 def _read_ahead(reading: Reading, slices: Any, found: "queue.Queue[Raw | Failed]", ended: Callable[[], bool]) -> None:
     """Read slices from one queue into pieces for the other, until it is `ended`."""
-    while (some := _take(slices, ended)) is not None:
+    while (some := take(slices, ended)) is not None:
         try:
             for raw in reading.raw(some):
-                if not _put(found, raw, ended):
+                if not put(found, raw, ended):
                     return
         except Exception as error:  # whoever asked decides what it means
-            _put(found, Failed(job=some.job, error=error), ended)
+            put(found, Failed(job=some.job, error=error), ended)
 
 
 def _decoded(reading: Reading, raw: Raw | Failed, decode: Decode, room: Room | None = None) -> Piece | Failed:
@@ -111,14 +113,16 @@ def _decoded(reading: Reading, raw: Raw | Failed, decode: Decode, room: Room | N
         return Failed(job=raw.slice.job, error=error)
 
 
-def _take(source: "queue.Queue[T]", ended: Callable[[], bool]) -> T | None:
+def take(source: "queue.Queue[T]", ended: Callable[[], bool]) -> T | None:
+    """Wait for what comes next out of a queue; None once it is `ended`."""
     while not ended():
         with contextlib.suppress(queue.Empty):
             return source.get(timeout=POLL_S)
     return None
 
 
-def _put(target: "queue.Queue[T]", item: T, ended: Callable[[], bool]) -> bool:
+def put(target: "queue.Queue[T]", item: T, ended: Callable[[], bool]) -> bool:
+    """Wait for room in a queue; whether there was some before it `ended`."""
     while not ended():
         with contextlib.suppress(queue.Full):
             target.put(item, timeout=POLL_S)
@@ -335,7 +339,7 @@ class _Stream(IterableDataset[Piece | Failed]):
         reader = threading.Thread(target=_read_ahead, args=(self._reading, self._slices, raws, ended), daemon=True)
         reader.start()
         decode = Watched(self._reading.crops, deadline_s=self._deadline_s)
-        while (raw := _take(raws, ended)) is not None:
+        while (raw := take(raws, ended)) is not None:
             if isinstance(raw, Failed):
                 yield raw
             elif (room := self._rooms.take(info.id, ended)) is not None:

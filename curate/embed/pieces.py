@@ -6,7 +6,7 @@ by few: whoever begins in the middle of one reads it from its start.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -23,12 +23,10 @@ from curate.embed.room import Room, Rooms, offsets_of
 from curate.pool.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
 from curate.pool.shards import Columns, Shard, caption_bytes, image_bytes, read_some
 
-Decode = Callable[[Sequence[Row]], list[Decoded]]
+Decode = Callable[[Sequence[Row]], Iterable[Decoded]]
 Tokenize = Callable[[Sequence[str]], Tensor]
 Rows = npt.NDArray[np.int64]
 
-RUN = 8
-"""Rows that are decoded before their crops are moved to where they stay: a megabyte, which is in the cache yet."""
 SPLITS = 4
 """Slices of one row group at most, each of which reads it from its start: on average 2.5 times, if it is large."""
 
@@ -83,16 +81,24 @@ class Piece:
 
     def __getstate__(self) -> dict[str, Any]:
         """On its way to another process: no tensors, each of which takes a connection; pixels stay in their room."""
+        arrays = {name: tensor.numpy() for name, tensor in (("rows", self.rows), ("of", self.of))}
         texts = {wording: texts.numpy() for wording, texts in self.texts.items()}
-        pixels = self.pixels if self.room is None else offsets_of(self.pixels)
-        return self.__dict__ | {"rows": self.rows.numpy(), "texts": texts, "of": self.of.numpy(), "pixels": pixels}
+        pixels: dict[str, Any] = (
+            {view: pixels.numpy() for view, pixels in self.pixels.items()}
+            if self.room is None
+            else offsets_of(self.pixels)
+        )
+        return self.__dict__ | arrays | {"texts": texts, "pixels": pixels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        texts = {wording: torch.from_numpy(texts) for wording, texts in state["texts"].items()}
-        self.__dict__.update(state, rows=torch.from_numpy(state["rows"]), texts=texts, of=torch.from_numpy(state["of"]))
-        if self.room is not None:
-            rooms = Rooms.ours[self.room.key]
-            self.__dict__["pixels"] = {view: rooms.at(*where) for view, where in state["pixels"].items()}
+        if state["room"] is None:
+            pixels = {view: _writable(pixels) for view, pixels in state["pixels"].items()}
+        else:
+            rooms = Rooms.ours[state["room"].key]
+            pixels = {view: rooms.at(*where) for view, where in state["pixels"].items()}
+        texts = {wording: _writable(texts) for wording, texts in state["texts"].items()}
+        arrays = {name: _writable(state[name]) for name in ("rows", "of")}
+        self.__dict__.update(state | arrays, texts=texts, pixels=pixels)
 
     def table(self) -> pa.Table:
         """The rows; a view of `rows`."""
@@ -114,6 +120,11 @@ class Piece:
         """Give the room back: the pixels are no longer needed."""
         if self.room is not None:
             self.room.give_back()
+
+
+def _writable(array: npt.NDArray[Any]) -> Tensor:
+    """An array as a tensor, copied out of memory that is not ours to write to, as that of Ray's object store."""
+    return torch.from_numpy(np.require(array, requirements="W"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,12 +236,10 @@ class Reading:
         pixels = _Pixels(len(images), room)
         decoded = [Decoded(status=DOWNLOAD_FAILED, error=failure) for failure in failures]
         there = [place for place, failure in enumerate(failures) if failure is None]
-        for start in range(0, len(there), RUN):
-            places = there[start : start + RUN]
-            found = decode([(images[place], captions[place]) for place in places])
-            for place, one in zip(places, found, strict=True):
-                pixels.add({view: one.pixels[view] for view in views if one.status == "ok"})
-                decoded[place] = replace(one, pixels={})
+        found = decode([(images[place], captions[place]) for place in there])
+        for place, one in zip(there, found, strict=True):
+            pixels.add({view: one.pixels[view] for view in views if one.status == "ok"})
+            decoded[place] = replace(one, pixels={})
         usable = [one.caption for one in decoded if one.status == "ok"]
         captioned: dict[str, int] = {}
         of = [captioned.setdefault(caption, len(captioned)) for caption in usable]

@@ -109,9 +109,10 @@ class Encoder:
         n, H, W, _ = pixels.shape
         rows = max(n, self._least)
         if self.device.type == "cpu":
-            # One buffer for all batches: of fresh memory the system would have to blank each page.
+            # One buffer for all batches: of fresh memory the system would have to blank each page. Channels last, as
+            # pixels are: oneDNN cuts such pictures into patches in less than half of the time.
             if self._images.shape[1:] != (3, H, W) or len(self._images) < rows:
-                self._images = torch.empty((rows, 3, H, W))
+                self._images = torch.empty((rows, 3, H, W), memory_format=torch.channels_last)
             images = self._images[:rows]
         else:
             images = torch.empty((rows, 3, H, W), dtype=self._dtype, device=self.device)
@@ -293,7 +294,8 @@ def normalize_pixels(pixels: Tensor, shift: Normalize, out: Tensor | None = None
     Args:
         pixels: uint8 [n, H, W, 3] on any device.
         shift: the transform's own last step.
-        out: [n, 3, H, W] on that device, of any float type; a new float32 one if None.
+        out: [n, 3, H, W] on that device, of any float type; a new float32 one if None. On a CPU soonest filled with the
+            channels last in memory.
 
     Returns:
         `out`. On a CPU the floats are open_clip's own, (p / 255 - mean) / std; on a GPU one kernel makes
@@ -304,11 +306,17 @@ def normalize_pixels(pixels: Tensor, shift: Normalize, out: Tensor | None = None
         out = torch.empty(planes.shape, device=pixels.device)
     if pixels.device.type != "cpu":
         return fused_shift(planes, shift, out)
-    mean, std = (torch.tensor(list(of)).view(3, 1, 1) for of in (shift.mean, shift.std))
+    mean, std = (torch.tensor(list(of)) for of in (shift.mean, shift.std))
+    if out.is_contiguous(memory_format=torch.channels_last):  # lines of pixels: vectors of three would be none
+        width = pixels.shape[2]
+        planes, floats = pixels.flatten(2), out.permute(0, 2, 3, 1).flatten(2)
+        mean, std = mean.repeat(width), std.repeat(width)
+    else:
+        floats, mean, std = out, mean.view(3, 1, 1), std.view(3, 1, 1)
     # A few pictures at a time: what stays in a core's cache is read and written four times for the price of one.
     step = max(1, CACHED_FLOATS // max(1, planes[:1].numel()))
     for start in range(0, len(planes), step):
-        out[start : start + step].copy_(planes[start : start + step]).div_(255).sub_(mean).div_(std)
+        floats[start : start + step].copy_(planes[start : start + step]).div_(255).sub_(mean).div_(std)
     return out
 
 
