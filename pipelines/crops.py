@@ -55,8 +55,9 @@ class Croppers:
         self._slices: queue.Queue[Slice] = queue.Queue()
         self._found: queue.Queue[Piece | Failed] = queue.Queue(actors)
         start = ray.remote(Cropper).options(num_cpus=CPU_SHARE, scheduling_strategy="SPREAD", **RETRIES).remote
-        told = ray.put(reading)
-        self._actors = [start(told) for _ in range(actors)]
+        # Held, for an actor that is started again is told again.
+        self._reading = ray.put(reading)
+        self._actors = [start(self._reading) for _ in range(actors)]
         for actor in self._actors:
             threading.Thread(target=self._drive, args=(actor,), daemon=True, name="embed_crops").start()
 
