@@ -58,8 +58,12 @@ class Croppers:
         # Held, for an actor that is started again is told again.
         self._reading = ray.put(reading)
         self._actors = [start(self._reading) for _ in range(actors)]
-        for actor in self._actors:
-            threading.Thread(target=self._drive, args=(actor,), daemon=True, name="embed_crops").start()
+        self._threads = [
+            threading.Thread(target=self._drive, args=(actor,), daemon=True, name="embed_crops")
+            for actor in self._actors
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, some: Slice) -> None:
         """As `Loader` has it."""
@@ -74,6 +78,8 @@ class Croppers:
         self._closed.set()
         for actor in self._actors:
             ray.kill(actor)
+        for thread in self._threads:
+            thread.join(WAIT_S)  # Ray may be shut down next, and what a thread asks of it then is an error
 
     def _drive(self, actor: "ray.actor.ActorHandle[Cropper]") -> None:
         """Give slices to an actor, one by one, and take what comes; what does not come is anybody's to make."""
