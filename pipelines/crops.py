@@ -5,7 +5,6 @@ and waits there where the device is slower; docs/performance.md says when that p
 actor is met again by the one that Ray starts in its place, which decodes in a child that may die.
 """
 
-import queue
 import threading
 from collections.abc import Iterator
 
@@ -13,7 +12,7 @@ import ray
 import torch
 
 from curate.embed.decode import Apart, Watched
-from curate.embed.loader import put, take
+from curate.embed.loader import Queued, put, take
 from curate.embed.pieces import Failed, Piece, Reading, Slice
 from pipelines.cluster import CPU_SHARE, RETRIES, restarted
 
@@ -40,7 +39,7 @@ class Cropper:
             yield Failed(job=some.job, error=error)
 
 
-class Croppers:
+class Croppers(Queued):
     """A `Loader` whose pieces such actors make; they end with the process that started them.
 
     Args:
@@ -50,10 +49,8 @@ class Croppers:
     """
 
     def __init__(self, reading: Reading, actors: int, *, pin: bool) -> None:
+        super().__init__(actors)
         self._pin = pin
-        self._closed = threading.Event()
-        self._slices: queue.Queue[Slice] = queue.Queue()
-        self._found: queue.Queue[Piece | Failed] = queue.Queue(actors)
         start = ray.remote(Cropper).options(num_cpus=CPU_SHARE, scheduling_strategy="SPREAD", **RETRIES).remote
         # Held, for an actor that is started again is told again.
         self._reading = ray.put(reading)
@@ -65,17 +62,9 @@ class Croppers:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, some: Slice) -> None:
-        """As `Loader` has it."""
-        self._slices.put(some)
-
-    def next(self) -> Piece | Failed | None:
-        """As `Loader` has it."""
-        return take(self._found, self._closed.is_set)
-
     def close(self) -> None:
         """As `Loader` has it."""
-        self._closed.set()
+        super().close()
         for actor in self._actors:
             ray.kill(actor)
         for thread in self._threads:

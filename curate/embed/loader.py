@@ -50,28 +50,17 @@ class Loader(Protocol):
         """End whatever works; from any thread."""
 
 
-# --- threads ---------------------------------------------------------------------------------------------------------
-
-
-class Threads:
-    """Decodes in threads of this process, and reads in one more.
+class Queued:
+    """A `Loader` between two queues, as far as they make it: slices wait in one, what came of them in the other.
 
     Args:
-        reading: how.
-        threads: that decode.
-        ahead: decoded pieces that may wait.
-        decode: decodes rows; in this process, watched, if None.
+        ahead: what may wait of what was found.
     """
 
-    def __init__(self, reading: Reading, *, threads: int = 1, ahead: int = 1, decode: Decode | None = None) -> None:
-        self._reading = reading
-        self._decode = decode or Watched(reading.crops)
+    def __init__(self, ahead: int) -> None:
         self._closed = threading.Event()
         self._slices: queue.Queue[Slice] = queue.Queue()
-        self._raw: queue.Queue[Raw | Failed] = queue.Queue(1)
         self._found: queue.Queue[Piece | Failed] = queue.Queue(ahead)
-        for work in (self._read, *[self._decode_all] * threads):
-            threading.Thread(target=work, daemon=True, name=f"embed{work.__name__}").start()
 
     def submit(self, some: Slice) -> None:
         """As `Loader` has it."""
@@ -84,6 +73,28 @@ class Threads:
     def close(self) -> None:
         """As `Loader` has it."""
         self._closed.set()
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+class Threads(Queued):
+    """Decodes in threads of this process, and reads in one more.
+
+    Args:
+        reading: how.
+        threads: that decode.
+        ahead: decoded pieces that may wait.
+        decode: decodes rows; in this process, watched, if None.
+    """
+
+    def __init__(self, reading: Reading, *, threads: int = 1, ahead: int = 1, decode: Decode | None = None) -> None:
+        super().__init__(ahead)
+        self._reading = reading
+        self._decode = decode or Watched(reading.crops)
+        self._raw: queue.Queue[Raw | Failed] = queue.Queue(1)
+        for work in (self._read, *[self._decode_all] * threads):
+            threading.Thread(target=work, daemon=True, name=f"embed{work.__name__}").start()
 
     def _read(self) -> None:
         _read_ahead(self._reading, self._slices, self._raw, self._closed.is_set)
