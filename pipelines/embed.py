@@ -268,18 +268,18 @@ class EmbedShards:
         torch.set_num_threads(resources.threads)
         compile_for = settings.batch_size if settings.compile and gpu else None
         self.encoders = {spec.sha: load_encoder(self.store, spec, where, compile_for=compile_for) for spec in encoders}
-        loader = None
+        reading, loader = reading_for(self.encoders), None
         if resources.crop_actors:
             from pipelines.crops import Croppers  # noqa: PLC0415
 
-            loader = Croppers(reading_for(self.encoders), resources.crop_actors, pin=gpu)
+            loader = Croppers(reading, resources.crop_actors, pin=gpu)
         self.embedder = Embedder(
             self.encoders,
             settings,
             threads=resources.threads,
             loaders=loaders,
             # Ray starts an actor again that died, and gives it the shards that it died of.
-            decode=Apart(reading_for(self.encoders).crops) if restarted() else None,
+            decode=Apart(reading.crops) if restarted() else None,
             preload=("ray",),
             loader=loader,
         )

@@ -5,7 +5,6 @@ textbooks, some in three languages). The backbone sees all of them, as a pretrai
 learners and references of the study see what their world gives them.
 """
 
-import argparse
 import hashlib
 import io
 import os
@@ -173,13 +172,3 @@ def _text_features(model: open_clip.CLIP, texts: Tensor) -> Tensor:
 def _standardised(x: Tensor) -> npt.NDArray[np.float32]:
     x = (x - x.mean(0)) / x.std(0)
     return x.float().numpy()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    for name, values in features(arguments.data, arguments.out).items():
-        print(name, values.shape, values.dtype)

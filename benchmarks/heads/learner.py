@@ -7,8 +7,8 @@ rows are those that the product's selection picks from the same super-batches.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -174,10 +174,6 @@ class Outcome:
     unique: int
     """Different rows trained on."""
     operations: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def run(

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.acceleration.report import T95
 from benchmarks.heads.learner import Arm
-from benchmarks.heads.study import DIRT
+from benchmarks.heads.study import ARMS, DIRT
 
 Record = dict[str, Any]
 JOINT, INDEPENDENT = "joint learnability", "independent learnability"
@@ -142,10 +141,9 @@ def _sweeps(records: Sequence[Record]) -> str:
 
 def _settings(arms: dict[Any, Arm]) -> str:
     lines = ["| world | arm | settings that were best on the pilot seed |", "|---|---|---|"]
-    default = asdict(Arm())
     for (world, name), arm in arms.items():
-        kept = {key: value for key, value in asdict(arm).items() if value != default[key] or key in {"gain", "rate"}}
-        said = ", ".join(f"{key} {value}" for key, value in kept.items() if key in {"gain", "rate", "kept", "batch"})
+        changed = [key for key in ("batch", "kept") if getattr(arm, key) != getattr(Arm(), key)]
+        said = ", ".join(f"{key} {getattr(arm, key)}" for key in ("gain", "rate", *changed))
         lines.append(f"| `{world}` | {name} | {said} |")
     return "## Settings\n\n" + "\n".join(lines)
 
@@ -172,8 +170,6 @@ def _figure(records: Sequence[Record], worlds: Sequence[str]) -> Figure:
 
 def _names(records: Sequence[Record]) -> list[str]:
     """Arms in the order of the study, best known ones first; sweeps and the weak reference have tables of their own."""
-    from benchmarks.heads.study import ARMS  # noqa: PLC0415
-
     there = {record["name"] for record in records}
     return [name for name in ARMS if name in there]
 

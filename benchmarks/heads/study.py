@@ -141,7 +141,7 @@ def run_job(job: Job, place: Place) -> dict[str, Any]:
     )
     record = (
         asdict(job)
-        | outcome.as_dict()
+        | asdict(outcome)
         | {
             "reference_r1": recall_at_1(reference, world.held_out),
             "start_r1": recall_at_1(start, world.held_out),
@@ -318,7 +318,3 @@ def main() -> None:
         from benchmarks.heads.report import write_report  # noqa: PLC0415  matplotlib, which workers need not import
 
         write_report(records, arms, arguments.report)
-
-
-if __name__ == "__main__":
-    main()

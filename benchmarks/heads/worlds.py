@@ -11,6 +11,7 @@ Each has a pool, the clean pairs of the reference, and clean held-out pairs; no 
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -106,7 +107,7 @@ def make_world(
 # --- concepts --------------------------------------------------------------------------------------------------------
 
 
-def _concepts(generator: torch.Generator, clusters: int):  # type: ignore[no-untyped-def]
+def _concepts(generator: torch.Generator, clusters: int) -> Callable[[int], Pairs]:
     centres = _normal(generator, clusters, 1, LATENT) + 0.3 * _normal(generator, clusters, CLASSES, LATENT)
     views = [_View(generator, LATENT, bend=6.0, noise=0.02) for _ in range(2)]
 
@@ -146,10 +147,10 @@ class _Attributes:
 
     def sample(self, n: int) -> Pairs:
         """Clean pairs."""
-        self._values = values = self._varied(n)
-        self._own = own = 0.06 * _normal(self._generator, n, LATENT)
-        image, text = (view(self._latent(values) + own, self._generator) for view in self._views)
-        return _pairs(image, text, concept=self._concept)
+        concept = torch.randint(CLUSTERS, (n,), generator=self._generator)
+        z = self._latent(self._varied(concept)) + 0.06 * _normal(self._generator, n, LATENT)
+        image, text = (view(z, self._generator) for view in self._views)
+        return _pairs(image, text, concept=concept)
 
     def spoilt(self, pool: Pairs, dirt: float) -> Pairs:
         """The pool with its dirt: pairs are clean when drawn, so that all shares of dirt have the same pictures."""
@@ -158,19 +159,18 @@ class _Attributes:
         image, text = pool.image.clone(), pool.text.clone()
         bare = kind < 1
         text[bare] = self._boilerplate[torch.randint(BOILERPLATE, (int(bare.sum()),), generator=generator)]
-        # One attribute of the caption is of another pair: what is near in the view, and wrong.
+        # The caption of another pair of the concept: near in the view, an attribute or more of it wrong.
         near = (kind >= 1) & (kind < 2)
-        other = torch.where(near)[0]
-        text[near] = pool.text[_another_of_the_same(pool.concept, other, generator)]
+        text[near] = pool.text[_another_of_the_same(pool.concept, torch.where(near)[0], generator)]
         copies = (kind >= 2) & (kind < 3)
         source = torch.randint(SPAMMED, (int(copies.sum()),), generator=generator)
         for view in (image, text):
             view[copies] = view[source] + 0.02 * _normal(generator, len(source), WIDTH)
         return Pairs(image=image, text=text, label=pool.label, concept=pool.concept, wrong=bare | near | copies)
 
-    def _varied(self, n: int) -> Tensor:
-        self._concept = torch.randint(CLUSTERS, (n,), generator=self._generator)
-        values = self._usual[self._concept].clone()
+    def _varied(self, concept: Tensor) -> Tensor:
+        """Each concept's usual values, up to two of them drawn anew."""
+        n, values = len(concept), self._usual[concept]
         for _ in range(2):
             which = torch.randint(ATTRIBUTES, (n,), generator=self._generator)
             values[torch.arange(n), which] = torch.randint(VALUES, (n,), generator=self._generator)
@@ -181,7 +181,7 @@ class _Attributes:
 
 
 def _another_of_the_same(concept: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
-    """For each row another one of its concept, by chance."""
+    """For each row one of its concept, by chance."""
     order = torch.argsort(concept, stable=True)
     counts = torch.bincount(concept)
     first = counts.cumsum(0) - counts
