@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.heads.draws import draw_jointly
 from benchmarks.heads.learner import Arm, Heads, draw, recall_at_1, run, super_batches, train_uniformly
 from benchmarks.heads.report import difference
 from benchmarks.heads.study import ARMS
 from benchmarks.heads.worlds import WORLDS, Pairs, make_world
-from curate.jest import Embeddings
+from curate.jest import Embeddings, jointly_sample_batch
 from curate.recipe import SelectionSection
 from curate.seeds import derive_seed
 from curate.select.draw import Candidates, Scale, select_sub_batch
@@ -62,8 +63,36 @@ def test_rows_are_those_that_the_product_picks(pairs, method, criterion, loss) -
         device=torch.device("cpu"),
     )
     generator = torch.Generator().manual_seed(derive_seed(SEED, "draw", 7, 2))
-    positions = draw(arm, candidates, learner, embeddings_of(reference, candidates), generator)
+    own = None if criterion == "easy_reference" else embeddings_of(learner, candidates)
+    positions = draw(arm, criterion, own, embeddings_of(reference, candidates), generator)
     assert walked["row"][positions.numpy()].tolist() == table["row"].to_pylist()
+
+
+@pytest.mark.parametrize("n_chunks", [1, 4, 16])
+def test_a_literal_draw_is_the_product_s(pairs, n_chunks) -> None:
+    candidates = pairs.take(torch.arange(B))
+    models = [embeddings_of(model, candidates) for model in (Heads(0), Heads(1))]
+    how = {"n_chunks": n_chunks, "gain": 3.0}
+    literal = draw_jointly(*models, size=b, terms="all", generator=torch.Generator().manual_seed(SEED), **how)
+    generator = torch.Generator().manual_seed(SEED)
+    product = jointly_sample_batch(*models, sub_batch_size=b, generator=generator, **how)
+    assert torch.equal(literal, product.positions)
+
+
+def test_false_negatives_are_left_out(pairs) -> None:
+    # Rows in two copies: to a reference that knows them, each is a match of the other.
+    once = torch.randn(B // 2, 32, generator=torch.Generator().manual_seed(SEED))
+    twice = torch.nn.functional.normalize(once, dim=1).repeat_interleave(2, 0)
+    reference = Embeddings(twice, twice, logit_scale=50.0, logit_bias=-40.0)
+    learner = embeddings_of(Heads(0), pairs.take(torch.arange(B)))
+    how = {"size": 64, "n_chunks": 64, "gain": 0.0}
+
+    def copies(terms) -> int:
+        rows = draw_jointly(learner, reference, terms=terms, generator=torch.Generator().manual_seed(SEED), **how)
+        return 64 - len(torch.unique(rows // 2))
+
+    assert copies("all") > 0
+    assert copies("no false negatives") == 0
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -99,18 +128,21 @@ def reference(pairs) -> Heads:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "looks"),
     [
-        {},
-        {"round_steps": 5},
-        {"round_steps": 5, "shuffled": True},
-        {"method": "super_batch"},
-        {"uniform_share": 0.5},
-        {"easy_steps": 10},
-        {"rows": "filtered", "kept": 0.5, "method": "uniform"},
+        ({}, 20),
+        ({"round_steps": 5}, 20),
+        ({"round_steps": 5, "shuffled": True}, 20),
+        ({"method": "super_batch"}, 20),
+        ({"uniform_share": 0.5}, 10),
+        ({"easy_steps": 10}, 10),
+        ({"criterion": "auto"}, 0),  # the learner is at its start
+        ({"terms": "normalised"}, 20),
+        ({"terms": "no false negatives"}, 20),
+        ({"rows": "filtered", "kept": 0.5, "method": "uniform"}, 0),
     ],
 )
-def test_arms_train_on_what_they_chose(pairs, reference, changes) -> None:
+def test_arms_train_on_what_they_chose(pairs, reference, changes, looks) -> None:
     arm = replace(Arm(method="joint", filter_ratio=0.9, batch=b, steps=20), **changes)
     outcome = run(arm, pairs, pairs, start=Heads(0), reference=reference, reference_pairs=pairs, seed=SEED)
     uniform = run(
@@ -118,8 +150,7 @@ def test_arms_train_on_what_they_chose(pairs, reference, changes) -> None:
     )
     assert uniform.wrong == pytest.approx(0.3, abs=0.06)
     assert outcome.wrong < uniform.wrong - 0.05
-    scored = 20 - arm.easy_steps if arm.looks_at_learner else 0
-    assert outcome.operations == 3 * 20 * b + scored * (B if arm.selects else 0)
+    assert outcome.operations == 3 * 20 * b + looks * B + 1024 * len(outcome.decided)
     assert uniform.unique == 20 * b
 
 

@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize, softplus
 
 from benchmarks.acceleration.variants import draw_by_scores, super_batch_losses
+from benchmarks.heads.draws import Terms, draw_jointly
 from benchmarks.heads.worlds import WIDTH, Pairs
 from curate.criteria import Criterion, Loss
 from curate.jest import Embeddings, jointly_sample_batch
 from curate.seeds import derive_seed
+from curate.select.standing import Decided, standing
 
 HIDDEN, D = 256, 32
 START_STEPS, START_BATCH, START_RATE = 3000, 64, 1e-3
 """Of uniform training, at a constant rate, that a learner has behind it when it is past its start."""
 FORWARD, TRAIN = 1, 3
 """Operations of one pair, in forward passes (arXiv 2406.17711, A.4)."""
+DECIDED_EVERY, SAMPLE = 100, 1024
+"""Steps between two decisions of `auto`, and the pairs of the pool on which they rest, as many as a round has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,10 @@ class Arm:
 
     method: Literal["uniform", "independent", "super_batch", "joint"] = "uniform"
     """`super_batch` draws by each pair's part of the super-batch's loss: the other reading of independent selection."""
-    criterion: Criterion = "learnability"
+    criterion: Criterion | Literal["auto"] = "learnability"
+    """`auto` is the product's (`curate.select.standing`), decided anew each `DECIDED_EVERY` steps."""
+    terms: Terms = "all"
+    """Of joint selection."""
     gain: float = 10.0
     filter_ratio: float = 0.975
     n_chunks: int = 16
@@ -67,17 +74,6 @@ class Arm:
     def selects(self) -> bool:
         """Whether anything is scored."""
         return self.method != "uniform"
-
-    @property
-    def looks_at_learner(self) -> bool:
-        """Whether the learner scores."""
-        return self.selects and self.criterion != "easy_reference"
-
-    @property
-    def operations(self) -> int:
-        """In forward passes of one pair, those of the reference apart."""
-        scored = self.steps - self.easy_steps if self.looks_at_learner else 0
-        return TRAIN * self.batch * self.steps + FORWARD * self.super_batch * scored
 
 
 class Heads(nn.Module):
@@ -174,6 +170,9 @@ class Outcome:
     unique: int
     """Different rows trained on."""
     operations: int
+    """In forward passes of one pair, those of the reference apart."""
+    decided: tuple[Decided, ...] = ()
+    """By `auto`."""
 
 
 def run(
@@ -197,9 +196,10 @@ def run(
     if arm.rows == "filtered":
         own = (fixed.zimg * fixed.ztxt).sum(1)
         rows = own.topk(round(arm.kept * len(pool))).indices
+    chooser = _Chooser(arm, pool, start, fixed, seed)
     trainer = Trainer(start, rate=arm.rate, steps=arm.steps)
     batches: list[Tensor] = []
-    for batch in _batches(arm, pool, rows, start, fixed, seed):
+    for batch in chooser.batches(rows):
         trainer.step(pool.image[batch], pool.text[batch], arm.loss)
         batches.append(batch)
     chosen = torch.stack(batches)
@@ -208,72 +208,105 @@ def run(
         wrong=float(pool.wrong[chosen].float().mean()),
         mates=_mates(pool.concept[chosen]),
         unique=len(torch.unique(chosen)),
-        operations=arm.operations,
+        operations=TRAIN * arm.batch * arm.steps + FORWARD * chooser.looked_at,
+        decided=tuple(chooser.decided),
     )
 
 
-def _batches(arm: Arm, pool: Pairs, rows: Tensor, learner: Heads, reference: Embeddings, seed: int) -> Iterator[Tensor]:
-    """Rows [b] of the pool, batch after batch; ask for the next one once the learner was trained on the last."""
-    supers = super_batches(rows, arm.super_batch, seed)
-    for number in range(math.ceil(arm.steps / arm.round_steps)):
-        drawn = []
-        for i in range(min(arm.round_steps, arm.steps - number * arm.round_steps)):
-            candidates = next(supers)
-            step = number * arm.round_steps + i
-            if not arm.selects:
-                drawn.append(candidates)
-                continue
-            generator = torch.Generator().manual_seed(derive_seed(seed, "draw", number, i))
-            easy = step < arm.easy_steps
-            is_uniform = int((step + 1) * arm.uniform_share) > int(step * arm.uniform_share)
-            drawn.append(
-                candidates[
-                    draw(
-                        arm,
-                        pool.take(candidates),
-                        learner,
-                        _of(reference, candidates),
-                        generator,
-                        easy=easy,
-                        is_uniform=is_uniform,
-                    )
-                ]
-            )
-        if arm.shuffled:
-            order = torch.Generator().manual_seed(derive_seed(seed, "deal", number))
-            dealt = torch.cat(drawn)
-            drawn = list(torch.split(dealt[torch.randperm(len(dealt), generator=order)], arm.batch))
-        yield from drawn
+class _Chooser:
+    """Chooses batches for a learner that is trained on each before the next is asked for.
+
+    Attributes:
+        looked_at: pairs that the learner embedded for it.
+        decided: by `auto`, in turn.
+    """
+
+    def __init__(self, arm: Arm, pool: Pairs, learner: Heads, reference: Embeddings, seed: int) -> None:
+        self._arm, self._pool, self._learner, self._reference, self._seed = arm, pool, learner, reference, seed
+        self.looked_at = 0
+        self.decided: list[Decided] = []
+
+    def batches(self, rows: Tensor) -> Iterator[Tensor]:
+        """Rows [b], batch after batch."""
+        arm = self._arm
+        supers = super_batches(rows, arm.super_batch, self._seed)
+        for number in range(math.ceil(arm.steps / arm.round_steps)):
+            first = number * arm.round_steps
+            drawn = [
+                self._drawn(next(supers), first + i, number, i) for i in range(min(arm.round_steps, arm.steps - first))
+            ]
+            if arm.shuffled:
+                order = torch.Generator().manual_seed(derive_seed(self._seed, "deal", number))
+                dealt = torch.cat(drawn)
+                drawn = list(torch.split(dealt[torch.randperm(len(dealt), generator=order)], arm.batch))
+            yield from drawn
+
+    def _drawn(self, candidates: Tensor, step: int, number: int, i: int) -> Tensor:
+        """The batch of a step, out of its super-batch."""
+        if not self._arm.selects:
+            return candidates
+        criterion = self._criterion(step)
+        own = None
+        if criterion in ("learnability", "hard_learner"):
+            own = self._learner.embed(self._pool.image[candidates], self._pool.text[candidates])
+            self.looked_at += len(candidates)
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "draw", number, i))
+        return candidates[draw(self._arm, criterion, own, _of(self._reference, candidates), generator)]
+
+    def _criterion(self, step: int) -> Criterion | Literal["uniform"]:
+        """What a step chooses by."""
+        arm = self._arm
+        if int((step + 1) * arm.uniform_share) > int(step * arm.uniform_share):
+            return "uniform"
+        if step < arm.easy_steps:
+            return "easy_reference"
+        if arm.criterion != "auto":
+            return arm.criterion
+        if step % DECIDED_EVERY == 0:
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, "sample"))
+            rows = torch.randperm(len(self._pool), generator=generator)[:SAMPLE]
+            own = self._learner.embed(self._pool.image[rows], self._pool.text[rows])
+            self.decided.append(standing(own, _of(self._reference, rows)).decided)
+            self.looked_at += len(rows)
+        return self.decided[-1]
 
 
 def draw(
     arm: Arm,
-    candidates: Pairs,
-    learner: Heads,
+    criterion: Criterion | Literal["uniform"],
+    learner: Embeddings | None,
     reference: Embeddings,
     generator: torch.Generator,
-    *,
-    easy: bool = False,
-    is_uniform: bool = False,
 ) -> Tensor:
-    """Positions [b] of a super-batch's rows."""
-    criterion: Criterion = "easy_reference" if easy else arm.criterion
-    own = None
-    if arm.looks_at_learner and not easy and not is_uniform:
-        own = learner.embed(candidates.image, candidates.text)
-    if arm.method == "super_batch" and not is_uniform:
+    """Positions [b] of a super-batch's rows, by either model's embeddings of it."""
+    if criterion == "uniform":
+        return jointly_sample_batch(
+            None, reference, sub_batch_size=arm.batch, method="uniform", generator=generator
+        ).positions
+    if arm.method == "super_batch":
         scores = -super_batch_losses(reference)
-        if own is not None:
-            scores += super_batch_losses(own)
+        if learner is not None:
+            scores += super_batch_losses(learner)
         return draw_by_scores(scores, arm.batch, arm.gain, generator)
+    if arm.terms != "all":
+        assert learner is not None
+        return draw_jointly(
+            learner,
+            reference,
+            size=arm.batch,
+            n_chunks=arm.n_chunks,
+            gain=arm.gain,
+            terms=arm.terms,
+            generator=generator,
+        )
     return jointly_sample_batch(
-        own,
+        learner,
         reference,
         sub_batch_size=arm.batch,
         n_chunks=arm.n_chunks,
         loss=arm.loss,
         criterion=criterion,
-        method="uniform" if is_uniform or arm.method == "super_batch" else arm.method,
+        method=arm.method,
         gain=arm.gain,
         generator=generator,
     ).positions

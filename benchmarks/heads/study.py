@@ -22,8 +22,19 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from benchmarks.heads.learner import START_BATCH, START_RATE, START_STEPS, Arm, Heads, recall_at_1, run, train_uniformly
-from benchmarks.heads.worlds import WORLDS, Name, World, make_world
+from benchmarks.heads.learner import (
+    FORWARD,
+    START_BATCH,
+    START_RATE,
+    START_STEPS,
+    TRAIN,
+    Arm,
+    Heads,
+    recall_at_1,
+    run,
+    train_uniformly,
+)
+from benchmarks.heads.worlds import POOL, WORLDS, Name, World, make_world
 
 FORMAT = 1
 """Of the records of runs; another one makes all anew."""
@@ -40,12 +51,22 @@ RATES = (3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 6e-3)
 Settings = dict[str, float | int]
 
 JOINT = Arm(method="joint")
+JOINT_OPERATIONS = JOINT.steps * (TRAIN * JOINT.batch + FORWARD * JOINT.super_batch)
+REFERENCE_OPERATIONS = TRAIN * 2500 * 1024 + FORWARD * POOL
+"""Of training the strong reference, and of the pool's embeddings."""
+RANDOM = Arm(start="random", steps=2000)
 _SELECTED: list[Settings] = [{"gain": gain, "rate": rate} for gain in GAINS for rate in (1e-3, 3e-3)]
 _UNIFORM: list[Settings] = [{"rate": rate} for rate in RATES]
-_SAME_OPERATIONS: list[Settings] = [
-    {"rate": rate, "batch": batch, "steps": JOINT.operations // (3 * batch)}
-    for batch in (32, 256) for rate in (3e-4, 1e-3, 3e-3)
-]  # fmt: skip
+
+
+def _as_many_operations(operations: int, batches: Sequence[int]) -> list[Settings]:
+    """Uniform steps that cost so much."""
+    return [
+        {"rate": rate, "batch": batch, "steps": operations // (TRAIN * batch)}
+        for batch in batches for rate in (3e-4, 1e-3, 3e-3)
+    ]  # fmt: skip
+
+
 _FILTERED: list[Settings] = [{"kept": kept, "rate": rate} for kept in (0.3, 0.5, 0.7) for rate in (1e-3, 3e-3)]
 
 ARMS: dict[str, tuple[Arm, list[Settings]]] = {
@@ -56,7 +77,16 @@ ARMS: dict[str, tuple[Arm, list[Settings]]] = {
     "independent easy-reference": (Arm(method="independent", criterion="easy_reference"), _SELECTED),
     "joint, the reference is the start": (Arm(method="joint", reference="start"), _SELECTED),
     "independent, the reference is the start": (Arm(method="independent", reference="start"), _SELECTED),
-    "uniform, same operations": (Arm(), _SAME_OPERATIONS),
+    "auto": (Arm(method="joint", criterion="auto"), _SELECTED),
+    "uniform, same operations": (Arm(), _as_many_operations(JOINT_OPERATIONS, (32, 256))),
+    "uniform, operations of joint and a tenth of the reference": (
+        Arm(),
+        _as_many_operations(JOINT_OPERATIONS + REFERENCE_OPERATIONS // 10, (128, 512)),
+    ),
+    "uniform, operations of joint and the reference": (
+        Arm(),
+        _as_many_operations(JOINT_OPERATIONS + REFERENCE_OPERATIONS, (256, 1024)),
+    ),
     "uniform, 4 × the steps": (Arm(steps=4000), _UNIFORM),
     "filtered once, uniform": (Arm(rows="filtered"), _FILTERED),
     "the reference's own pairs, uniform": (Arm(rows="reference's"), _UNIFORM),
@@ -64,10 +94,14 @@ ARMS: dict[str, tuple[Arm, list[Settings]]] = {
     "joint hard-learner": (Arm(method="joint", criterion="hard_learner"), _SELECTED),
     "joint, rounds of 10": (Arm(method="joint", round_steps=10), _SELECTED),
     "joint, rounds of 10, shuffled": (Arm(method="joint", round_steps=10, shuffled=True), _SELECTED),
-    "random start, joint learnability": (Arm(method="joint", start="random"), _SELECTED),
-    "random start, easy-reference for 300": (Arm(method="joint", start="random", easy_steps=300), _SELECTED),
-    "random start, easy-reference": (Arm(method="joint", start="random", criterion="easy_reference"), _SELECTED),
-    "random start, uniform": (Arm(start="random"), _UNIFORM),
+    "joint, normalised by the rows drawn": (Arm(method="joint", terms="normalised"), _SELECTED),
+    "joint, without false negatives": (Arm(method="joint", terms="no false negatives"), _SELECTED),
+    "random start, joint learnability": (replace(RANDOM, method="joint"), _SELECTED),
+    "random start, easy-reference for 300": (replace(RANDOM, method="joint", easy_steps=300), _SELECTED),
+    "random start, easy-reference for 1,000": (replace(RANDOM, method="joint", easy_steps=1000), _SELECTED),
+    "random start, easy-reference": (replace(RANDOM, method="joint", criterion="easy_reference"), _SELECTED),
+    "random start, auto": (replace(RANDOM, method="joint", criterion="auto"), _SELECTED),
+    "random start, uniform": (RANDOM, _UNIFORM),
 }
 CORE = (
     "joint learnability",
@@ -75,6 +109,7 @@ CORE = (
     "uniform",
     "joint easy-reference",
     "independent easy-reference",
+    "auto",
     "uniform, same operations",
 )
 """Arms that are run with every share of dirt and both references."""
