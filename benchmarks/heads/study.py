@@ -38,6 +38,8 @@ from benchmarks.heads.worlds import POOL, WORLDS, Name, World, make_world
 
 FORMAT = 1
 """Of the records of runs; another one makes all anew."""
+PIECE = 12
+"""Runs that a process does before it asks for others: a minute or two, beside which a world is made in seconds."""
 PILOT_SEED, SEEDS = 100, (1, 2, 3, 4, 5)
 DIRT, DIRTS = 0.3, (0.0, 0.3, 0.6)
 REFERENCES = {
@@ -302,7 +304,7 @@ def sweep_jobs(arms: dict[tuple[Name, str], Arm], seeds: Sequence[int] = SEEDS) 
 def run_all(jobs: Iterable[tuple[str, Job]], place: Place, *, processes: int, label: str) -> list[dict[str, Any]]:
     """Run what is not there; the records of all, each with its arm's name.
 
-    Jobs of one world and seed are run by one process, which makes world, reference and start once.
+    Jobs of one world and seed are run in pieces by one process each, which makes world, reference and start once.
     """
     jobs = list(jobs)
     groups: dict[tuple[Any, ...], list[Job]] = {}
@@ -316,12 +318,13 @@ def run_all(jobs: Iterable[tuple[str, Job]], place: Place, *, processes: int, la
             ProcessPoolExecutor(processes, mp_context=context) as pool,
             tqdm(total=missing, desc=label, unit="run", disable=None) as bar,
         ):
-            for done in pool.map(_run_group, groups.values(), [place] * len(groups)):
+            pieces = [group[i : i + PIECE] for group in groups.values() for i in range(0, len(group), PIECE)]
+            for done in pool.map(_run_piece, pieces, [place] * len(pieces)):
                 bar.update(done)
     return [{"name": name} | run_job(job, place) for name, job in jobs]
 
 
-def _run_group(jobs: list[Job], place: Place) -> int:
+def _run_piece(jobs: list[Job], place: Place) -> int:
     for job in jobs:
         run_job(job, place)
     return len(jobs)

@@ -1,8 +1,8 @@
 """Where a learner stands beside the reference, and what to choose by there: `selection.criterion = "auto"`.
 
 Measured on a sample of the pool, each pair's picture and caption being asked for among those of all. The learner's own
-hits say little: its pool may be dirty, and hits on pairs that the reference takes for wrong are learned by heart. So what
-counts is which of the reference's hits are the learner's as well.
+hits say little: its pool may be dirty, and hits on pairs that the reference takes for wrong are learned by heart. So
+what counts is which of the reference's hits are the learner's as well.
 """
 
 from dataclasses import dataclass
