@@ -129,6 +129,11 @@ class EncoderSection(Section):
         return self.precision
 
     @property
+    def is_random(self) -> bool:
+        """Whether its weights are drawn from the seed."""
+        return self.pretrained is None and not self.model.startswith(("local-dir:", "hf-hub:"))
+
+    @property
     def source(self) -> str:
         """Where the model comes from, as messages and `EncoderSpec.source` name it."""
         return self.model if self.pretrained is None else f"{self.model}/{self.pretrained}"
@@ -207,7 +212,11 @@ class SelectionSection(Section):
     n_chunks: int = Field(16, ge=1, validate_default=True, description="draws per sub-batch")
     loss: Loss = Field("sigmoid", description="the learner's training loss")
     # Likewise: the best of the three from the start, and the learner need not be run to choose.
-    criterion: Criterion = Field("easy_reference", description="what makes a sub-batch worth training on")
+    criterion: Criterion | Literal["auto"] = Field(
+        "easy_reference",
+        description="what makes a sub-batch worth training on; auto: easy_reference while the learner is at its start, "
+        "then learnability, uniform batches once the reference knows nothing more, decided anew in each round",
+    )
     method: Method = Field("joint", description="how a sub-batch is drawn")
     # Likewise: 3 to 100 were alike for easy-reference. For learnability, where the paper uses 100, a high gain follows
     # the noise of a learner that knows little, and 1 was better than 10.

@@ -31,9 +31,17 @@ from curate.pool.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_e
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, read_batches
 from curate.reader.evaluate import MAX_ROWS, load_held_out
-from curate.recipe import DeviceType, EncoderSection, EvaluateSection, PoolSection, Recipe, ResourcesSection
+from curate.recipe import (
+    DeviceType,
+    EncoderSection,
+    EvaluateSection,
+    PoolSection,
+    Recipe,
+    ResourcesSection,
+    SelectionSection,
+)
 from curate.rounds.manifest import last_round
-from curate.rounds.plan import evaluation_sets, pin_plan, plan_name
+from curate.rounds.plan import evaluation_sets, foreseen_selection, pin_plan, plan_name
 from curate.rounds.stream import END_NAME, stream_end
 from curate.select.draw import needs_learner
 from curate.select.topics import likeness, sample_captions
@@ -72,6 +80,8 @@ class _Found:
     next_round: int
     memory: TrainerMemory | None
     """Of the trainer, on one rank; None if shapes do not tell."""
+    selection: SelectionSection
+    """As the next round will probably choose."""
 
 
 def check_recipe(recipe: Recipe, *, base: Path, measure: bool = True, imports_s: float = 0.0) -> Iterator[str]:
@@ -112,11 +122,18 @@ def check_recipe(recipe: Recipe, *, base: Path, measure: bool = True, imports_s:
     if store is not None and not mistakes:
         with gathered(mistakes):
             _check_next_round(store, recipe, base, newest)
-    if mistakes or pool is None or sample is None:
+    if mistakes or pool is None or sample is None or store is None:
         raise UserError(*mistakes)
-    found = _Found(pool=pool, sample=sample, evaluation=evaluation, next_round=newest + 1, memory=memory)
+    found = _Found(
+        pool=pool,
+        sample=sample,
+        evaluation=evaluation,
+        next_round=newest + 1,
+        memory=memory,
+        selection=foreseen_selection(store, recipe),
+    )
     yield from _described(recipe, found)
-    if measure and store is not None and not _of_trainer_alone(recipe):
+    if measure and not _of_trainer_alone(recipe):
         yield from _cost(store, recipe, found, base, imports_s)
 
 
@@ -157,8 +174,14 @@ def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
         f"selection: {super_batches} of {size:,} at most, {selection.method} {selection.criterion}, "
         f"{wanted * selection.sub_batch_size:,} rows in batches of {selection.sub_batch_size:,}"
     )
+    likely = found.selection
+    if selection.criterion == "auto":
+        yield (
+            f"selection: probably {'uniform' if likely.method == 'uniform' else likely.criterion} in this round, which "
+            "decides by its learner's standing beside the reference on a sample of the pool"
+        )
     yield from _windows(recipe, pool, wanted)
-    learner = wanted * size if "learner" in encoders else 0
+    learner = wanted * size if needs_learner(likely) else 0
     yield (
         f"cost: {pool.rows + seen:,} forward passes of the reference at most, once, and {learner:,} of the learner in "
         "each round; embeddings that exist are not made again"

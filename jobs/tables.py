@@ -37,6 +37,13 @@ def round_tables(found: dict[str, Any]) -> list[Table | str]:
         f"reference: {reference['source']} ({reference['model']})",
         f"learner: {learner['number']} ({learner['model']})" if learner else "learner: not looked at",
     ]
+    facts.append(f"chosen by: {found['chosen_by']}")
+    if where := found["quality"].get("standing"):
+        facts.append(
+            f"of the questions that {counted(where['pairs'], 'pair')} of the pool make, the reference answers "
+            f"{where['reference']:.1%} and the learner {where['learner']:.1%}, of the reference's answers it has "
+            f"{where['shared']:.1%}; by auto that is {where['decided']}"
+        )
     if found["learnability"] is not None:
         facts.append(
             f"learnability per example: {found['learnability']:.3f} chosen, {found['uniform_learnability']:.3f} uniform"

@@ -14,7 +14,7 @@ from curate.models.spec import EncoderSpec
 from curate.pool.shards import Pool, Shard, row_groups
 from curate.recipe import DeviceType, EncoderSection, Recipe
 from curate.rounds.manifest import last_round, read_manifest
-from curate.rounds.plan import Plan, learner_as_scored, plan_name, reference_as_scored
+from curate.rounds.plan import Plan, foreseen_selection, learner_as_scored, plan_name, reference_as_scored
 from curate.select.draw import needs_learner
 from curate.select.index import Index, index_folder, read_index
 from curate.select.windows import Stretch, cut_name, next_windows, read_cut, stretches, window_scope
@@ -126,6 +126,7 @@ def work_of(
         UserError: the pool has too few candidates for a round.
     """
     reference, learner = encoders[REFERENCE], encoders.get(LEARNER)
+    looked_at = needs_learner(foreseen_selection(store, recipe))
     shards, selection, B = pool.shards, recipe.selection, recipe.selection.super_batch_size
     dedup = dedup_folder(recipe.dedup, reference, pool, evaluation) if recipe.dedup else None
     folder = index_folder(reference, dedup, pool)
@@ -154,10 +155,11 @@ def work_of(
     passes = _passes(wanted)
     starts = int(bool(passes))
     if learner is not None and not in_one_pass:
-        own = _learner_pass(store, recipe, pool, encoders, index, met, taken.epoch, group_rows)
-        asked[LEARNER] = taken.super_batches * B + own[1]
+        its = met if looked_at else ()
+        own = _learner_pass(store, recipe, pool, encoders, index, its, taken.epoch, group_rows)
+        asked[LEARNER] = (taken.super_batches * B if looked_at else 0) + own[1]
         passes += [own[0]] if own[0].rows else []
-        starts += len(met) if own[0].rows else 0
+        starts += len(its) + int(selection.criterion == "auto") if own[0].rows else 0
     chosen_read = 0.0
     for stretch in met:
         size = sum(shards[i].size for i in stretch.window.shards)

@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from curate.embed.files import contents, embedding_name, read_embeddings
 from curate.jest import diagonal_losses
 from curate.models.learners import read_learner
-from curate.models.spec import EncoderSpec
 from curate.rounds.manifest import Manifest, read_manifest, steps_folder
 from curate.rounds.quality import (
     DIGITS,
@@ -22,14 +20,12 @@ from curate.rounds.quality import (
     write_sample,
     write_seen,
 )
-from curate.select.draw import Candidates, Scale, embeddings_of
 from curate.select.files import read_selected, selected_name
-from curate.select.windows import keyed_rows
+from curate.select.standing import standing
 from curate.storage import Store
-from pipelines.cluster import device, run_tasks
+from pipelines.cluster import run_tasks
 from pipelines.records import Placed, Round, Site
-from pipelines.select import load_vectors
-from pipelines.wanted import fixed_sample
+from pipelines.standing import Sample, load_sample
 
 BLOCK_ROWS = 1_000_000
 """Chosen rows whose contents one task reads."""
@@ -46,10 +42,15 @@ def measure_round(site: Site, round_: Round, placed: Placed) -> dict[str, Any]:
     parent = round_.parent[0] if round_.parent else None
     chosen_again, unique = _seen_before(site.store, round_, placed, parent)
     losses = _batch_losses(site.store, round_, parent)
+    sample = load_sample(site, round_) if round_.plan.learner else None
+    if sample is not None:
+        _write_sample(site.store, round_, sample)
+    where = round_.standing or (standing(sample.learner, sample.reference) if sample is not None else None)
     return {
         "learner": round_.plan.learner_number,
         "staleness_batches": _staleness(site.store, round_, parent),
-        "rank_correlation": _rank_correlation(site.store, round_, parent) if round_.plan.learner else None,
+        "standing": where and where.to_json(),
+        "rank_correlation": _rank_correlation(site.store, round_, parent) if sample is not None else None,
         "trained": trained_rounds(_rounds_with(site.store, parent, losses), losses),
         "chosen_again": chosen_again,
         "unique_examples": unique,
@@ -111,8 +112,6 @@ def _batch_losses(store: Store, round_: Round, parent: Manifest | None) -> dict[
 
 def _rank_correlation(store: Store, round_: Round, parent: Manifest | None) -> dict[str, Any] | None:
     """Rank correlation of the sample's learnability under this learner and under the parent's."""
-    assert round_.plan.learner is not None
-    _write_sample(store, round_, round_.plan.reference, round_.plan.learner)
     # Under another reference or loss learnability is another thing.
     same = (round_.plan.reference.to_json(), round_.recipe.selection.loss)
     if parent is None or same != (parent.lineage["reference"], parent.lineage["recipe"]["selection"]["loss"]):
@@ -124,26 +123,10 @@ def _rank_correlation(store: Store, round_: Round, parent: Manifest | None) -> d
     return {"value": value, "pairs": pairs, "learner": parent.quality["learner"]}
 
 
-def _write_sample(store: Store, round_: Round, reference: EncoderSpec, learner: EncoderSpec) -> None:
-    """Measure the learnability, each pair by itself, of the fixed sample."""
-    sample = fixed_sample(round_.pool, round_.recipe.seed, reference)
-    scope = "" if round_.in_one_pass else sample.scope
-    found = []
-    for index in sample.shards:
-        shard = round_.pool.shards[index]
-        at = sample.rows(store, shard)
-        table = read_embeddings(store, embedding_name(reference.sha, shard), ["content"])
-        rows = keyed_rows(contents(table["content"])[at], index, at, seed=0, epoch=0)
-        found.append(load_vectors(store, shard, rows, reference, learner, scope))
-    loaded = Candidates.concatenate(found)
-    sound = loaded.take(loaded.finite_rows())
-    _, first = np.unique(sound.rows["content_low"], return_index=True)
-    sound = sound.take(first)
-    losses = []
-    for vectors, spec in ((sound.learner, learner), (sound.reference, reference)):
-        assert vectors is not None
-        scale = Scale(logit_scale=spec.logit_scale, logit_bias=spec.logit_bias)
-        losses.append(
-            diagonal_losses(embeddings_of(vectors, scale, device()), round_.recipe.selection.loss).cpu().numpy()
-        )
-    write_sample(store, round_.steps, sound.rows["content_low"], (losses[0] - losses[1]).astype(np.float64))
+def _write_sample(store: Store, round_: Round, sample: Sample) -> None:
+    """Leave the learnability of each pair of the sample, by itself, for the next round."""
+    own, fixed = (
+        diagonal_losses(model, round_.recipe.selection.loss).cpu().numpy()
+        for model in (sample.learner, sample.reference)
+    )
+    write_sample(store, round_.steps, sample.rows["content_low"], (own - fixed).astype(np.float64))

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from curate.dedup.files import Dedup
+from curate.models.spec import EncoderSpec
 from curate.pool.shards import Pool
-from curate.recipe import Recipe
+from curate.recipe import Recipe, SelectionSection
 from curate.rounds.manifest import CuratedFile, Manifest, round_folder, steps_folder
 from curate.rounds.plan import Plan
+from curate.select.draw import needs_learner
 from curate.select.files import SubBatchStats
 from curate.select.index import DUPLICATE_EXACT, Index
+from curate.select.standing import Standing, as_decided
 from curate.select.windows import EpochRange, Window
 from curate.storage import Store
 from curate.tally import Tally
@@ -38,6 +41,8 @@ class Round:
     pool: Pool
     parent: tuple[Manifest, str] | None
     """The round before, and the sha256 of its manifest."""
+    standing: Standing | None = None
+    """Of its learner, where selection goes by it."""
 
     @property
     def folder(self) -> str:
@@ -50,6 +55,17 @@ class Round:
         return steps_folder(self.number, self.plan.digest)
 
     @property
+    def selection(self) -> SelectionSection:
+        """How sub-batches are chosen, once that is decided."""
+        section = self.recipe.selection
+        return section if self.standing is None else section.model_copy(update=as_decided(self.standing.decided))
+
+    @property
+    def scorer(self) -> EncoderSpec | None:
+        """The learner, where selection looks at it."""
+        return self.plan.learner if needs_learner(self.selection) else None
+
+    @property
     def in_one_pass(self) -> bool:
         """Whether one pass for both models is cheaper than a second one over this round's candidates."""
         return one_pass_pays(self.recipe, self.pool.rows)
@@ -57,8 +73,8 @@ class Round:
 
 def one_pass_pays(recipe: Recipe, rows: int) -> bool:
     """Whether learner and reference had better embed a pool of so many rows in one pass."""
-    if recipe.dedup is not None:
-        return False  # which rows are candidates is known after the reference has seen them
+    if recipe.dedup is not None or recipe.selection.criterion == "auto":
+        return False  # what the learner is asked for is known after the reference has seen the pool
     wanted = recipe.selection.super_batches
     return wanted is None or 2 * wanted * recipe.selection.super_batch_size >= rows
 

@@ -31,6 +31,7 @@ from pipelines.index import index_pool
 from pipelines.quality import measure_round
 from pipelines.records import Drawn, Placed, Round, Site
 from pipelines.select import Selection, select_window
+from pipelines.standing import decide
 from pipelines.wanted import Wanted, WindowRows, fixed_sample
 from pipelines.windows import cut_window
 from pipelines.write import Writing, write_window
@@ -90,6 +91,7 @@ def run_round(
 def _run_planned(site: Site, round_: Round) -> Manifest:
     """A round from its plan to its manifest; what is there of it is found, and not made again."""
     embed_all(site, round_)
+    round_ = decide(site, round_)
     placed = place_round(site, round_, dedup_all(site, round_))
     done = draw_windows(site, round_, placed)
     quality = measure_round(site, round_, placed)
@@ -216,9 +218,9 @@ def cut_stretch(site: Site, round_: Round, placed: Placed, stretch: Stretch) -> 
 def embed_learner(site: Site, round_: Round, rows: WindowRows) -> None:
     """The learner's embeddings of a window's rows and of the fixed sample, unless `embed_all` made them."""
     plan, recipe = round_.plan, round_.recipe
-    if plan.learner is not None and not round_.in_one_pass:
+    if round_.scorer is not None and not round_.in_one_pass:
         wanted: list[Wanted] = [rows, fixed_sample(round_.pool, recipe.seed, plan.reference)]
-        embed_some(site.store, round_.pool, plan.learner, wanted, recipe.embed, recipe.resources, site.devices)
+        embed_some(site.store, round_.pool, round_.scorer, wanted, recipe.embed, recipe.resources, site.devices)
 
 
 def draw_stretch(
@@ -229,9 +231,9 @@ def draw_stretch(
     shards = [round_.pool.shards[i] for i in stretch.window.shards]
     selection = Selection(
         store=site.store,
-        section=recipe.selection,
+        section=round_.selection,
         reference=plan.reference,
-        learner=plan.learner,
+        learner=round_.scorer,
         scope="" if round_.in_one_pass else rows.scope,
         index=rows.index,
         seed=rows.seed,

@@ -13,8 +13,8 @@ import torch
 import pipelines.cluster
 import pipelines.embed
 import pipelines.neighbours
-import pipelines.quality
 import pipelines.select
+import pipelines.standing
 
 CPU = torch.device("cpu")
 
@@ -113,5 +113,5 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (pipelines.cluster, pipelines.embed):
         monkeypatch.setattr(module, "ray", StandIn)
     monkeypatch.setattr(pipelines.embed, "restarted", lambda: False)
-    for module in (pipelines.embed, pipelines.neighbours, pipelines.quality, pipelines.select):
+    for module in (pipelines.embed, pipelines.neighbours, pipelines.select, pipelines.standing):
         monkeypatch.setattr(module, "device", lambda: CPU)

@@ -17,10 +17,10 @@ from torch.nn.functional import cross_entropy, normalize, softplus
 from benchmarks.acceleration.variants import draw_by_scores, super_batch_losses
 from benchmarks.heads.draws import Terms, draw_jointly
 from benchmarks.heads.worlds import WIDTH, Pairs
-from curate.criteria import Criterion, Loss
+from curate.criteria import Criterion, Decided, Loss
 from curate.jest import Embeddings, jointly_sample_batch
 from curate.seeds import derive_seed
-from curate.select.standing import Decided, standing
+from curate.select.standing import standing
 
 HIDDEN, D = 256, 32
 START_STEPS, START_BATCH, START_RATE = 3000, 64, 1e-3

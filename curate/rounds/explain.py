@@ -8,6 +8,7 @@ from curate.errors import UserError
 from curate.models.spec import EncoderSpec
 from curate.pool.shards import load_pool
 from curate.rounds.manifest import Manifest, is_expired, last_round, read_manifest
+from curate.rounds.quality import selection_of
 from curate.storage import Store
 
 
@@ -32,6 +33,8 @@ def summarize_rounds(store: Store) -> list[dict[str, Any]]:
             "pool_rows": manifest.pool_rows,
             "learner": manifest.quality["learner"],
             "staleness_batches": manifest.quality["staleness_batches"],
+            "chosen_by": chosen_by(manifest),
+            "lead": (manifest.quality.get("standing") or {}).get("lead"),  # rounds of before it was measured have none
             "learnability": _mean(manifest.learnability),
             "uniform_learnability": _mean(manifest.uniform_learnability),
             "realised_learnability": _weighted_mean(realised[manifest.round]),
@@ -63,12 +66,19 @@ def describe_round(store: Store, number: int) -> dict[str, Any]:
         "steps": [tally.to_json() for tally in manifest.tallies],
         "sub_batches": manifest.sub_batches,
         "sub_batch_size": manifest.sub_batch_size,
+        "chosen_by": chosen_by(manifest),
         "learnability": _mean(manifest.learnability),
         "uniform_learnability": _mean(manifest.uniform_learnability),
         "quality": manifest.quality,
         "files": [{"name": f.name, "size": f.size, "sub_batches": f.sub_batches} for f in manifest.files],
         "lineage": manifest.lineage,
     }
+
+
+def chosen_by(manifest: Manifest) -> str:
+    """Method and criterion of a round, what `auto` decided included."""
+    selection = selection_of(manifest)
+    return "uniform" if selection["method"] == "uniform" else f"{selection['method']} {selection['criterion']}"
 
 
 def _skipped_shards(store: Store, manifest: Manifest) -> list[str]:

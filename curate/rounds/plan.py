@@ -7,16 +7,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from curate.criteria import Decided
 from curate.errors import DamagedError, UserError
 from curate.messages import gathered
 from curate.models.learners import newest_learner
 from curate.models.spec import EncoderSpec
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool, load_pool
-from curate.recipe import DeviceType, PoolSection, Recipe
+from curate.recipe import DeviceType, PoolSection, Recipe, SelectionSection
 from curate.rounds.manifest import last_round, read_manifest, round_folder
 from curate.sealed import seal, unseal
 from curate.select.draw import needs_learner
+from curate.select.standing import as_decided
 from curate.storage import Store
 
 
@@ -143,6 +145,23 @@ def _make(
         learner_number=newest.number if newest else None,
         evaluation=tuple(seen.fingerprint for seen in evaluation),
     )
+
+
+def foreseen_selection(store: Store, recipe: Recipe) -> SelectionSection:
+    """How the next round will choose: where that is left to the learner's standing, as the last round did.
+
+    Before there is one, by easy-reference with a learner of random weights, else by learnability, which costs most.
+    """
+    section = recipe.selection
+    if section.criterion != "auto":
+        return section
+    parent, newest = read_manifest(store, last_round(store)), newest_learner(store)
+    decided: Decided = "learnability"
+    if parent is not None and (standing := parent[0].quality.get("standing")):
+        decided = standing["decided"]
+    elif not (newest and newest.step) and recipe.learner.is_random:
+        decided = "easy_reference"
+    return section.model_copy(update=as_decided(decided))
 
 
 def known_inventory(store: Store) -> Pool | None:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from curate.errors import UserError
 from curate.parquet import read_table, write_table
 from curate.rounds.manifest import Manifest
+from curate.select.standing import as_decided
 from curate.storage import Store
 
 Contents = npt.NDArray[np.uint64]
@@ -73,6 +74,12 @@ def trained_rounds(rounds: Sequence[Manifest], batch_losses: Mapping[int, float]
             }
         )
     return found
+
+
+def selection_of(manifest: Manifest) -> dict[str, Any]:
+    """`[selection]` of a round's recipe, with what `auto` decided."""
+    section: dict[str, Any] = manifest.lineage["recipe"]["selection"]
+    return section | (as_decided(manifest.quality["standing"]["decided"]) if section["criterion"] == "auto" else {})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from curate.models.spec import EncoderSpec
 from curate.pool.shards import Pool, Shard, load_pool
 from curate.rounds.explain import committed_rounds
 from curate.rounds.manifest import Manifest, is_expired, steps_folder
+from curate.rounds.quality import selection_of
 from curate.select.files import read_selected, selected_name
 from curate.select.index import Index, look_up, read_duplicates, read_index, uid_digest
 from curate.select.windows import (
@@ -240,7 +241,7 @@ def _contexts(store: Store, manifests: Sequence[Manifest]) -> list[_Context]:
                 index=index,
                 reference=EncoderSpec(**lineage["reference"]),
                 learner=_spec(lineage["learner"]),
-                selection=lineage["recipe"]["selection"],
+                selection=selection_of(manifest),
                 steps=steps_folder(manifest.round, lineage["plan"]),
                 windows=tuple(
                     windows_of(pool.shards, index.candidates, seed=seed, epoch=taken.epoch, window_rows=window_rows)

@@ -66,7 +66,7 @@ class Candidates:
 
 
 def needs_learner(selection: SelectionSection) -> bool:
-    """Easy-reference and uniform selection never look at the learner, so it need not be run."""
+    """Easy-reference and uniform selection never look at the learner, so it need not be run; `auto` has to ask it."""
     return selection.method != "uniform" and selection.criterion != "easy_reference"
 
 
@@ -101,6 +101,7 @@ def select_sub_batch(
     """
     ordered = candidates.take(key_order(candidates.rows))
     B, b = len(ordered.rows), selection.sub_batch_size
+    assert selection.criterion != "auto", "decided once a round, before anything is drawn"
     assert selection.super_batch_size == B, (B, selection.super_batch_size)
     # Whatever the criterion looks at: the sub-batch is reported, and later trained on, by both models.
     pool = ordered.take(ordered.finite_rows())

@@ -5,14 +5,14 @@ hits say little: its pool may be dirty, and hits on pairs that the reference tak
 what counts is which of the reference's hits are the learner's as well.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 
+from curate.criteria import Decided
 from curate.jest import Embeddings
-
-Decided = Literal["easy_reference", "learnability", "uniform"]
 
 STARTED = 0.5
 """Share of the reference's hits that a learner past its start has: below it, its losses are noise."""
@@ -45,6 +45,22 @@ class Standing:
         if self.lead < TEACHABLE:
             return "uniform"
         return "easy_reference" if self.shared < STARTED else "learnability"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest, with what was decided."""
+        return asdict(self) | {"lead": self.lead, "decided": self.decided}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> "Standing":
+        """The inverse of `to_json`."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
+
+def as_decided(decided: Decided) -> dict[str, str]:
+    """The fields of `[selection]` that a decision replaces."""
+    if decided == "uniform":
+        return {"method": "uniform", "criterion": "easy_reference"}  # neither looks at the learner
+    return {"criterion": decided}
 
 
 def standing(learner: Embeddings, reference: Embeddings) -> Standing:
