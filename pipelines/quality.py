@@ -20,8 +20,8 @@ from curate.rounds.quality import (
     write_sample,
     write_seen,
 )
+from curate.select.draw import measure_standing
 from curate.select.files import read_selected, selected_name
-from curate.select.standing import standing
 from curate.storage import Store
 from pipelines.cluster import run_tasks
 from pipelines.records import Placed, Round, Site
@@ -45,7 +45,7 @@ def measure_round(site: Site, round_: Round, placed: Placed) -> dict[str, Any]:
     sample = load_sample(site, round_) if round_.plan.learner else None
     if sample is not None:
         _write_sample(site.store, round_, sample)
-    where = round_.standing or (standing(sample.learner, sample.reference) if sample is not None else None)
+    where = round_.standing or (measure_standing(sample.learner, sample.reference) if sample is not None else None)
     return {
         "learner": round_.plan.learner_number,
         "staleness_batches": _staleness(site.store, round_, parent),

@@ -7,8 +7,8 @@ import numpy as np
 from curate.embed.files import contents, embedding_name, read_embeddings
 from curate.jest import Embeddings
 from curate.sealed import seal, unseal
-from curate.select.draw import Candidates, Scale, embeddings_of
-from curate.select.standing import Standing, standing
+from curate.select.draw import Candidates, Scale, embeddings_of, measure_standing
+from curate.select.standing import Standing
 from curate.select.windows import Rows, keyed_rows
 from pipelines.cluster import device
 from pipelines.embed import embed_some
@@ -37,7 +37,7 @@ def decide(site: Site, round_: Round) -> Round:
         sample = fixed_sample(round_.pool, recipe.seed, plan.reference)
         embed_some(site.store, round_.pool, plan.learner, [sample], recipe.embed, recipe.resources, site.devices)
         found = load_sample(site, round_)
-        site.store.put_bytes(name, seal(standing(found.learner, found.reference).to_json()))
+        site.store.put_bytes(name, seal(measure_standing(found.learner, found.reference).to_json()))
     return replace(round_, standing=Standing.from_json(unseal(site.store.read_bytes(name), name)))
 
 

@@ -16,8 +16,8 @@ from curate.rounds.explain import describe_round, summarize_rounds
 from curate.rounds.manifest import Manifest, round_folder
 from curate.rounds.plan import foreseen_selection
 from curate.rounds.trace import explain_uid
-from curate.select.draw import needs_learner
-from curate.select.standing import Standing, as_decided, standing
+from curate.select.draw import measure_standing, needs_learner
+from curate.select.standing import Standing, as_decided
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool
 from jobs.tables import print_tables, round_tables
@@ -49,7 +49,7 @@ def hits_by_loops(model: Embeddings) -> list[bool]:
 def test_standing_is_what_loops_count(seed: int) -> None:
     learner, reference = drawn(seed + 1), drawn(seed + 100, noise=0.4)
     own, fixed = hits_by_loops(learner), hits_by_loops(reference)
-    found = standing(learner, reference)
+    found = measure_standing(learner, reference)
     assert (found.pairs, found.learner, found.reference) == (24, sum(own) / 48, sum(fixed) / 48)
     assert found.shared == sum(a and b for a, b in zip(own, fixed, strict=True)) / sum(fixed)
     assert found.lead == pytest.approx(sum(b and not a for a, b in zip(own, fixed, strict=True)) / 48)
@@ -59,7 +59,7 @@ def test_standing_is_what_loops_count(seed: int) -> None:
 
 def test_a_tie_answers_nothing() -> None:
     same = torch.ones(6, 1)
-    assert standing(Embeddings(same, same, 1.0), drawn(0, 6)).learner == 0
+    assert measure_standing(Embeddings(same, same, 1.0), drawn(0, 6)).learner == 0
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def recipe(world: Path, root: Path, **selection: Any) -> Recipe:
 
 def foreign(monkeypatch: pytest.MonkeyPatch, found: Standing) -> None:
     """Models of random weights stand nowhere in particular."""
-    monkeypatch.setattr("pipelines.standing.standing", lambda learner, reference: found)
+    monkeypatch.setattr("pipelines.standing.measure_standing", lambda learner, reference: found)
 
 
 STANDINGS = {

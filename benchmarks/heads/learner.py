@@ -20,7 +20,7 @@ from benchmarks.heads.worlds import WIDTH, Pairs
 from curate.criteria import Criterion, Decided, Loss
 from curate.jest import Embeddings, jointly_sample_batch
 from curate.seeds import derive_seed
-from curate.select.standing import standing
+from curate.select.draw import measure_standing
 
 HIDDEN, D = 256, 32
 START_STEPS, START_BATCH, START_RATE = 3000, 64, 1e-3
@@ -266,7 +266,7 @@ class _Chooser:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, "sample"))
             rows = torch.randperm(len(self._pool), generator=generator)[:SAMPLE]
             own = self._learner.embed(self._pool.image[rows], self._pool.text[rows])
-            self.decided.append(standing(own, _of(self._reference, rows)).decided)
+            self.decided.append(measure_standing(own, _of(self._reference, rows)).decided)
             self.looked_at += len(rows)
         return self.decided[-1]
 

@@ -7,12 +7,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from curate.errors import UserError
 from curate.jest import Embeddings, diagonal_losses, jointly_sample_batch, sub_batch_learnability, sub_batch_loss
 from curate.recipe import SelectionSection
 from curate.seeds import derive_seed
 from curate.select.files import SELECTED_SCHEMA, SubBatchStats
+from curate.select.standing import Standing
 from curate.select.windows import Rows, key_order
 from curate.tally import Tally
 
@@ -168,6 +170,28 @@ def select_sub_batch(
     )
 
 
+def measure_standing(learner: Embeddings, reference: Embeddings) -> Standing:
+    """Measure where a learner stands beside the reference: see `curate.select.standing`.
+
+    >>> right, swapped = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
+    >>> found = measure_standing(Embeddings(right, swapped, 1.0), Embeddings(right, right, 1.0))
+    >>> found.reference, found.learner, found.lead, found.decided
+    (1.0, 0.5, 0.5, 'learnability')
+
+    Args:
+        learner: Embeddings [n, D] of a sample of the pool.
+        reference: Of the same pairs.
+    """
+    own, fixed = (_hits(model) for model in (learner, reference))
+    hits = int(fixed.sum())
+    return Standing(
+        pairs=len(learner),
+        learner=float(own.double().mean()),
+        reference=float(fixed.double().mean()),
+        shared=int((own & fixed).sum()) / hits if hits else 1.0,
+    )
+
+
 def embeddings_of(vectors: tuple[Vectors, Vectors], scale: Scale, device: torch.device) -> Embeddings:
     """Stored vectors as selection takes them.
 
@@ -182,3 +206,11 @@ def embeddings_of(vectors: tuple[Vectors, Vectors], scale: Scale, device: torch.
 
 def _generator(seed: int, purpose: str, *parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, purpose, *parts))
+
+
+def _hits(model: Embeddings) -> Tensor:
+    """Bool [2 n]: whether each picture's caption, and each caption's picture, is nearer than all others."""
+    cosines = model.zimg.float() @ model.ztxt.float().T
+    own = cosines.diagonal().clone()
+    cosines.fill_diagonal_(-torch.inf)
+    return torch.cat([own > cosines.amax(1), own > cosines.amax(0)])

@@ -9,10 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-
 from curate.criteria import Decided
-from curate.jest import Embeddings
 
 STARTED = 0.5
 """Share of the reference's hits that a learner past its start has: below it, its losses are noise."""
@@ -61,33 +58,3 @@ def as_decided(decided: Decided) -> dict[str, str]:
     if decided == "uniform":
         return {"method": "uniform", "criterion": "easy_reference"}  # neither looks at the learner
     return {"criterion": decided}
-
-
-def standing(learner: Embeddings, reference: Embeddings) -> Standing:
-    """Measure it.
-
-    >>> right, swapped = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
-    >>> found = standing(Embeddings(right, swapped, 1.0), Embeddings(right, right, 1.0))
-    >>> found.reference, found.learner, found.lead, found.decided
-    (1.0, 0.5, 0.5, 'learnability')
-
-    Args:
-        learner: Embeddings [n, D] of a sample of the pool.
-        reference: Of the same pairs.
-    """
-    own, fixed = (_hits(model) for model in (learner, reference))
-    hits = int(fixed.sum())
-    return Standing(
-        pairs=len(learner),
-        learner=float(own.double().mean()),
-        reference=float(fixed.double().mean()),
-        shared=int((own & fixed).sum()) / hits if hits else 1.0,
-    )
-
-
-def _hits(model: Embeddings) -> torch.Tensor:
-    """Bool [2 n]: whether each picture's caption, and each caption's picture, is nearer than all others."""
-    cosines = model.zimg.float() @ model.ztxt.float().T
-    own = cosines.diagonal().clone()
-    cosines.fill_diagonal_(-torch.inf)
-    return torch.cat([own > cosines.amax(1), own > cosines.amax(0)])
