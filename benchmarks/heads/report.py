@@ -104,7 +104,7 @@ def _secondary(records: Sequence[Record], worlds: Sequence[str]) -> str:
         found = [_of(difference(records, JOINT, other, world=world, dirt=DIRT)) for other in others.values()]
         lines.append(f"| `{world}` | {' | '.join(found)} |")
     return (
-        "## Secondary outcome\n\nJoint minus uniform at equal operations, 30 % untrue, by how many share the reference:\n\n"
+        "## Secondary outcome\n\nJoint minus uniform at equal operations, 30 % untrue; the reference is shared by\n\n"
         + "\n".join(lines)
     )
 
