@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,101 @@ def test_the_loop_in_one_process_trains_on_the_batches_that_the_product_chooses(
     assert again == chosen
     assert again_losses == losses
     assert loop.account.learner_scored == loop.account.candidates == ROUNDS * 240
+
+
+@pytest.fixture(scope="module")
+def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of seconds, with all that a halted run carries over: rounds, an epoch's end, a dealt order, `auto`."""
+    folder = tmp_path_factory.mktemp("study")
+    path = folder / "small.toml"
+    path.write_text(
+        """
+model = "small-clip.json"
+evaluate_every = 4
+[training]
+learning_rate = 1e-3
+warmup_steps = 2
+[reference]
+steps = 12
+[selection]
+sub_batch_size = 8
+filter_ratio = 0.75
+n_chunks = 4
+[sets.drawn]
+source = "drawn"
+rows = 200
+reference_rows = 64
+held_out_rows = 20
+[arms.uniform]
+selection = { method = "uniform", filter_ratio = 0.0, n_chunks = 1 }
+[arms.learnability]
+selection = { criterion = "learnability" }
+round_steps = 4
+shuffled = true
+[arms.auto]
+selection = { criterion = "auto" }
+round_steps = 4
+[[plans]]
+set = "drawn"
+arms = ["learnability", "auto"]
+steps = 12
+seeds = [1]
+pool_seed = 3
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_a_study_that_is_halted_goes_on_where_it_was(
+    small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = load_study(small_study)
+
+    def jobs(out: str) -> list[study.Job]:
+        return [
+            study.Job(study=loaded, plan=loaded.plans[0], arm=arm, seed=1, out=tmp_path / out, data=None, device="cpu")
+            for arm in ("uniform", "learnability", "auto")
+        ]
+
+    def told(job: study.Job) -> dict[str, Any]:
+        timed = {"wall_s", "train_s", "score_s", "select_s", "total_s"}
+        record = json.loads(job.path.read_text())
+        record["curve"] = [{k: v for k, v in point.items() if k not in timed} for point in record["curve"]]
+        return {k: v for k, v in record.items() if k not in timed}
+
+    def train_in_pieces(step: Any, job: study.Job, path: Path) -> int:
+        """Let time be up at each fifth step."""
+        pieces = 0
+        while not path.exists():
+            asked = iter(range(6))
+            monkeypatch.setattr(study, "_time_is_up", lambda asked=asked: next(asked) == 5)
+            step(job)
+            pieces += 1
+        return pieces
+
+    for whole, pieces in zip(jobs("whole"), jobs("pieces"), strict=True):
+        monkeypatch.setattr(study, "_time_is_up", lambda: False)
+        for job in (whole, pieces):
+            study.make_pairs(job)
+        for step in (study.train_reference, study.embed_reference, study.run):
+            step(whole)
+        if not pieces.reference_path.exists():
+            assert train_in_pieces(study.train_reference, pieces, pieces.reference_path) == 3
+        study.embed_reference(pieces)
+        assert train_in_pieces(study.run, pieces, pieces.path) == 3
+        assert told(pieces) == told(whole)
+        assert not list((tmp_path / "pieces").rglob("*.halted"))
+    decided = told(jobs("whole")[-1])["decided"]
+    assert sum(decided.values()) == 3
+
+
+def test_time_that_is_up_is_told_and_the_same_command_goes_on(small_study: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.acceleration", str(small_study), "--out", str(tmp_path / "out")]
+    halted = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, check=False)
+    assert (halted.returncode, halted.stderr.splitlines()[-1]) == (
+        1, "time is up: 1 of 1 sets are left; the same command goes on"
+    )  # fmt: skip
 
 
 def test_a_web_like_pool_is_a_tenth_wanted_and_says_what_the_rest_is(tmp_path: Path):

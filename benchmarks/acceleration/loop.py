@@ -26,12 +26,24 @@ from curate.models.spec import EncoderSpec
 from curate.reader.evaluate import count_rivals, recall
 from curate.recipe import Section, SelectionSection, TrainSection
 from curate.seeds import derive_seed
-from curate.select.draw import Candidates, Scale, Vectors, embeddings_of, needs_learner, select_sub_batch
-from curate.select.windows import EpochRange, key_order, keyed_rows, next_range
+from curate.select.draw import (
+    Candidates,
+    Scale,
+    Vectors,
+    embeddings_of,
+    measure_standing,
+    needs_learner,
+    select_sub_batch,
+)
+from curate.select.standing import as_decided
+from curate.select.windows import EpochRange, Rows, key_order, keyed_rows, next_range
 from jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
 from jobs.ranks import Ranks
+from pipelines.wanted import SAMPLE_ROWS
 
 EMBED_BATCH = 256
+CARRIED = ("walk", "account", "step", "selection", "own", "scale")
+"""What a loop that is halted knows beside its weights and moments."""
 
 
 class ArmSection(Section):
@@ -69,6 +81,23 @@ class Account:
     select_s: float = 0.0
     kinds: Counter[str] = field(default_factory=Counter)
     seen: set[int] = field(default_factory=set)
+    decided: Counter[str] = field(default_factory=Counter)
+    """Rounds, by what `auto` chose by."""
+
+
+@dataclass(kw_only=True)
+class Walk:
+    """Where a loop is in its pool."""
+
+    aged: int
+    """Steps since the learner was scored."""
+    previous: EpochRange | None = None
+    number: int = 0
+    """Of the next round."""
+    count: int = 0
+    """Super-batches so far."""
+    pending: list[npt.NDArray[np.int64]] = field(default_factory=list)
+    """Batches that are chosen and were not asked for."""
 
 
 class Loop:
@@ -92,11 +121,14 @@ class Loop:
         self.reference, self.arm, self.training, self.seed, self.device = reference, arm, training, seed, device
         self.account = Account()
         self.step = 0
+        self.walk = Walk(aged=arm.round_steps)
+        self.selection = arm.selection
+        self._keyed: Rows | None = None
         # Of equal pairs the first.
         _, first = np.unique(np.asarray(pairs.content[rows]), axis=0, return_index=True)
         self.rows = np.sort(rows[first])
-        self._own: tuple[Vectors, Vectors] | None = None
-        self._scale = Scale(logit_scale=spec.logit_scale, logit_bias=spec.logit_bias)
+        self.own: tuple[Vectors, Vectors] | None = None
+        self.scale = Scale(logit_scale=spec.logit_scale, logit_bias=spec.logit_bias)
         self.trainee = Trainee(
             model=learner,
             parallel=learner,
@@ -110,42 +142,76 @@ class Loop:
 
     def batches(self) -> Iterator[npt.NDArray[np.int64]]:
         """Rows [b] of the pool, batch after batch; ask for the next one once the learner was trained on the last."""
-        previous: EpochRange | None = None
-        number = count = 0
-        selection = self.arm.selection
-        B = selection.super_batch_size
+        while True:
+            if not self.walk.pending:
+                self.walk.pending = self._round()
+            yield self.walk.pending.pop(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next batches and steps depend on, and what the run has cost so far."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.trainee.optimizer.state_dict(),
+            **{name: getattr(self, name) for name in CARRIED},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another loop, made alike, was halted."""
+        self.model.load_state_dict(state["model"])
+        self.trainee.optimizer.load_state_dict(state["optimizer"])
+        for name in CARRIED:
+            setattr(self, name, state[name])
+
+    def _round(self) -> list[npt.NDArray[np.int64]]:
+        """The batches up to the next scoring, or to the end of an epoch."""
+        walk, B = self.walk, self.arm.selection.super_batch_size
         held = len(self.rows) // B
         if not held:
             raise UserError(f"a super-batch of {B:,} pairs wants a larger pool than {len(self.rows):,} rows")
-        aged = self.arm.round_steps  # steps since the learner was scored
-        while True:
-            if aged >= self.arm.round_steps:
-                aged = 0
-            wanted = min(self.arm.round_steps - aged, held)
-            found = next_range(previous, held=held, super_batches=wanted)
-            assert found is not None, "no more is wanted than an epoch holds"
-            if previous is None or found.epoch != previous.epoch:
-                content = np.asarray(self.pairs.content[self.rows])
-                keyed = keyed_rows(content, 0, self.rows, seed=self.seed, epoch=found.epoch)
-                keyed = keyed[key_order(keyed)]
-            previous = found
-            supers = [keyed[i * B : (i + 1) * B] for i in range(found.start, found.stop)]
-            if needs_learner(selection) and aged == 0:
-                # A round longer than an epoch comes back to the same rows, so that all of them are scored at once.
-                whole = self.arm.round_steps > held
-                self._score(np.sort(self.rows if whole else np.concatenate([rows["row"] for rows in supers])))
-            aged += wanted
-            drawn = []
-            for i, rows in enumerate(supers):
-                is_uniform = int((count + 1) * self.arm.uniform_share) > int(count * self.arm.uniform_share)
-                how = selection.model_copy(update={"method": "uniform"}) if is_uniform else selection
-                drawn.append(self._draw(rows, how, number, i))
-                count += 1
-            if self.arm.shuffled:
-                rng = np.random.default_rng(derive_seed(self.seed, "deal", number))
-                drawn = list(rng.permutation(np.concatenate(drawn)).reshape(len(drawn), -1))
-            yield from drawn
-            number += 1
+        if walk.aged >= self.arm.round_steps:
+            walk.aged = 0
+        wanted = min(self.arm.round_steps - walk.aged, held)
+        found = next_range(walk.previous, held=held, super_batches=wanted)
+        assert found is not None, "no more is wanted than an epoch holds"
+        if self._keyed is None or walk.previous is None or found.epoch != walk.previous.epoch:
+            content = np.asarray(self.pairs.content[self.rows])
+            keyed = keyed_rows(content, 0, self.rows, seed=self.seed, epoch=found.epoch)
+            self._keyed = keyed[key_order(keyed)]
+        walk.previous = found
+        supers = [self._keyed[i * B : (i + 1) * B] for i in range(found.start, found.stop)]
+        if walk.aged == 0:
+            # A round longer than an epoch comes back to the same rows, so that all of them are scored at once.
+            whole = self.arm.round_steps > held
+            self._begin_round(np.sort(self.rows if whole else np.concatenate([rows["row"] for rows in supers])))
+        walk.aged += wanted
+        drawn = []
+        for i, rows in enumerate(supers):
+            is_uniform = int((walk.count + 1) * self.arm.uniform_share) > int(walk.count * self.arm.uniform_share)
+            how = self.selection.model_copy(update={"method": "uniform"}) if is_uniform else self.selection
+            drawn.append(self._draw(rows, how, walk.number, i))
+            walk.count += 1
+        if self.arm.shuffled:
+            rng = np.random.default_rng(derive_seed(self.seed, "deal", walk.number))
+            drawn = list(rng.permutation(np.concatenate(drawn)).reshape(len(drawn), -1))
+        walk.number += 1
+        return drawn
+
+    def _begin_round(self, rows: npt.NDArray[np.int64]) -> None:
+        """Decide what to choose by, where that is left to the learner's standing; score candidates if it is asked."""
+        if self.arm.selection.criterion == "auto":
+            rng = np.random.default_rng(derive_seed(self.seed, "sample"))
+            sample = np.sort(rng.permutation(self.rows)[:SAMPLE_ROWS])
+            self._score(sample)
+            assert self.own is not None
+            own, fixed = (
+                embeddings_of((vectors[0][sample], vectors[1][sample]), scale, self.device)
+                for vectors, scale in ((self.own, self.scale), (self.reference.vectors, self.reference.scale))
+            )
+            decided = measure_standing(own, fixed).decided
+            self.account.decided[decided] += 1
+            self.selection = self.arm.selection.model_copy(update=as_decided(decided))
+        if needs_learner(self.selection):
+            self._score(rows)
 
     def train(self, rows: npt.NDArray[np.int64]) -> float:
         """One step on a batch; returns its loss."""
@@ -187,12 +253,12 @@ class Loop:
         begun = time.perf_counter()
         encoder = Encoder(self.spec, copy.deepcopy(self.model), self.tokenizer, self.device)
         N, D = len(self.pairs), self.spec.embed_dim
-        if self._own is None:
-            self._own = np.full((N, D), np.nan, np.float16), np.full((N, D), np.nan, np.float16)
-        for tower, found in zip(self._own, embed(encoder, self.pairs, rows), strict=True):
+        if self.own is None:
+            self.own = np.full((N, D), np.nan, np.float16), np.full((N, D), np.nan, np.float16)
+        for tower, found in zip(self.own, embed(encoder, self.pairs, rows), strict=True):
             tower[rows] = found
         scale, bias = self.model.logit_scale.detach().exp(), self.model.logit_bias.detach()
-        self._scale = Scale(logit_scale=float(scale), logit_bias=float(bias))
+        self.scale = Scale(logit_scale=float(scale), logit_bias=float(bias))
         self.account.learner_scored += len(rows)
         self.account.score_s += time.perf_counter() - begun
 
@@ -201,7 +267,7 @@ class Loop:
     ) -> npt.NDArray[np.int64]:
         begun = time.perf_counter()
         rows = walked["row"]
-        own = (self._own[0][rows], self._own[1][rows]) if self._own is not None else None
+        own = (self.own[0][rows], self.own[1][rows]) if self.own is not None else None
         vectors = self.reference.vectors
         candidates = Candidates(rows=walked, learner=own, reference=(vectors[0][rows], vectors[1][rows]))
         if self.arm.super_batch_loss and selection.method != "uniform":
@@ -210,7 +276,7 @@ class Loop:
             table, _ = select_sub_batch(
                 candidates,
                 selection,
-                learner=self._scale,
+                learner=self.scale,
                 reference=self.reference.scale,
                 seed=self.seed,
                 round_number=number,
@@ -228,7 +294,7 @@ class Loop:
         """Positions drawn by losses within the super-batch."""
         scores = -super_batch_losses(embeddings_of(candidates.reference, self.reference.scale, self.device)).cpu()
         if candidates.learner is not None:
-            scores += super_batch_losses(embeddings_of(candidates.learner, self._scale, self.device)).cpu()
+            scores += super_batch_losses(embeddings_of(candidates.learner, self.scale, self.device)).cpu()
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "draw", number, i))
         return draw_by_scores(scores, selection.sub_batch_size, selection.gain, generator).numpy()
 

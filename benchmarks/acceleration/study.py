@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import multiprocessing
 import os
 import time
@@ -41,6 +42,8 @@ from curate.select.draw import Scale
 HERE = Path(__file__).parent
 FORMAT = 1
 """Of the records of runs; another one makes all anew."""
+_ends = math.inf
+"""Time at which this process halts what it does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +154,8 @@ def train_reference(job: Job) -> None:
         seed=1_000_000 + job.plan.pool_seed,
         device=torch.device(job.device),
     )
-    for _, rows in zip(range(job.study.reference.steps), loop.batches(), strict=False):
-        loop.train(rows)
+    if not _train(loop, job.study.reference.steps, job.reference_path):
+        return
     quality = loop.retrieve(parts["held-out"])
     _save(job.reference_path, partial(torch.save, {"weights": model.state_dict(), "quality": quality}))
 
@@ -163,8 +166,8 @@ def warm_learner(job: Job) -> None:
     if path is None or path.exists():
         return
     loop = _loop(job, job.study.arms[UNIFORM], load_parts(job)["pool"])
-    for _, rows in zip(range(job.plan.warm_steps), loop.batches(), strict=False):
-        loop.train(rows)
+    if not _train(loop, job.plan.warm_steps, path):
+        return
     _save(path, partial(torch.save, loop.model.state_dict()))
 
 
@@ -193,11 +196,11 @@ def run(job: Job) -> None:
     if job.warm_path is not None:
         loop.model.load_state_dict(torch.load(job.warm_path))
     forward = forward_flops(json.loads((HERE / job.study.model).read_text()))
-    curve = []
-    for step, batch in zip(range(1, job.steps + 1), loop.batches(), strict=False):
-        loop.train(batch)
+    curve: list[dict[str, Any]] = []
+
+    def evaluate(step: int) -> None:
+        cost = loop.account
         if step % job.study.evaluate_every == 0:
-            cost = loop.account
             curve.append(
                 {
                     "step": step,
@@ -208,6 +211,9 @@ def run(job: Job) -> None:
                     **loop.retrieve(parts["held-out"]),
                 }
             )
+
+    if not _train(loop, job.steps, job.path, curve, evaluate):
+        return
     cost = loop.account
     record = {
         "set": job.plan.set,
@@ -220,6 +226,7 @@ def run(job: Job) -> None:
         "walked_rows": len(loop.rows),
         "candidates": cost.candidates,
         "learner_scored": cost.learner_scored,
+        "decided": dict(sorted(cost.decided.items())),
         "reference_flops": forward * len(pool) if reference_is_read(arm) else 0.0,
         "train_s": cost.train_s,
         "score_s": cost.score_s,
@@ -230,6 +237,31 @@ def run(job: Job) -> None:
         **({"others": loop.retrieve(parts["others"])} if "others" in parts else {}),
     }
     _save(job.path, lambda file: file.write((json.dumps(record, indent=1) + "\n").encode()))
+
+
+def _train(
+    loop: Loop,
+    steps: int,
+    path: Path,
+    curve: list[dict[str, Any]] | None = None,
+    each: Callable[[int], None] = lambda step: None,
+) -> bool:
+    """Train a loop to its end, or until time is up; what was halted goes on from there. Returns whether it ended."""
+    halted = path.with_suffix(".halted")
+    curve = [] if curve is None else curve
+    if halted.exists():
+        state = torch.load(halted, weights_only=False)  # our own, of a minute ago
+        loop.load_state_dict(state["loop"])
+        curve += state["curve"]
+    batches = loop.batches()
+    while loop.step < steps:
+        if _time_is_up():
+            _save(halted, partial(torch.save, {"loop": loop.state_dict(), "curve": curve}))
+            return False
+        loop.train(next(batches))
+        each(loop.step)
+    halted.unlink(missing_ok=True)
+    return True
 
 
 def reference_is_read(arm: ArmSection) -> bool:
@@ -251,11 +283,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of emoji-en, openstax-dev and openstax-physics-ml")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, help="processes, each with one thread; one per core, or one with CUDA")
+    parser.add_argument(
+        "--minutes", type=float, help="halt after so many, with status 1; the same command goes on from there"
+    )
     arguments = parser.parse_args()
     try:
         _run_study(arguments)
     except UserError as error:
         parser.exit(2, "".join(f"{line}\n" for line in error.lines))
+    except _HaltedError as halted:
+        parser.exit(1, f"{halted}\n")
 
 
 def _run_study(arguments: argparse.Namespace) -> None:
@@ -276,7 +313,9 @@ def _run_study(arguments: argparse.Namespace) -> None:
     ]
     workers = arguments.workers or (1 if arguments.device == "cuda" else os.cpu_count() or 1)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker) as executor:
+    ends = math.inf if arguments.minutes is None else time.time() + 60 * arguments.minutes
+    _begin_worker(ends)
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(ends,)) as executor:
         _all(executor, "sets", make_pairs, {job.set_folder: job for job in jobs})
         _all(executor, "references", train_reference, {job.reference_path: job for job in jobs})
         _all(executor, "embeddings", embed_reference, {job.vectors_path: job for job in jobs})
@@ -287,17 +326,38 @@ def _run_study(arguments: argparse.Namespace) -> None:
 
 
 def _all(executor: ProcessPoolExecutor, title: str, work: Callable[[Job], None], jobs: Mapping[Path, Job]) -> None:
-    """Do one step of a study for each file that it makes."""
-    pending = {executor.submit(work, job) for job in jobs.values()}
+    """Do one step of a study for each file that it makes.
+
+    Raises:
+        _HaltedError: time was up before all were made.
+    """
+    pending = {executor.submit(_in_time, work, job) for job in jobs.values()}
     with tqdm(total=len(pending), desc=title, unit="", disable=None) as bar:
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
             bar.update(len(done))
+    if left := sum(not path.exists() for path in jobs):
+        raise _HaltedError(f"time is up: {left} of {len(jobs)} {title} are left; the same command goes on")
 
 
-def _begin_worker() -> None:
+def _in_time(work: Callable[[Job], None], job: Job) -> None:
+    if not _time_is_up():
+        work(job)
+
+
+class _HaltedError(Exception):
+    """Time was up before all was done."""
+
+
+def _time_is_up() -> bool:
+    return time.time() >= _ends
+
+
+def _begin_worker(ends: float) -> None:
+    global _ends  # noqa: PLW0603  of a process that does nothing else
+    _ends = ends
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.ERROR)  # open_clip warns of every model that begins with random weights
 
