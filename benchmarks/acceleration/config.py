@@ -30,6 +30,7 @@ class PlanSection(Section):
     uniform_steps: int | None = Field(
         None, ge=1, description="of the uniform arm, where it is followed for longer: its end is what others must reach"
     )
+    cosine: bool = Field(False, description="rates fall to 0 at the end of each run, so that only its end counts")
     seeds: list[int] = Field(min_length=1, max_length=10, description="of a learner's weights and of all draws")
     pool_seed: int = Field(description="of the pictures; settings are chosen on another one than is reported")
 

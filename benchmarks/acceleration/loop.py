@@ -51,7 +51,11 @@ class ArmSection(Section):
 
     selection: SelectionSection
     round_steps: int = Field(10, ge=1, description="steps between two learners that selection scores with")
-    pool: Literal["all", "wanted", "deduplicated"] = Field("all", description="rows that are walked through")
+    pool: Literal["all", "wanted", "deduplicated", "filtered", "reference"] = Field(
+        "all",
+        description="rows that are walked through; filtered: those it likes most, reference: the reference's own pairs",
+    )
+    kept: float = Field(0.1, gt=0, le=1, description="share of the pool that a filter keeps")
     reference: Literal["clean", "weak"] = Field("clean", description="trained on clean pairs, or on the pool itself")
     super_batch_loss: bool = Field(
         False, description="the other independent selection: each pair by its part of the super-batch's loss"

@@ -70,7 +70,7 @@ class Job:
             "steps": self.steps,
             "warm": self.warm_path and self.warm_path.name,
             "seed": self.seed,
-        }
+        } | ({"cosine": True} if self.plan.cosine else {})
         name = f"{self.plan.set}-{self.plan.pool_seed}-{self.arm}-{self.steps}-s{self.seed}-{_digest(identity)}"
         return self.out / "runs" / f"{name}.json"
 
@@ -141,13 +141,12 @@ def train_reference(job: Job) -> None:
     pairs = parts["pool" if job.study.arms[job.arm].reference == "weak" else "reference"]
     training = job.study.training.model_copy(update={"steps": job.study.reference.steps})
     model, config, tokenizer = make_model(job, 1_000_000 + job.plan.pool_seed)
-    nothing = np.ones((len(pairs), config["embed_dim"]), np.float16)
     loop = Loop(
         pairs,
         model,
         tokenizer,
         spec_of(model, config),
-        Reference(vectors=(nothing, nothing), scale=Scale(logit_scale=1.0, logit_bias=0.0)),
+        _no_reference(len(pairs), config["embed_dim"]),
         job.study.arms[UNIFORM],
         training,
         rows=np.arange(len(pairs)),
@@ -192,6 +191,8 @@ def run(job: Job) -> None:
     arm = job.study.arms[job.arm]
     parts = load_parts(job)
     pool = parts["pool"]
+    if arm.pool == "reference":
+        pool = parts["reference"]
     loop = _loop(job, arm, pool)
     if job.warm_path is not None:
         loop.model.load_state_dict(torch.load(job.warm_path))
@@ -267,7 +268,9 @@ def _train(
 def reference_is_read(arm: ArmSection) -> bool:
     """Whether the arm's scores, or its deduplication, need the reference's embeddings of the pool."""
     selection = arm.selection
-    return arm.pool == "deduplicated" or (selection.method != "uniform" and selection.criterion != "hard_learner")
+    return arm.pool in ("deduplicated", "filtered") or (
+        selection.method != "uniform" and selection.criterion != "hard_learner"
+    )
 
 
 def main() -> None:
@@ -365,11 +368,18 @@ def _begin_worker(ends: float) -> None:
 def _loop(job: Job, arm: ArmSection, pool: Pairs) -> Loop:
     """A learner with random weights before its first step."""
     reference = load_reference(job)
-    rows = np.arange(len(pool))
+    training, rows = job.study.training, np.arange(len(pool))
+    if job.plan.cosine:
+        training = training.model_copy(update={"steps": job.steps})
     if arm.pool == "wanted":
         rows = np.flatnonzero(pool.kind == WANTED)
     elif arm.pool == "deduplicated":
         rows = without_near_duplicates(reference.vectors[0])
+    elif arm.pool == "filtered":
+        cosines = (reference.vectors[0].astype(np.float32) * reference.vectors[1]).sum(1)
+        rows = np.sort(np.argsort(-cosines, kind="stable")[: round(arm.kept * len(pool))])
+    elif arm.pool == "reference":
+        reference = _no_reference(len(pool), reference.vectors[0].shape[1])
     model, config, tokenizer = make_model(job, job.seed)
     return Loop(
         pool,
@@ -378,11 +388,17 @@ def _loop(job: Job, arm: ArmSection, pool: Pairs) -> Loop:
         spec_of(model, config),
         reference,
         arm,
-        job.study.training,
+        training,
         rows=rows,
         seed=job.seed,
         device=torch.device(job.device),
     )
+
+
+def _no_reference(rows: int, width: int) -> Reference:
+    """What uniform batches are drawn beside, which look at nothing."""
+    nothing = np.ones((rows, width), np.float16)
+    return Reference(vectors=(nothing, nothing), scale=Scale(logit_scale=1.0, logit_bias=0.0))
 
 
 def load_reference(job: Job) -> Reference:
