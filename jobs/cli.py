@@ -98,11 +98,7 @@ def dedup(
 ) -> None:
     """Find the pool's near-duplicates as a round would, and say what leaves; the next round finds it done."""
     loaded = _load(recipe, overrides)
-    sheet = sheet and expand_path(sheet)
-    if sheet is not None and not sheet.absolute().parent.is_dir():
-        raise UserError(
-            f"--sheet {sheet}: expected it in a folder, found no {sheet.absolute().parent}; make it, or correct it"
-        )
+    sheet = _writable("--sheet", sheet)
     from pipelines.dedup import dedup_recipe  # noqa: PLC0415
 
     store, pool, found = dedup_recipe(loaded, base=recipe.parent, say=_note)
@@ -201,6 +197,38 @@ def show(
         print(json.dumps(found, indent=1))
         return
     print_tables(shown)
+
+
+@app.command()
+def search(
+    root: Annotated[str, typer.Argument(help="root of a curation")],
+    words: Annotated[str | None, typer.Argument(help="what to look for", metavar="[WORDS]")] = None,
+    image: Annotated[Path | None, typer.Option(help="look for this picture", metavar="FILE")] = None,
+    uid: Annotated[str | None, typer.Option(help="look for this pair of the pool", metavar="U")] = None,
+    captions: Annotated[bool, typer.Option("--captions", help="compare with captions in place of pictures")] = False,
+    k: Annotated[int, typer.Option("-k", help="how many pairs", min=1)] = 10,
+    sheet: Annotated[
+        Path | None, typer.Option(help="also show them as pictures, in this HTML file", metavar="FILE")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the pairs of the pool that are nearest to words, a picture or another pair, to the reference."""
+    from curate.storage import Store  # noqa: PLC0415
+    from jobs.search import search as run  # noqa: PLC0415
+
+    found = run(
+        Store(expand(root)),
+        words=words,
+        image=image and expand_path(image),
+        uid=uid,
+        among="captions" if captions else "pictures",
+        k=k,
+        sheet=_writable("--sheet", sheet),
+    )
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    print_tables([table_of("the nearest pairs", found)])
 
 
 @app.command()
@@ -367,6 +395,16 @@ def _stoppable() -> Iterator[list[int]]:
     finally:
         for number, how in before.items():
             signal.signal(number, how)
+
+
+def _writable(option: str, path: Path | None) -> Path | None:
+    """A path for a file, whose folder is there."""
+    path = path and expand_path(path)
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UserError(
+            f"{option} {path}: expected it in a folder, found no {path.absolute().parent}; make it, or correct it"
+        )
+    return path
 
 
 def _say(line: str) -> None:

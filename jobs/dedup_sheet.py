@@ -1,7 +1,5 @@
 """A sheet of groups of near-duplicates as pictures, one HTML file, to be looked at before a threshold is trusted."""
 
-import base64
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,37 +12,14 @@ import pyarrow.compute as pc
 from curate.dedup.files import DROPPED_SCHEMA, Dedup, compared_shards, dropped_files, dropped_name
 from curate.messages import counted
 from curate.parquet import read_table
-from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, read_rows
+from curate.pool.shards import Pool, Shard
 from curate.storage import Store
+from jobs.sheet import Place, figure, read_pairs, section, write_page
 
 SURE = ["duplicate_exact", "duplicate_image"]
 """Reasons that nobody need look at."""
 MOST_MEMBERS = 12
 """Pictures of one group; how many more there are is said."""
-Place = tuple[int, int]
-"""Shard, by its number among those that were compared, and row."""
-
-PAGE = """<!doctype html>
-<meta charset="utf-8">
-<title>Near-duplicates</title>
-<style>
-body {{ font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222; }}
-main {{ display: flex; flex-wrap: wrap; gap: 10px; align-items: flex-start; }}
-section {{ border: 1px solid #ccc; padding: .3em .6em; }}
-h2 {{ font-size: 14px; margin: .3em 0; }}
-div {{ display: flex; flex-wrap: wrap; gap: 10px; }}
-figure {{ width: 150px; margin: 0; overflow-wrap: anywhere; }}
-figcaption span {{ display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden; }}
-figure img {{ width: 140px; height: 140px; object-fit: contain; background: #eee; border: 3px solid #c66; }}
-figure.stays img {{ border-color: #393; }}
-figcaption {{ font-size: 12px; }}
-</style>
-<h1>Near-duplicates: {shown} of {groups}</h1>
-<p>{facts}</p>
-<main>
-{sections}
-</main>
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +53,12 @@ def write_sheet(store: Store, pool: Pool, dedup: Dedup, path: Path, *, groups: i
         shard, row = head.tolist()
         stays = "stays" if shard < len(pool.shards) else "of an evaluation set"
         members.append(_members((shard, row), stays, dropped.filter(pa.array((heads == head).all(axis=1)))))
-    pictures = _read(shards, [member.place for some in members for member in some[: MOST_MEMBERS + 1]])
-    path.write_text(
-        PAGE.format(
-            shown=len(drawn),
-            groups=counted(len(near), "group"),
-            facts=html.escape(", ".join(f"{reason} {rows:,}" for reason, rows in dedup.dropped.items())),
-            sections="\n".join(_section(some, shards, pictures) for some in members),
-        ),
-        encoding="utf-8",
+    pictures = read_pairs(shards, [member.place for some in members for member in some[: MOST_MEMBERS + 1]])
+    write_page(
+        path,
+        title=f"Near-duplicates: {len(drawn)} of {counted(len(near), 'group')}",
+        facts=", ".join(f"{reason} {rows:,}" for reason, rows in dedup.dropped.items()),
+        sections=[_section(some, shards, pictures) for some in members],
     )
     return len(drawn)
 
@@ -117,32 +89,14 @@ def _members(head: Place, stays: str, dropped: pa.Table) -> list[_Member]:
     return [_Member(place=head, why=stays), *said]
 
 
-def _read(shards: Sequence[Shard], places: Sequence[Place]) -> dict[Place, tuple[bytes, str]]:
-    """Image bytes and captions of some rows."""
-    found = {}
-    for shard in sorted({shard for shard, _ in places}):
-        rows = sorted({row for there, row in places if there == shard})
-        columns = shards[shard].columns
-        table = read_rows(shards[shard], rows, [columns.image, columns.caption])
-        images = image_bytes(table[columns.image].combine_chunks()).to_pylist()
-        captions = caption_bytes(table[columns.caption].combine_chunks()).to_pylist()
-        for row, image, caption in zip(rows, images, captions, strict=True):
-            found[shard, row] = (image, (caption or b"").decode(errors="replace"))
-    return found
-
-
 def _section(members: Sequence[_Member], shards: Sequence[Shard], pictures: dict[Place, tuple[bytes, str]]) -> str:
     figures: list[str] = []
     for member in members[: MOST_MEMBERS + 1]:
-        image, caption = pictures[member.place]
         shard, row = member.place
+        where = f"{shards[shard].name}, row {row}"
         figures.append(
-            f'<figure class="{"leaves" if figures else "stays"}">'
-            f'<img alt="" src="data:image;base64,{base64.b64encode(image).decode()}">'
-            f"<figcaption><b>{html.escape(member.why)}</b>"
-            f'<span title="{html.escape(caption)}">{html.escape(caption)}</span>'
-            f"{html.escape(shards[shard].name)}, row {row}</figcaption></figure>"
+            figure(*pictures[member.place], why=member.why, where=where, kind="leaves" if figures else "stays")
         )
     more = len(members) - 1 - MOST_MEMBERS
     title = counted(len(members), "row") + (f", {more} more not shown" if more > 0 else "")
-    return f"<section><h2>{title}</h2><div>{''.join(figures)}</div></section>"
+    return section(title, figures)

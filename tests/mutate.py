@@ -278,9 +278,9 @@ MUTANTS = [
     ),
     Mutant(
         "captions are text",
-        "jobs/dedup_sheet.py",
-        '<span title="{html.escape(caption)}">{html.escape(caption)}</span>',
-        "<span>{caption}</span>",
+        "jobs/sheet.py",
+        "said, at = html.escape(caption), html.escape(where)",
+        "said, at = caption, html.escape(where)",
         "tests/test_dedup.py -k obeys",
     ),
     Mutant(

@@ -25,7 +25,7 @@ ROOMS = {
     "embed": ["decode", "files", "room", "pieces", "loader", "shard", "run"],
     "dedup": ["files", "grouping", "forests", "neighbours"],
     "select": ["topics", "windows", "index", "files", "standing", "draw"],
-    "rounds": ["manifest", "write", "quality", "plan", "stream", "explain", "trace", "gc"],
+    "rounds": ["manifest", "write", "quality", "plan", "stream", "explain", "trace", "search", "gc"],
     "reader": ["pieces", "curated", "uniform", "evaluate"],
 }
 """The folders of curate/ and their modules: each imports only modules above itself, in its own folder or before it."""
@@ -194,7 +194,7 @@ def test_the_command_line_has_these_verbs() -> None:
             for decorator in node.decorator_list:
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "app.command":
                     verbs[ast.literal_eval(decorator.args[0]) if decorator.args else node.name] = node
-    assert list(verbs) == ["check", "round", "dedup", "train", "rounds", "show", "reshard", "gc", "submit"]
+    assert list(verbs) == ["check", "round", "dedup", "train", "rounds", "show", "search", "reshard", "gc", "submit"]
     assert all(ast.get_docstring(function) for function in verbs.values())
 
 

@@ -73,7 +73,7 @@ def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
     newest = contexts[-1]
     rows = list(_find(store, newest, uid))
     if not rows:
-        raise UserError(f"uid {uid}: none of the {newest.pool.rows:,} rows of the pool has it; uids are in curate.uid")
+        raise _no_such(uid, newest)
     expired = {context.manifest.round for context in contexts if is_expired(store, context.manifest.round)}
     for row in rows:
         content, key = row.pop("content"), row.pop("key")
@@ -85,6 +85,24 @@ def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
                 for context in contexts
             ]
     return rows
+
+
+def find_uid(store: Store, uid: str) -> tuple[Shard, int, str]:
+    """Where the first row with this uid lies in the pool of the newest round, and whether it could be used.
+
+    Raises:
+        UserError: no committed round, or no row has this uid.
+    """
+    newest = committed_rounds(store)[-1:]
+    (context,) = _contexts(store, newest)
+    row = next(_find(store, context, uid), None)
+    if row is None:
+        raise _no_such(uid, context)
+    return next(shard for shard in context.pool.shards if shard.key == row["key"]), row["row"], row["status"]
+
+
+def _no_such(uid: str, context: _Context) -> UserError:
+    return UserError(f"uid {uid}: none of the {context.pool.rows:,} rows of the pool has it; uids are in curate.uid")
 
 
 def _find(store: Store, context: _Context, uid: str) -> Iterator[dict[str, Any]]:
