@@ -61,7 +61,9 @@ SMALL_ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sample:
+class Sample:
+    """Some rows of a pool, decoded."""
+
     rows: int
     dropped: Counter[str]
 
@@ -75,7 +77,7 @@ class _Found:
     """What a sound recipe leads to."""
 
     pool: Pool
-    sample: _Sample
+    sample: Sample
     evaluation: list[Pool]
     next_round: int
     memory: TrainerMemory | None
@@ -107,7 +109,7 @@ def check_recipe(recipe: Recipe, *, base: Path, measure: bool = True, imports_s:
         pool = take_inventory(
             recipe.pool, progress=lambda footers, total: tqdm(footers, total=total, desc="inventory", disable=None)
         )
-        sample = _sampled(pool)
+        sample = sample_pool(pool)
         mistakes += _pool_mistakes(sample, pool, recipe)
     evaluation: list[Pool] = []
     memory: TrainerMemory | None = None
@@ -271,7 +273,7 @@ def _leaving_no_folder(store: Store) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _sampled(pool: Pool) -> _Sample:
+def sample_pool(pool: Pool) -> Sample:
     """Decode the first rows of a few shards, spread over the pool.
 
     Raises:
@@ -289,7 +291,7 @@ def _sampled(pool: Pool) -> _Sample:
             damaged += [damage] if damage else []
     if damaged and pool.on_bad_shard == "fail":
         raise UserError(*damaged)
-    return _Sample(rows=rows, dropped=dropped)
+    return Sample(rows=rows, dropped=dropped)
 
 
 def _reasons(shard: Shard) -> tuple[list[str | None], str | None]:
@@ -318,7 +320,7 @@ def _reasons(shard: Shard) -> tuple[list[str | None], str | None]:
     return reasons, None
 
 
-def _pool_mistakes(sample: _Sample, pool: Pool, recipe: Recipe) -> Iterator[str]:
+def _pool_mistakes(sample: Sample, pool: Pool, recipe: Recipe) -> Iterator[str]:
     columns, lost, selection = pool.columns, sample.dropped.total(), recipe.selection
     if lost and lost == sample.rows:
         yield (
@@ -417,7 +419,7 @@ def _check_held_out(section: EvaluateSection | None) -> None:
             f"evaluate.label = {section.label!r}: expected a column of the set, found "
             f"{', '.join(map(repr, held_out.schema.names[:20]))}; name one of these, or leave evaluate.label out"
         )
-    elif (sample := _sampled(held_out)).dropped.total() == sample.rows:
+    elif (sample := sample_pool(held_out)).dropped.total() == sample.rows:
         raise UserError(f"evaluate.path = {section.path!r}: expected pictures with captions, found that {sample}")
 
 

@@ -39,6 +39,18 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 @app.command()
+def init(
+    pool: Annotated[str, typer.Argument(help="folder, glob, file or URL of Parquet shards", metavar="POOL")],
+    to: Annotated[Path, typer.Option(help="the recipe's file", metavar="FILE")] = Path("recipe.toml"),
+) -> None:
+    """Write a commented recipe for a pool, from what lies there."""
+    from jobs.init import write_recipe  # noqa: PLC0415
+
+    for line in write_recipe(pool, _writable("--to", to) or to):
+        print(printable(line))
+
+
+@app.command()
 def check(
     recipe: RecipeArgument,
     overrides: SetOption = None,

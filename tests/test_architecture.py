@@ -194,7 +194,19 @@ def test_the_command_line_has_these_verbs() -> None:
             for decorator in node.decorator_list:
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "app.command":
                     verbs[ast.literal_eval(decorator.args[0]) if decorator.args else node.name] = node
-    assert list(verbs) == ["check", "round", "dedup", "train", "rounds", "show", "search", "reshard", "gc", "submit"]
+    assert list(verbs) == [
+        "init",
+        "check",
+        "round",
+        "dedup",
+        "train",
+        "rounds",
+        "show",
+        "search",
+        "reshard",
+        "gc",
+        "submit",
+    ]
     assert all(ast.get_docstring(function) for function in verbs.values())
 
 
