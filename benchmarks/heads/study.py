@@ -80,6 +80,7 @@ ARMS: dict[str, tuple[Arm, list[Settings]]] = {
     "joint, the reference is the start": (Arm(method="joint", reference="start"), _SELECTED),
     "independent, the reference is the start": (Arm(method="independent", reference="start"), _SELECTED),
     "auto": (Arm(method="joint", criterion="auto"), _SELECTED),
+    "auto, the reference is the start": (Arm(method="joint", criterion="auto", reference="start"), _SELECTED),
     "uniform, same operations": (Arm(), _as_many_operations(JOINT_OPERATIONS, (32, 256))),
     "uniform, operations of joint and a tenth of the reference": (
         Arm(),
