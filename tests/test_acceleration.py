@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.acceleration import loop as loop_module
 from benchmarks.acceleration import study
 from benchmarks.acceleration.config import PlanSection, load_study
 from benchmarks.acceleration.flops import forward_flops
@@ -151,6 +152,7 @@ def test_a_study_that_is_halted_goes_on_where_it_was(
     small_study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load_study(small_study)
+    monkeypatch.setattr(loop_module, "SAMPLE_ROWS", 40)  # fewer than the pool's, of which the learner may know no other
 
     def jobs(out: str) -> list[study.Job]:
         return [

@@ -271,7 +271,9 @@ class Loop:
     ) -> npt.NDArray[np.int64]:
         begun = time.perf_counter()
         rows = walked["row"]
-        own = (self.own[0][rows], self.own[1][rows]) if self.own is not None else None
+        # Where the learner was not asked for the round, all that it embedded is a sample.
+        looked = self.own if needs_learner(self.selection) else None
+        own = (looked[0][rows], looked[1][rows]) if looked is not None else None
         vectors = self.reference.vectors
         candidates = Candidates(rows=walked, learner=own, reference=(vectors[0][rows], vectors[1][rows]))
         if self.arm.super_batch_loss and selection.method != "uniform":
