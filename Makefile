@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 
 .PHONY: demo test test-all test-gpu lint types lock bench bench-gpu bench-acceleration clean
 
-demo: $(READY)  ## the whole loop on a small drawn pool: three rounds beside a trainer
+demo: $(READY)  ## the whole loop on a small drawn pool: four rounds beside a trainer, and uniform batches to compare with
 	$(BIN)/python -m jobs.demo
 
 test: $(READY)  ## what CI runs: lint, types, tests; eight minutes on 2 cores
@@ -27,8 +27,8 @@ bench: $(READY)  ## time and memory of selection against a bare baseline and the
 bench-gpu: $(READY)  ## what this machine's card makes of it all: embedding, selection, dedup, training; at most 9 minutes
 	$(BIN)/python -m benchmarks.gpu --json bench-gpu.json
 
-bench-acceleration: $(READY)  ## do learners learn faster from selected batches? the quick study, within 30 minutes on 2 cores
-	$(BIN)/python -m benchmarks.acceleration benchmarks/acceleration/quick.toml
+bench-acceleration: $(READY)  ## do learners learn faster from batches that were chosen jointly? within 30 minutes on 2 cores
+	$(BIN)/python -m benchmarks.heads --primary --seeds 3 --report out/heads/report
 
 lock: $(READY)  ## pin pyproject.toml's dependencies for every supported platform
 	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header \

@@ -3,6 +3,7 @@
 Each step is a command of `curate` that is printed before it runs, so everything here can be repeated by hand.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -26,7 +28,8 @@ from jobs.drawn_pool import PoolTruth, draw_pool
 
 FOLDER = Path("demo")
 RECIPES = os.path.relpath(Path(__file__).parent / "recipes")
-ROOT = FOLDER / "root"
+ROOT, UNIFORM = FOLDER / "root", FOLDER / "uniform"
+BAR_WIDTH = 50
 
 
 def main() -> None:
@@ -36,29 +39,49 @@ def main() -> None:
         CurateError: a step failed.
     """
     begun = time.monotonic()
+    # Of this and its processes, before any imports torch: models so small are fastest on one thread, and curation and
+    # trainer run beside each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     cli.silence_open_clip()
     shutil.rmtree(FOLDER, ignore_errors=True)
 
     say("a pool of drawn pictures: some captions belong to other pictures, some rows are broken, some are copies")
-    draw_pool(FOLDER / "clean", rows=6_000, shards=2, seed=1)
-    draw_pool(FOLDER / "held-out", rows=1_000, shards=1, seed=2)
+    drawn: dict[str, Any] = {"image_size": 24, "words": 4}
+    draw_pool(FOLDER / "clean", rows=6_000, shards=2, seed=1, **drawn)
+    draw_pool(FOLDER / "held-out", rows=1_000, shards=1, seed=2, **drawn)
     truth = draw_pool(
-        FOLDER / "pool", rows=9_000, shards=6, seed=0, swapped_share=0.3, broken_share=0.01, duplicate_share=0.05
+        FOLDER / "pool",
+        rows=11_400,
+        shards=6,
+        seed=0,
+        swapped_share=0.3,
+        broken_share=0.01,
+        duplicate_share=0.05,
+        **drawn,
     )
     say("a small reference model, trained on other pairs that are all clean")
     curate("train", f"{RECIPES}/demo-reference.toml", "--save-to", str(FOLDER / "reference-model"))
-    say("the first round by the reference alone, and a learner that is trained on it")
-    curate("round", f"{RECIPES}/demo.toml", "--set", "selection.criterion=easy_reference")
-    curate("train", f"{RECIPES}/demo.toml", "--set", "train.follow=stop")
-    say("curation and trainer, two processes that meet in files alone: next is what the learner can still learn")
+    say("a learner that is past its start, trained on uniform batches of the pool")
+    start = {"pool.path": FOLDER / "pool", "root": FOLDER / "start", "train.steps": 1000}
+    curate("train", f"{RECIPES}/demo-reference.toml", *_sets(start), "--save-to", str(FOLDER / "start-model"))
+    say("curation and trainer, two processes that meet in files alone: each round is chosen for the newest learner")
     side_by_side({"curation": ("rounds", f"{RECIPES}/demo.toml"), "trainer": ("train", f"{RECIPES}/demo.toml")})
+    say("the same start and as many steps on uniform batches, to compare with")
+    curate("train", f"{RECIPES}/demo.toml", *_sets({"train.data": "pool", "root": UNIFORM}))
 
     say("what was chosen, what was dropped, and why")
     curate("show", str(ROOT), "rounds")
     for uid in examples():
         curate("show", str(ROOT), "uid", uid)
     say(verdict(truth))
+    say("recall at 1 on held-out pairs, of chosen and of uniform batches")
+    print("\n".join(curves({"chosen": ROOT, "uniform": UNIFORM})))
     print(f"\ndone in {time.monotonic() - begun:.0f} s; everything is in {FOLDER}/")
+
+
+def _sets(fields: Mapping[str, object]) -> list[str]:
+    """Fields of a recipe as options."""
+    return [part for name, value in fields.items() for part in ("--set", f"{name}={value}")]
 
 
 def say(text: str) -> None:
@@ -147,6 +170,30 @@ def verdict(truth: PoolTruth) -> str:
         swapped = [value for file in files for value in pq.read_table(file, columns=["swapped"])["swapped"].to_pylist()]
         lines.append(f"{sum(swapped) / len(swapped):.1%} of round {number}")
     return ", ".join(lines)
+
+
+def curves(roots: Mapping[str, Path]) -> list[str]:
+    """What trainers measured as they went, a line for each step and a bar for each root."""
+    measured = {name: _measured(root) for name, root in roots.items()}
+    longest = max(value for curve in measured.values() for value in curve.values())
+    lines = []
+    for step in sorted(set().union(*measured.values())):
+        label = f"step {step}"
+        for name, curve in measured.items():
+            if step in curve:
+                lines.append(f"{label:>9} {name:>8} {curve[step]:.3f} {'█' * round(BAR_WIDTH * curve[step] / longest)}")
+                label = ""
+    return lines
+
+
+def _measured(root: Path) -> dict[int, float]:
+    """Recall at 1, the mean of both ways, by step, from a trainer's log."""
+    found = map(json.loads, (root / "trainer" / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return {
+        line["step"]: (line["image_to_text_r1"] + line["text_to_image_r1"]) / 2
+        for line in found
+        if "image_to_text_r1" in line
+    }
 
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def draw_pool(
     broken_share: float = 0.0,
     duplicate_share: float = 0.0,
     image_size: int = 64,
+    words: int | None = None,
     key_prefix: str = "",
 ) -> PoolTruth:
     """Write a pool: `rows` pairs in `shards` Parquet files, `00000.parquet` and so on. Twice is the same as once.
@@ -147,6 +148,7 @@ def draw_pool(
         broken_share: rows that must be dropped, in turn for each reason of `DAMAGES`.
         duplicate_share: rows with the bytes and the caption of another.
         image_size: width and height in pixels.
+        words: as `draw_pair` has it.
         key_prefix: goes before each key, to keep the keys of several pools apart.
 
     Raises:
@@ -167,7 +169,7 @@ def draw_pool(
 
     def record(row: int) -> dict[str, object]:
         kind, original = kinds[row], int(source[row])
-        jpg, caption = draw_pair(seed, original, swapped=kind == "swapped", image_size=image_size)
+        jpg, caption = draw_pair(seed, original, swapped=kind == "swapped", image_size=image_size, words=words)
         if damage := kind if kind in DAMAGES else None:
             jpg, caption = DAMAGES[damage](jpg, caption)
         return {
