@@ -5,7 +5,7 @@ from typing import Literal, get_args
 Loss = Literal["sigmoid", "softmax"]
 Criterion = Literal["learnability", "easy_reference", "hard_learner"]
 Decided = Literal["easy_reference", "learnability", "uniform"]
-"""By `criterion = "auto"` (`curate.select.standing`)."""
+"""What `criterion = "auto"` may come to (`curate.select.standing`)."""
 Method = Literal["joint", "independent", "uniform"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)

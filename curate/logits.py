@@ -17,6 +17,8 @@ from torch.nn.functional import softplus
 # in float32; of 2^15 to 2^20 the fastest at D = 512, c = 256). On CUDA 128 MiB, whatever is free: another height may
 # multiply in another order, and a rounding may change a draw.
 TILE_LOGITS = {"cpu": 1 << 17, "cuda": 1 << 25}
+TIE = 1e-6
+"""Cosines of unit rows closer than this are equal: float32 sums of one vector's products differ in their last bits."""
 HAS_TRITON = find_spec("triton") is not None
 
 

@@ -234,6 +234,11 @@ class SelectionSection(Section):
     )
 
     @property
+    def is_open(self) -> bool:
+        """Whether a round decides what to choose by: `auto`, unless batches are uniform anyway."""
+        return self.criterion == "auto" and self.method != "uniform"
+
+    @property
     def least_window_rows(self) -> int | None:
         """Candidates of a window at least; None if it is the whole pool."""
         if self.window_rows is None and self.super_batches is not None:

@@ -177,15 +177,17 @@ def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
         f"{wanted * selection.sub_batch_size:,} rows in batches of {selection.sub_batch_size:,}"
     )
     likely = found.selection
-    if selection.criterion == "auto":
+    if selection.is_open:
         yield (
             f"selection: probably {'uniform' if likely.method == 'uniform' else likely.criterion} in this round, which "
             "decides by its learner's standing beside the reference on a sample of the pool"
         )
     yield from _windows(recipe, pool, wanted)
-    learner = wanted * size if needs_learner(likely) else 0
+    learner = f"{wanted * size if needs_learner(likely) else 0:,}"
+    if selection.is_open:
+        learner = f"a sample, and {wanted * size:,} if it chooses by learnability,"
     yield (
-        f"cost: {pool.rows + seen:,} forward passes of the reference at most, once, and {learner:,} of the learner in "
+        f"cost: {pool.rows + seen:,} forward passes of the reference at most, once, and {learner} of the learner in "
         "each round; embeddings that exist are not made again"
     )
     yield from memory

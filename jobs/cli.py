@@ -42,11 +42,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 def init(
     pool: Annotated[str, typer.Argument(help="folder, glob, file or URL of Parquet shards", metavar="POOL")],
     to: Annotated[Path, typer.Option(help="the recipe's file", metavar="FILE")] = Path("recipe.toml"),
+    image: Annotated[str | None, typer.Option(help="image column; found by convention if not given")] = None,
+    caption: Annotated[str | None, typer.Option(help="caption column; likewise")] = None,
 ) -> None:
     """Write a commented recipe for a pool, from what lies there."""
     from jobs.init import write_recipe  # noqa: PLC0415
 
-    for line in write_recipe(pool, _writable("--to", to) or to):
+    for line in write_recipe(expand(pool), _in_a_folder("--to", to), image=image, caption=caption):
         print(printable(line))
 
 
@@ -110,7 +112,7 @@ def dedup(
 ) -> None:
     """Find the pool's near-duplicates as a round would, and say what leaves; the next round finds it done."""
     loaded = _load(recipe, overrides)
-    sheet = _writable("--sheet", sheet)
+    sheet = sheet and _in_a_folder("--sheet", sheet)
     from pipelines.dedup import dedup_recipe  # noqa: PLC0415
 
     store, pool, found = dedup_recipe(loaded, base=recipe.parent, say=_note)
@@ -235,7 +237,7 @@ def search(
         uid=uid,
         among="captions" if captions else "pictures",
         k=k,
-        sheet=_writable("--sheet", sheet),
+        sheet=sheet and _in_a_folder("--sheet", sheet),
     )
     if as_json:
         print(json.dumps(found, indent=1))
@@ -409,10 +411,14 @@ def _stoppable() -> Iterator[list[int]]:
             signal.signal(number, how)
 
 
-def _writable(option: str, path: Path | None) -> Path | None:
-    """A path for a file, whose folder is there."""
-    path = path and expand_path(path)
-    if path is not None and not path.absolute().parent.is_dir():
+def _in_a_folder(option: str, path: Path) -> Path:
+    """The path of a file that is to be written.
+
+    Raises:
+        UserError: there is no folder for it.
+    """
+    path = expand_path(path)
+    if not path.absolute().parent.is_dir():
         raise UserError(
             f"{option} {path}: expected it in a folder, found no {path.absolute().parent}; make it, or correct it"
         )

@@ -18,6 +18,7 @@ from curate.models.encoder import Encoder, load_encoder
 from curate.models.spec import EncoderSpec
 from curate.pool.shards import Pool
 from curate.recipe import Recipe, ResourcesSection
+from curate.rounds.plan import foreseen_selection
 from curate.storage import Store
 from jobs.rates import Rates, measure
 from jobs.work import REFERENCE, Pass, Work, encoders_of, work_of
@@ -325,7 +326,7 @@ def cost_of(
                 [one.roles for one in work.passes],
                 {role: spec.embed_dim for role, spec in specs.items()},
                 recipe.embed,
-                recipe.selection,
+                foreseen_selection(store, recipe),
                 scratch,
                 device=device,
                 seed=recipe.seed,

@@ -6,6 +6,7 @@ from string import Template
 from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from curate.errors import UserError
@@ -17,13 +18,13 @@ from jobs.check import Sample, sample_pool
 
 UID_COLUMNS = ("uid", "key", "id")
 """By convention, as img2dataset and DataComp call them."""
-UNIQUE_ROWS = 10_000
-"""Rows of the first shard whose ids must differ for a column to be taken for one of ids."""
+UNIQUE_ROWS, UNIQUE_SHARDS = 1_000, 8
+"""Of each of some shards, whose ids must all differ for a column to be taken for one of ids."""
 FILTER_RATIO: float = SelectionSection.model_fields["filter_ratio"].default
 LEAST_SUPER_BATCHES, MOST_SUPER_BATCHES = 8, 500
 """A pool holds at least so many, or there is little to choose from; a round takes at most so many."""
-LARGEST_BATCH = 32_768
-"""The paper's."""
+LEAST_BATCH, LARGEST_BATCH = 16, 32_768
+"""As many as there are chunks; the paper's."""
 
 RECIPE = Template(
     """\
@@ -72,12 +73,14 @@ rounds = 10  # $about_rounds
 )
 
 
-def write_recipe(pool: str, path: Path) -> list[str]:
+def write_recipe(pool: str, path: Path, *, image: str | None = None, caption: str | None = None) -> list[str]:
     """Write a recipe for a pool.
 
     Args:
         pool: as `pool.path`.
         path: of the recipe, which must not be there.
+        image: column; found by convention if not given.
+        caption: likewise.
 
     Returns:
         What was found and what to do next, a line each.
@@ -87,12 +90,19 @@ def write_recipe(pool: str, path: Path) -> list[str]:
     """
     if path.exists():
         raise UserError(f"{path}: expected no file, found one; remove it, or name another with --to")
-    found = take_inventory(PoolSection(path=pool))
+    try:
+        section = PoolSection(path=pool, image=image, caption=caption)
+    except ValidationError as error:
+        raise UserError(f"{pool!r}: expected a pool, found none ({error.errors()[0]['msg']}); name a folder") from None
+    found = take_inventory(section)
     if not found.rows:
         raise UserError(f"{pool}: expected rows, found none; name a folder with some")
     sample = sample_pool(found)
     if sample.dropped.total() == sample.rows:
         raise UserError(f"{pool}: expected pictures with captions, found that {sample}; mend the files")
+    least = round(LEAST_BATCH / (1 - FILTER_RATIO))
+    if found.rows < least:
+        raise UserError(f"{pool}: expected {least} rows to choose {LEAST_BATCH} from, found {found.rows}; add some")
     path.write_text(_recipe(pool, path, found, sample), encoding="utf-8")
     return [
         f"{path}: a recipe for {counted(found.rows, 'row')} in {counted(len(found.shards), 'shard')}; {sample}",
@@ -112,12 +122,12 @@ def _recipe(path: str, to: Path, pool: Pool, sample: Sample) -> str:
         size=f"{sum(shard.size for shard in pool.shards) / pool.rows / 1024:.1f} KiB",
         sound=sample,
         root=_about("root"),
-        pool=json.dumps(path),
-        image=json.dumps(pool.columns.image),
-        caption=json.dumps(pool.columns.caption),
-        uid=f"uid = {json.dumps(uid)}" if uid else f"# uid = …  # {_about('pool.uid')}",
+        pool=_quoted(path),
+        image=_quoted(pool.columns.image),
+        caption=_quoted(pool.columns.caption),
+        uid=f"uid = {_quoted(uid)}" if uid else f"# uid = …  # {_about('pool.uid')}",
         b=b,
-        why_b=f"the pool holds {super_batches} times the 10 b of a super-batch; b is your trainer's global batch",
+        why_b=f"b, your trainer's global batch; the pool holds {super_batches} super-batches of 10 b",
         filter_ratio=FILTER_RATIO,
         about_filter_ratio=_about("selection.filter_ratio"),
         about_criterion=_about("selection.criterion"),
@@ -130,26 +140,34 @@ def _recipe(path: str, to: Path, pool: Pool, sample: Sample) -> str:
 
 
 def batch_for(rows: int) -> int:
-    """A power of two, of which a pool holds some super-batches; 16 at least."""
+    """A power of two, of which a pool holds some super-batches; `LEAST_BATCH` at least."""
     b = LARGEST_BATCH
-    while b > 16 and LEAST_SUPER_BATCHES * round(b / (1 - FILTER_RATIO)) > rows:
+    while b > LEAST_BATCH and LEAST_SUPER_BATCHES * round(b / (1 - FILTER_RATIO)) > rows:
         b //= 2
     return b
 
 
 def _uid(pool: Pool) -> str | None:
-    """The column of ids, if there is one of a usual name whose values differ."""
+    """The column of ids, if one of a usual name has values that differ, as far as the heads of some shards tell."""
+    full = [shard for shard in pool.shards if shard.rows]
     for name in UID_COLUMNS:
         if name not in pool.schema.names:
             continue
         kind = pool.schema.field(name).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
             continue
-        shard = next(shard for shard in pool.shards if shard.rows)
-        values = next(read_batches(shard, [name], batch_rows=UNIQUE_ROWS))[name]
-        if not values.null_count and len(values.unique()) == len(values):
+        values: list[Any] = []
+        for shard in full[:: max(1, -(-len(full) // UNIQUE_SHARDS))]:
+            batch = next(read_batches(shard, [name], batch_rows=UNIQUE_ROWS))
+            values += batch[name].to_pylist() if name in batch.schema.names else [None]
+        if None not in values and len(set(values)) == len(values):
             return name
     return None
+
+
+def _quoted(text: str) -> str:
+    """A TOML string; of JSON's it lacks pairs of surrogates alone."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _about(field: str) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from curate.errors import UserError
+from curate.errors import InputChangedError, UserError
 from curate.messages import counted
 from curate.rounds.search import TOWERS, open_pool
 from curate.storage import Store
@@ -53,7 +53,13 @@ def search(
         k=k,
         progress=lambda shards, total: tqdm(shards, total=total, desc="search", unit="shard", disable=None),
     )
-    pairs = read_pairs(searched.pool.shards, [(one.shard, one.row) for one in near])
+    try:
+        pairs = read_pairs(searched.pool.shards, [(one.shard, one.row) for one in near])
+    except (InputChangedError, FileNotFoundError) as error:
+        raise UserError(
+            f"search: expected the pool of round {searched.round}, found that shards were changed or removed since; "
+            "run the next round, which takes the pool as it is now"
+        ) from error
     names = [searched.pool.shards[one.shard].name for one in near]
     if sheet is not None:
         figures = [

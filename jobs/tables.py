@@ -36,13 +36,13 @@ def round_tables(found: dict[str, Any]) -> list[Table | str]:
         f"{counted(len(found['files']), 'file')}",
         f"reference: {reference['source']} ({reference['model']})",
         f"learner: {learner['number']} ({learner['model']})" if learner else "learner: not looked at",
+        f"chosen by: {found['chosen_by']}",
     ]
-    facts.append(f"chosen by: {found['chosen_by']}")
     if where := found["quality"].get("standing"):
         facts.append(
             f"of the questions that {counted(where['pairs'], 'pair')} of the pool make, the reference answers "
             f"{where['reference']:.1%} and the learner {where['learner']:.1%}, of the reference's answers it has "
-            f"{where['shared']:.1%}; by auto that is {where['decided']}"
+            f"{where['shared']:.1%}; auto makes of that {where['decided']}"
         )
     if found["learnability"] is not None:
         facts.append(

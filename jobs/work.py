@@ -159,7 +159,7 @@ def work_of(
         own = _learner_pass(store, recipe, pool, encoders, index, its, taken.epoch, group_rows)
         asked[LEARNER] = (taken.super_batches * B if looked_at else 0) + own[1]
         passes += [own[0]] if own[0].rows else []
-        starts += len(its) + int(selection.criterion == "auto") if own[0].rows else 0
+        starts += len(its) + int(selection.is_open) if own[0].rows else 0
     chosen_read = 0.0
     for stretch in met:
         size = sum(shards[i].size for i in stretch.window.shards)

@@ -73,7 +73,7 @@ class Round:
 
 def one_pass_pays(recipe: Recipe, rows: int) -> bool:
     """Whether learner and reference had better embed a pool of so many rows in one pass."""
-    if recipe.dedup is not None or recipe.selection.criterion == "auto":
+    if recipe.dedup is not None or recipe.selection.is_open:
         return False  # what the learner is asked for is known after the reference has seen the pool
     wanted = recipe.selection.super_batches
     return wanted is None or 2 * wanted * recipe.selection.super_batch_size >= rows

@@ -19,7 +19,8 @@ from benchmarks.acceleration import study
 from benchmarks.acceleration.config import PlanSection, load_study
 from benchmarks.acceleration.flops import forward_flops
 from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
-from benchmarks.acceleration.report import interval, reached, smoothed, summarise
+from benchmarks.acceleration.paid import saved, table
+from benchmarks.acceleration.report import interval, ratio_text, reached, smoothed, summarise
 from benchmarks.acceleration.sets import WANTED, SetSection, load_pairs, make_set
 from curate.models.create import create_model
 from curate.models.encoder import load_encoder
@@ -196,7 +197,7 @@ def test_time_that_is_up_is_told_and_the_same_command_goes_on(small_study: Path,
     command = [sys.executable, "-m", "benchmarks.acceleration", str(small_study), "--out", str(tmp_path / "out")]
     halted = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, check=False)
     assert (halted.returncode, halted.stderr.splitlines()[-1]) == (
-        1, "time is up: 1 of 1 sets are left; the same command goes on"
+        75, "time is up: 1 of 1 sets are left; the same command goes on"
     )  # fmt: skip
 
 
@@ -305,3 +306,27 @@ def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str):
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, side, side), tokenizer(["a red circle"]))
     assert forward_flops(config) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_what_is_saved_shrinks_with_what_the_reference_costs() -> None:
+    def curve(*r1: float) -> list[list[float]]:
+        return [[step, 10 * step, 100.0 * step, 1.0, value] for step, value in enumerate(r1, 1)]
+
+    plan = {
+        "runs": [
+            {"arm": "uniform", "seed": 1, "curve": curve(0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.3, 0.3, 0.3)},
+            {"arm": "joint", "seed": 1, "curve": curve(0.3, 0.3, 0.3)},
+            {"arm": "never", "seed": 1, "curve": curve(0.1, 0.1, 0.1)},
+        ]
+    }
+    # Uniform's quality at its end is .3, its smoothed curve is there after 900 operations, the arm's after 100.
+    assert saved(plan, "joint", extra=0.0) == (9.0, None, None)
+    assert saved(plan, "joint", extra=200.0) == (3.0, None, None)
+    assert saved(plan, "never", extra=0.0) is None
+    assert [ratio_text(saved(plan, arm, extra=0.0)) for arm in ("joint", "never")] == ["÷ 9.00", "–"]
+
+
+def test_the_committed_study_can_be_paid_for() -> None:
+    results = json.loads((HERE.parents[1] / "docs/acceleration/results.json").read_text())
+    (line,) = [row for row in table(results).splitlines() if row.startswith("| `web` | joint easy-reference |")]
+    assert line.split(" | ")[2].startswith("÷ 10.77 (7.45 to")  # as the study's own table has it

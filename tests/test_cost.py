@@ -72,6 +72,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "one pass": {"selection": {"super_batches": 12}},
     "near-duplicates": {"dedup": {"threshold": 0.9999, "max_dropped_share": 1}},
     "no learner": {"selection": {"criterion": "easy_reference"}},
+    "auto": {"selection": {"criterion": "auto"}},
 }
 
 

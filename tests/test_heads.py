@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.heads.draws import draw_jointly
 from benchmarks.heads.learner import Arm, Heads, draw, recall_at_1, run, super_batches, train_uniformly
-from benchmarks.heads.report import difference
+from benchmarks.heads.report import difference, write_report
 from benchmarks.heads.study import ARMS
 from benchmarks.heads.worlds import WORLDS, Pairs, make_world
 from curate.jest import Embeddings, jointly_sample_batch
@@ -188,3 +188,24 @@ def test_differences_are_paired_by_seed() -> None:
 
 def test_every_arm_has_as_many_tries() -> None:
     assert {len(tries) for _, tries in ARMS.values()} == {6}
+
+
+def test_auto_is_compared_with_the_best_that_was_run(tmp_path) -> None:
+    quality = {"joint easy-reference": 0.5, "joint learnability": 0.4, "uniform": 0.3, "auto": 0.45}
+    common = {"world": "concepts", "dirt": 0.3, "wrong": 0.0, "mates": 0.0, "unique": 1, "operations": 1}
+    common |= {"reference_r1": 0.8, "start_r1": 0.1}
+    records = [
+        common
+        | {"name": f"random start, {name}", "seed": seed, "r1": r1 + seed / 100}
+        | {"decided": ["easy_reference", "learnability"] if name == "auto" else []}
+        for name, r1 in quality.items()
+        for seed in (1, 2)
+    ]
+    records += [common | {"name": "auto", "seed": 1, "r1": 0.4, "decided": ["uniform"]}]
+    records += [common | {"name": "uniform", "seed": 1, "r1": 0.4, "decided": []}]
+    write_report(records, {}, tmp_path)
+    lines = (tmp_path / "heads.md").read_text().splitlines()
+    assert (
+        "| `concepts` | at random | 30% | strong | 0.465 | joint easy-reference | -0.050 ± 0.000 | +0.150 ± 0.000 "
+        "| easy_reference 50%, learnability 50% |"
+    ) in lines

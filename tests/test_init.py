@@ -45,21 +45,37 @@ def test_check_takes_what_init_writes(
 @pytest.mark.parametrize(
     ("ids", "found"),
     [
-        (list(range(60)), "uid"),
-        ([str(i) for i in range(60)], "uid"),
-        ([i % 7 for i in range(60)], None),
-        ([None, *range(59)], None),
-        ([float(i) for i in range(60)], None),
+        (list(range(200)), "uid"),
+        ([str(i) for i in range(200)], "uid"),
+        ([i % 7 for i in range(200)], None),
+        ([None, *range(199)], None),
+        ([float(i) for i in range(200)], None),
     ],
 )
 def test_a_column_of_ids_is_one_whose_values_differ(
     pool: Path, tmp_path: Path, ids: list[object], found: str | None
 ) -> None:
-    table = pq.read_table(pool / "00000.parquet").slice(0, 60).select(["jpg", "caption"])
+    table = pq.read_table(pool / "00000.parquet").slice(0, 200).select(["jpg", "caption"])
     (tmp_path / "ids").mkdir()
     pq.write_table(table.append_column("uid", pa.array(ids)), tmp_path / "ids" / "a.parquet")
     write_recipe(str(tmp_path / "ids"), tmp_path / "recipe.toml")
     assert load_recipe(tmp_path / "recipe.toml").pool.uid == found
+
+
+def test_ids_that_begin_anew_in_each_shard_are_none(pool: Path, tmp_path: Path) -> None:
+    table = pq.read_table(pool / "00000.parquet").slice(0, 100).select(["jpg", "caption"])
+    (tmp_path / "ids").mkdir()
+    for name in ("a", "b"):
+        pq.write_table(table.append_column("uid", pa.array(range(100))), tmp_path / "ids" / f"{name}.parquet")
+    write_recipe(str(tmp_path / "ids"), tmp_path / "recipe.toml")
+    assert load_recipe(tmp_path / "recipe.toml").pool.uid is None
+
+
+def test_names_that_json_would_escape_are_names_in_toml(pool: Path, tmp_path: Path) -> None:
+    odd = tmp_path / 'ünï "😀"'
+    shutil.copytree(pool, odd)
+    write_recipe(str(odd), tmp_path / "recipe.toml", image="jpg", caption="caption")
+    assert load_recipe(tmp_path / "recipe.toml").pool.path == str(odd)
 
 
 @pytest.mark.parametrize(("rows", "b"), [(60, 16), (2_000, 16), (10_000, 64), (100_000_000, 32_768)])
@@ -73,6 +89,13 @@ def test_what_init_does_not_touch_and_what_it_does_not_take(pool: Path, tmp_path
     with pytest.raises(UserError, match="expected no file, found one; remove it, or name another with --to"):
         write_recipe(str(pool), tmp_path / "recipe.toml")
     assert (tmp_path / "recipe.toml").read_text() == "mine"
+    with pytest.raises(UserError, match=r"'': expected a pool, found none \("):
+        write_recipe("", tmp_path / "other.toml")
+    few = tmp_path / "few"
+    few.mkdir()
+    pq.write_table(pq.read_table(pool / "00000.parquet").slice(0, 159), few / "a.parquet")
+    with pytest.raises(UserError, match="expected 160 rows to choose 16 from, found 159; add some"):
+        write_recipe(str(few), tmp_path / "other.toml")
     with pytest.raises(UserError, match="nowhere"):
         write_recipe(str(tmp_path / "nowhere"), tmp_path / "other.toml")
     assert not (tmp_path / "other.toml").exists()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from curate.errors import UserError
 from curate.jest import Embeddings
 from curate.recipe import Recipe
 from curate.rounds.explain import describe_round, summarize_rounds
@@ -19,6 +20,7 @@ from curate.rounds.trace import explain_uid
 from curate.select.draw import measure_standing, needs_learner
 from curate.select.standing import Standing, as_decided
 from curate.storage import Store
+from jobs.check import check_recipe
 from jobs.drawn_pool import draw_pool
 from jobs.tables import print_tables, round_tables
 from pipelines.round import run_round
@@ -57,9 +59,19 @@ def test_standing_is_what_loops_count(seed: int) -> None:
     assert Standing.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-def test_a_tie_answers_nothing() -> None:
-    same = torch.ones(6, 1)
-    assert measure_standing(Embeddings(same, same, 1.0), drawn(0, 6)).learner == 0
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tie_answers_nothing(seed: int) -> None:
+    # Pairs that are there twice, of which a product may make cosines that differ in their last bits.
+    z = normalize(torch.randn(200, 48, generator=torch.Generator().manual_seed(seed)), dim=1)
+    twice, others = z.repeat_interleave(2, 0), torch.eye(400)
+    found = measure_standing(Embeddings(twice, twice, 1.0), Embeddings(others, others, 1.0))
+    assert (found.learner, found.reference, found.shared) == (0.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("pairs", [0, 1, 31])
+def test_of_too_few_pairs_nothing_is_made(pairs: int) -> None:
+    some = Embeddings(torch.eye(64)[:pairs], torch.eye(64)[:pairs], 1.0)
+    assert measure_standing(some, some).decided == "easy_reference"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +147,6 @@ def test_a_round_chooses_as_its_recipe_would_say_outright(
     assert found.quality["standing"] == STANDINGS[decided].to_json()
     # The learner embeds a sample, and a window only if it is to score it.
     store = Store(made.root)
-    scored = [name for name in store.list("embeddings") if "window-" in name]
     names = [name for folder in store.list("embeddings") for name in store.list(folder)]
     scored = [name for name in names if "/window-" in name]
     assert bool(scored) == (decided == "learnability")
@@ -171,6 +182,41 @@ def test_a_round_that_is_finished_later_decides_as_it_was_begun(
     behind = [told for told in rounds if told["outcome"] == "not_selected"]
     assert len(behind) == 2 * 3 * b
     assert all(told["independent_score"] == -told["reference_loss"] for told in behind)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_what_of_the_sample_is_gone_is_made_again(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(world, tmp_path / "root")
+    foreign(monkeypatch, STANDINGS["easy_reference"])
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.round.measure_round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_round(made, base=world)
+    (sample,) = (tmp_path / "root/embeddings").glob("*/sample-*")
+    for file in sample.iterdir():
+        file.unlink()
+    assert run_round(made, base=world).quality["standing"]["decided"] == "easy_reference"
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_auto_and_uniform_batches_are_uniform_batches(world: Path, tmp_path: Path) -> None:
+    plain = run_round(recipe(world, tmp_path / "plain", criterion="learnability", method="uniform"), base=world)
+    made = recipe(world, tmp_path / "auto", method="uniform")
+    found = run_round(made, base=world)
+    assert rows_of(tmp_path / "auto", found) == rows_of(tmp_path / "plain", plain)
+    assert found.quality["standing"] is None
+    store = Store(made.root)
+    assert summarize_rounds(store)[0]["chosen_by"] == "uniform"
+    key = pq.read_table(world / "pool", columns=["key"])["key"][0].as_py()
+    assert explain_uid(store, key)[0]["rounds"][0].get("independent_score") is None
+    assert not any("probably" in line for line in check_recipe(made, base=world, measure=False))
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_a_learner_without_a_sound_vector_is_told(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.standing.Candidates.finite_rows", lambda _: np.arange(0))
+    with pytest.raises(UserError, match=r"round 0: expected finite embeddings of \d+ sampled pairs, found none"):
+        run_round(recipe(world, tmp_path / "root"), base=world)
 
 
 @pytest.mark.usefixtures("without_ray")

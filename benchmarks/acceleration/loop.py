@@ -202,7 +202,7 @@ class Loop:
 
     def _begin_round(self, rows: npt.NDArray[np.int64]) -> None:
         """Decide what to choose by, where that is left to the learner's standing; score candidates if it is asked."""
-        if self.arm.selection.criterion == "auto":
+        if self.arm.selection.is_open:
             rng = np.random.default_rng(derive_seed(self.seed, "sample"))
             sample = np.sort(rng.permutation(self.rows)[:SAMPLE_ROWS])
             self._score(sample)

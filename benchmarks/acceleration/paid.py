@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.acceleration.config import UNIFORM, load_study
 from benchmarks.acceleration.flops import forward_flops
-from benchmarks.acceleration.report import interval, reached, smoothed
+from benchmarks.acceleration.report import interval, ratio_text, reached, smoothed
 
 HERE = Path(__file__).parent
 EXTRAS = {
@@ -63,7 +63,7 @@ def table(results: dict[str, Any]) -> str:
                 saved(plan, line["arm"], extra=pool * line["reference_flops"] + share * training)
                 for pool, share in EXTRAS.values()
             ]
-            cells = [f"÷ {f[0]:.2f} ({f[1]:.2f} to {f[2]:.2f})" if f else "–" for f in found]
+            cells = [ratio_text(ratio) for ratio in found]
             lines.append(f"| `{plan['plan']['set']}` | {line['arm']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -64,7 +64,7 @@ def summarise(plan: PlanSection, runs: Sequence[Record]) -> list[Record]:
     lines = []
     for arm in dict.fromkeys(run["arm"] for run in runs):
         same = sorted((run for run in runs if run["arm"] == arm), key=lambda run: int(run["seed"]))
-        final = [_quality_at(run, plan.steps) for run in same]
+        final = [run["curve"][-1]["r1"] if plan.cosine else _quality_at(run, plan.steps) for run in same]
         fewer = {title: [_fewer(run, uniform[run["seed"]], cost) for run in same] for title, cost in COSTS.items()}
         lines.append(
             {
@@ -198,10 +198,16 @@ def _table(plan: PlanSection, runs: Sequence[Record], lines: Sequence[Record]) -
 
 
 def _ratio(line: Record, name: str) -> str:
-    found = line[name]
-    if found is None:
+    if line[name] is None:
         by_seed = line[f"{name}_by_seed"]
         return f"reached by {sum(ratio is not None for ratio in by_seed)} of {len(by_seed)}"
+    return ratio_text(line[name])
+
+
+def ratio_text(found: tuple[float, float | None, float | None] | None) -> str:
+    """What `interval` found, for a table."""
+    if found is None:
+        return "–"
     middle, low, high = found
     return f"÷ {middle:.2f}" + ("" if high is None else f" ({low:.2f} to {high:.2f})")
 

@@ -40,7 +40,7 @@ from curate.recipe import EncoderSection
 from curate.select.draw import Scale
 
 HERE = Path(__file__).parent
-FORMAT = 1
+FORMAT = 2
 """Of the records of runs; another one makes all anew."""
 _ends = math.inf
 """Time at which this process halts what it does."""
@@ -70,7 +70,8 @@ class Job:
             "steps": self.steps,
             "warm": self.warm_path and self.warm_path.name,
             "seed": self.seed,
-        } | ({"cosine": True} if self.plan.cosine else {})
+            "cosine": self.plan.cosine,
+        }
         name = f"{self.plan.set}-{self.plan.pool_seed}-{self.arm}-{self.steps}-s{self.seed}-{_digest(identity)}"
         return self.out / "runs" / f"{name}.json"
 
@@ -287,7 +288,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, help="processes, each with one thread; one per core, or one with CUDA")
     parser.add_argument(
-        "--minutes", type=float, help="halt after so many, with status 1; the same command goes on from there"
+        "--minutes", type=float, help="halt after so many, with status 75; the same command goes on from there"
     )
     arguments = parser.parse_args()
     try:
@@ -295,7 +296,7 @@ def main() -> None:
     except UserError as error:
         parser.exit(2, "".join(f"{line}\n" for line in error.lines))
     except _HaltedError as halted:
-        parser.exit(1, f"{halted}\n")
+        parser.exit(os.EX_TEMPFAIL, f"{halted}\n")
 
 
 def _run_study(arguments: argparse.Namespace) -> None:

@@ -130,8 +130,8 @@ def _beginning(records: Sequence[Record], worlds: Sequence[str]) -> str:
         cells = []
         for world in worlds:
             r1 = _mean(records, "r1", name=name, world=world, dirt=DIRT)
-            less = difference(records, name, f"{RANDOM}easy-reference", world=world, dirt=DIRT)
-            cells.append(f"{r1:.3f}" + (f" ({_of(less)})" if not name.endswith(" easy-reference") else ""))
+            less = difference(records, name, f"{RANDOM}joint easy-reference", world=world, dirt=DIRT)
+            cells.append(f"{r1:.3f}" + (f" ({_of(less)})" if not name.endswith(" joint easy-reference") else ""))
         lines.append(f"| {name.removeprefix(RANDOM)} | {' | '.join(cells)} |")
     return "## The beginning\n\nR@1 after 2,000 steps; in brackets, minus easy-reference alone.\n\n" + "\n".join(lines)
 

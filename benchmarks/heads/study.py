@@ -102,7 +102,7 @@ ARMS: dict[str, tuple[Arm, list[Settings]]] = {
     "random start, joint learnability": (replace(RANDOM, method="joint"), _SELECTED),
     "random start, easy-reference for 300": (replace(RANDOM, method="joint", easy_steps=300), _SELECTED),
     "random start, easy-reference for 1,000": (replace(RANDOM, method="joint", easy_steps=1000), _SELECTED),
-    "random start, easy-reference": (replace(RANDOM, method="joint", criterion="easy_reference"), _SELECTED),
+    "random start, joint easy-reference": (replace(RANDOM, method="joint", criterion="easy_reference"), _SELECTED),
     "random start, auto": (replace(RANDOM, method="joint", criterion="auto"), _SELECTED),
     "random start, uniform": (RANDOM, _UNIFORM),
 }

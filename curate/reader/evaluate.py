@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from curate.errors import UserError
+from curate.logits import TIE
 from curate.models.crop import Preprocess, decode_for, pixels_of
 from curate.pool.images import Dropped, DropReason, clean_caption, decode_pixels
 from curate.pool.inventory import take_inventory
@@ -33,8 +34,6 @@ MAX_ROWS = 100_000
 READ_ROWS = 1024
 BLOCK_ROWS = 512
 """Queries that are scored at once: 200 MB of scores against `MAX_ROWS` candidates."""
-TIE = 1e-6
-"""Scores of unit rows closer than this are equal: float32 sums of one vector's products differ in their last bits."""
 NEVER = torch.iinfo(torch.int64).max
 """The rivals of a query that is no hit at any K."""
 

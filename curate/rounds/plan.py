@@ -33,7 +33,7 @@ class Plan:
     """Fingerprint; the inventory is `pools/<fingerprint>.json`."""
     reference: EncoderSpec
     learner: EncoderSpec | None
-    """None if selection does not look at it."""
+    """None if no round of such a recipe looks at it."""
     learner_number: int | None
     """Of the newest learner; None if there is none, as there need not be where selection does not look at it."""
     evaluation: tuple[str, ...] = ()
@@ -153,7 +153,7 @@ def foreseen_selection(store: Store, recipe: Recipe) -> SelectionSection:
     Before there is one, by easy-reference with a learner of random weights, else by learnability, which costs most.
     """
     section = recipe.selection
-    if section.criterion != "auto":
+    if not section.is_open:
         return section
     parent, newest = read_manifest(store, last_round(store)), newest_learner(store)
     decided: Decided = "learnability"

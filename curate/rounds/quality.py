@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curate.criteria import Decided
 from curate.errors import UserError
 from curate.parquet import read_table, write_table
 from curate.rounds.manifest import Manifest
@@ -79,7 +80,10 @@ def trained_rounds(rounds: Sequence[Manifest], batch_losses: Mapping[int, float]
 def selection_of(manifest: Manifest) -> dict[str, Any]:
     """`[selection]` of a round's recipe, with what `auto` decided."""
     section: dict[str, Any] = manifest.lineage["recipe"]["selection"]
-    return section | (as_decided(manifest.quality["standing"]["decided"]) if section["criterion"] == "auto" else {})
+    if section["criterion"] != "auto":
+        return section
+    decided: Decided = "uniform" if section["method"] == "uniform" else manifest.quality["standing"]["decided"]
+    return section | as_decided(decided)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ from curate.storage import Store
 Tower = Literal["zimg", "ztxt"]
 TOWERS: dict[str, Tower] = {"pictures": "zimg", "captions": "ztxt"}
 BLOCK_ROWS = 65_536
+NOWHERE = -2.0
+"""No cosine."""
 THREADS = 4
 """Shards that are read at once: a block of each is held."""
 
@@ -48,6 +50,7 @@ class Searched:
     """A pool that can be searched: that of the newest round."""
 
     store: Store
+    round: int
     pool: Pool
     reference: EncoderSpec
 
@@ -113,29 +116,32 @@ class Searched:
         with ThreadPoolExecutor(THREADS) as threads:
             found = threads.map(lambda shard: self._nearest_of(shard, query, tower, k), self.pool.shards)
             for near in progress(found, len(self.pool.shards)):
-                best = sorted([*best, *near], key=lambda one: (-one.cosine, one.shard, one.row))[:k]
+                best = sorted([*best, *near], key=_nearness)[:k]
         return best
 
     def _nearest_of(self, shard: Shard, query: Tensor, tower: Tower, k: int) -> list[Near]:
         """Those of one shard."""
         name = embedding_name(self.reference.sha, shard)
-        found: list[tuple[float, int, str]] = []
+        found: list[Near] = []
         first = 0
         with open_table(self.store, name) as parquet:
             check_schema(name, parquet.schema_arrow)
             for batch in parquet.iter_batches(BLOCK_ROWS, columns=["uid", tower]):
                 z = torch.from_numpy(vectors(pa.chunked_array([batch[tower]]), self.reference.embed_dim)).float()
-                cosines = (z @ query).nan_to_num_(nan=-2.0)  # rows without a vector
-                top = torch.topk(cosines, min(k, len(cosines)))
-                uids = batch["uid"]
+                cosines = (z @ query).nan_to_num_(nan=NOWHERE, posinf=NOWHERE)  # rows without a sound vector
+                # All that are as near as the k-th: which of equal ones `topk` gives is not said.
+                least = cosines.topk(min(k, len(cosines))).values[-1]
+                near = torch.nonzero((cosines >= least) & (cosines > NOWHERE)).flatten().tolist()
                 found += [
-                    (value, first + at, uids[at].as_py())
-                    for value, at in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-                    if value >= -1.01
+                    Near(cosine=float(cosines[i]), uid=batch["uid"][i].as_py(), shard=shard.index, row=first + i)
+                    for i in near
                 ]
                 first += len(batch)
-        found.sort(key=lambda one: (-one[0], one[1]))
-        return [Near(cosine=value, uid=uid, shard=shard.index, row=row) for value, row, uid in found[:k]]
+        return sorted(found, key=_nearness)[:k]
+
+
+def _nearness(near: Near) -> tuple[float, int, int]:
+    return -near.cosine, near.shard, near.row
 
 
 def open_pool(store: Store) -> Searched:
@@ -150,6 +156,7 @@ def open_pool(store: Store) -> Searched:
     lineage = newest[0].lineage
     return Searched(
         store=store,
+        round=newest[0].round,
         pool=load_pool(store, lineage["pool"]["fingerprint"]),
         reference=EncoderSpec(**lineage["reference"]),
     )

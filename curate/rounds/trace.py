@@ -25,7 +25,7 @@ from curate.errors import UserError
 from curate.models.spec import EncoderSpec
 from curate.pool.shards import Pool, Shard, load_pool
 from curate.rounds.explain import committed_rounds
-from curate.rounds.manifest import Manifest, is_expired, steps_folder
+from curate.rounds.manifest import Manifest, is_expired, last_round, read_manifest, steps_folder
 from curate.rounds.quality import selection_of
 from curate.select.files import read_selected, selected_name
 from curate.select.index import Index, look_up, read_duplicates, read_index, uid_digest
@@ -52,7 +52,7 @@ class _Context:
     index: Index
     reference: EncoderSpec
     learner: EncoderSpec | None
-    """None if selection did not look at it."""
+    """None if no round of such a recipe looks at it."""
     selection: Mapping[str, Any]
     """Section of the recipe."""
     steps: str
@@ -93,8 +93,10 @@ def find_uid(store: Store, uid: str) -> tuple[Shard, int, str]:
     Raises:
         UserError: no committed round, or no row has this uid.
     """
-    newest = committed_rounds(store)[-1:]
-    (context,) = _contexts(store, newest)
+    newest = read_manifest(store, last_round(store))
+    if newest is None:
+        raise UserError(f"{store.url}: expected a committed round, found none; run curate round first")
+    (context,) = _contexts(store, [newest[0]])
     row = next(_find(store, context, uid), None)
     if row is None:
         raise _no_such(uid, context)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curate.errors import UserError
 from curate.jest import Embeddings, diagonal_losses, jointly_sample_batch, sub_batch_learnability, sub_batch_loss
+from curate.logits import TIE
 from curate.recipe import SelectionSection
 from curate.seeds import derive_seed
 from curate.select.files import SELECTED_SCHEMA, SubBatchStats
@@ -103,7 +104,7 @@ def select_sub_batch(
     """
     ordered = candidates.take(key_order(candidates.rows))
     B, b = len(ordered.rows), selection.sub_batch_size
-    assert selection.criterion != "auto", "decided once a round, before anything is drawn"
+    assert not selection.is_open, "decided once a round, before anything is drawn"
     assert selection.super_batch_size == B, (B, selection.super_batch_size)
     # Whatever the criterion looks at: the sub-batch is reported, and later trained on, by both models.
     pool = ordered.take(ordered.finite_rows())
@@ -122,7 +123,7 @@ def select_sub_batch(
             sub_batch_size=b,
             n_chunks=selection.n_chunks,
             loss=selection.loss,
-            criterion=selection.criterion,
+            criterion="easy_reference" if selection.criterion == "auto" else selection.criterion,
             method=selection.method,
             gain=selection.gain,
             generator=_generator(seed, "draw", round_number, sub_batch),
@@ -186,8 +187,8 @@ def measure_standing(learner: Embeddings, reference: Embeddings) -> Standing:
     hits = int(fixed.sum())
     return Standing(
         pairs=len(learner),
-        learner=float(own.double().mean()),
-        reference=float(fixed.double().mean()),
+        learner=float(own.double().mean()) if len(own) else 0.0,
+        reference=float(fixed.double().mean()) if len(fixed) else 0.0,
         shared=int((own & fixed).sum()) / hits if hits else 1.0,
     )
 
@@ -211,6 +212,7 @@ def _generator(seed: int, purpose: str, *parts: int) -> torch.Generator:
 def _hits(model: Embeddings) -> Tensor:
     """Bool [2 n]: whether each picture's caption, and each caption's picture, is nearer than all others."""
     cosines = model.zimg.float() @ model.ztxt.float().T
-    own = cosines.diagonal().clone()
-    cosines.fill_diagonal_(-torch.inf)
-    return torch.cat([own > cosines.amax(1), own > cosines.amax(0)])
+    own = cosines.diagonal() - TIE
+    rivals = cosines.clone().fill_diagonal_(-torch.inf)
+    # Of no rows there is no largest one.
+    return torch.cat([own > rivals.amax(dim) for dim in (1, 0)]) if len(own) else own > 0

@@ -13,6 +13,8 @@ from curate.criteria import Decided
 
 STARTED = 0.5
 """Share of the reference's hits that a learner past its start has: below it, its losses are noise."""
+LEAST_PAIRS = 32
+"""Of a sample: with fewer, nothing can be told, and what does not look at the learner is chosen by."""
 TEACHABLE = 0.005
 """Share of all questions that the reference answers and the learner does not, from which on the reference teaches."""
 
@@ -22,8 +24,11 @@ class Standing:
     """Recall at 1 within a sample of pairs, the mean of both ways."""
 
     pairs: int
+    """Of the sample, each content once."""
     learner: float
+    """Share of all questions that the learner answers: two for each pair."""
     reference: float
+    """Likewise the reference."""
     shared: float
     """Of the reference's hits, the share that are the learner's as well; 1 where the reference has none."""
 
@@ -39,6 +44,8 @@ class Standing:
         Easy-reference while the learner is at its start; uniform once the reference knows nothing that the learner does
         not; else learnability. Thresholds are those of the study in docs/acceleration.md.
         """
+        if self.pairs < LEAST_PAIRS:
+            return "easy_reference"
         if self.lead < TEACHABLE:
             return "uniform"
         return "easy_reference" if self.shared < STARTED else "learnability"
