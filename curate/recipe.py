@@ -206,20 +206,21 @@ class SelectionSection(Section):
     """How sub-batches are chosen; the words are those of arXiv 2406.17711."""
 
     sub_batch_size: int = Field(ge=1, description="b, pairs per sub-batch: the batch that the learner trains on")
-    # Defaults by `python -m benchmarks.acceleration benchmarks/acceleration/search.toml`, and then study.toml (see
-    # docs/acceleration.md): on a pool of which a tenth is wanted, 0.9 needed fewer examples than 0.8 and 0.5.
+    # Defaults are those of docs/acceleration.md, "Where the defaults come from". This one by "Arms on the web-like pool":
+    # of which a tenth is wanted, 0.9 needed fewer examples than 0.8 and 0.5.
     filter_ratio: float = Field(0.9, ge=0, lt=1, description="1 - b/B, share of each super-batch that is discarded")
+    # By "By batch, filter ratio, staleness and crowding", where 4 and 32 were tried beside it.
     n_chunks: int = Field(16, ge=1, validate_default=True, description="draws per sub-batch")
     loss: Loss = Field("sigmoid", description="the learner's training loss")
-    # Likewise: the best of the three from the start, and the learner need not be run to choose.
+    # By "What was chosen by what": the best of the three from random weights, and no learner need be run to choose.
     criterion: Criterion | Literal["auto"] = Field(
         "easy_reference",
         description="what makes a sub-batch worth training on; auto: easy_reference while the learner is at its start, "
         "then learnability, uniform batches once the reference knows nothing more, decided anew in each round",
     )
     method: Method = Field("joint", description="how a sub-batch is drawn")
-    # Likewise: 3 to 100 were alike for easy-reference. For learnability, where the paper uses 100, a high gain follows
-    # the noise of a learner that knows little, and 1 was better than 10.
+    # By "What was chosen by what": 3 to 100 were alike for easy-reference. By "Settings" of acceleration/heads.md for
+    # learnability of a learner past its start; before it a high gain, as the paper's 100, follows the learner's noise.
     gain: float = Field(10.0, gt=0, allow_inf_nan=False, description="factor on the scores: larger is greedier")
     super_batches: int | None = Field(
         None, ge=1, description="super-batches, and so sub-batches, per round; as many as the pool holds if not given"
@@ -229,6 +230,7 @@ class SelectionSection(Section):
         None,
         ge=1,
         validate_default=True,
+        # What shuffled pools need no more of, docs/scale.md, "What windows cost in quality".
         description="candidates of a window, from whose shards alone its super-batches are drawn; as many as a round "
         "takes if not given, or the whole pool if super_batches is not given either",
     )
