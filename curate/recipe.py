@@ -206,8 +206,8 @@ class SelectionSection(Section):
     """How sub-batches are chosen; the words are those of arXiv 2406.17711."""
 
     sub_batch_size: int = Field(ge=1, description="b, pairs per sub-batch: the batch that the learner trains on")
-    # Defaults are those of docs/acceleration.md, "Where the defaults come from". This one by "Arms on the web-like pool":
-    # of which a tenth is wanted, 0.9 needed fewer examples than 0.8 and 0.5.
+    # Defaults are those of docs/acceleration.md, "Where the defaults come from". This one by "Arms on the web-like
+    # pool", of which a tenth is wanted: 0.9 needed fewer examples than 0.8 and 0.5.
     filter_ratio: float = Field(0.9, ge=0, lt=1, description="1 - b/B, share of each super-batch that is discarded")
     # By "By batch, filter ratio, staleness and crowding", where 4 and 32 were tried beside it.
     n_chunks: int = Field(16, ge=1, validate_default=True, description="draws per sub-batch")
