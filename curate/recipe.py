@@ -129,11 +129,6 @@ class EncoderSection(Section):
         return self.precision
 
     @property
-    def is_random(self) -> bool:
-        """Whether its weights are drawn from the seed."""
-        return self.pretrained is None and not self.model.startswith(("local-dir:", "hf-hub:"))
-
-    @property
     def source(self) -> str:
         """Where the model comes from, as messages and `EncoderSpec.source` name it."""
         return self.model if self.pretrained is None else f"{self.model}/{self.pretrained}"

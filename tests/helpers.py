@@ -202,7 +202,7 @@ def commit_round(
             "chosen_again": 0.0,
             "unique_examples": kept,
         },
-        lineage={"made": "by a test"},
+        lineage={"made": "by a test", "recipe": {"selection": {"method": "joint", "criterion": "easy_reference"}}},
     )
     commit(store, manifest)
     return manifest

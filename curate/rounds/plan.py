@@ -21,6 +21,9 @@ from curate.select.draw import needs_learner
 from curate.select.standing import as_decided
 from curate.storage import Store
 
+OF_WEIGHTS = ("local-dir:", "hf-hub:")
+"""How models begin that have weights of their own; others have random ones, unless `pretrained` names some."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -159,7 +162,9 @@ def foreseen_selection(store: Store, recipe: Recipe) -> SelectionSection:
     decided: Decided = "learnability"
     if parent is not None and (standing := parent[0].quality.get("standing")):
         decided = standing["decided"]
-    elif not (newest and newest.step) and recipe.learner.is_random:
+    elif not (newest and newest.step) and not (
+        recipe.learner.pretrained or recipe.learner.model.startswith(OF_WEIGHTS)
+    ):
         decided = "easy_reference"
     return section.model_copy(update=as_decided(decided))
 

@@ -174,10 +174,11 @@ def select_sub_batch(
 def measure_standing(learner: Embeddings, reference: Embeddings) -> Standing:
     """Measure where a learner stands beside the reference: see `curate.select.standing`.
 
-    >>> right, swapped = torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]
+    >>> right = torch.eye(40)
+    >>> swapped = right[[*range(30), *reversed(range(30, 40))]]
     >>> found = measure_standing(Embeddings(right, swapped, 1.0), Embeddings(right, right, 1.0))
     >>> found.reference, found.learner, found.lead, found.decided
-    (1.0, 0.5, 0.5, 'learnability')
+    (1.0, 0.75, 0.25, 'learnability')
 
     Args:
         learner: Embeddings [n, D] of a sample of the pool.
