@@ -277,14 +277,21 @@ def main_jobs(arms: dict[tuple[Name, str], Arm], seeds: Sequence[int] = SEEDS) -
     return jobs
 
 
+_ALIKE: Settings = {"gain": 10.0, "rate": 1e-3}
+"""Where settings that were best for 1,000 steps at b = 32 may be so no more, joint and independent ones have the same."""
+
+
 def sweep_jobs(arms: dict[tuple[Name, str], Arm], seeds: Sequence[int] = SWEPT_SEEDS) -> list[tuple[str, Job]]:
     """One thing changed at a time, joint and independent learnability and uniform, in `concepts` at 30 %."""
     changes: dict[str, dict[str, Any]] = {
         **{f"f {f}": {"filter_ratio": f} for f in (0.5, 0.8, 0.9, 0.95)},
-        **{f"scored every {n}": {"round_steps": n} for n in (10, 100)},
+        **{f"scored every {n}": {"round_steps": n} | _ALIKE for n in (10, 100)},
         # The super-batch stays and so do the steps, as in figure 7 of arXiv 2406.17711.
-        **{f"b {b}": {"batch": b, "filter_ratio": 1 - b / 10_240, "steps": 100} for b in (32, 128, 512, 1024, 4096)},
-        "softmax": {"loss": "softmax"},
+        **{
+            f"b {b}": {"batch": b, "filter_ratio": 1 - b / 10_240, "steps": 150} | _ALIKE
+            for b in (32, 128, 512, 1024, 2048)
+        },
+        "softmax": {"loss": "softmax"} | _ALIKE,
         "a quarter uniform": {"uniform_share": 0.25},
         **{f"{n} chunks": {"n_chunks": n} for n in (4, 32)},
     }
@@ -292,9 +299,10 @@ def sweep_jobs(arms: dict[tuple[Name, str], Arm], seeds: Sequence[int] = SWEPT_S
     for seed in seeds:
         for change, how in changes.items():
             for name in ("joint learnability", "independent learnability", "uniform"):
-                arm = replace(arms["concepts", name], **how)
                 if name == "uniform" and not {"batch", "loss"} & set(how):
                     continue
+                own = {key: value for key, value in how.items() if name != "uniform" or key not in _ALIKE}
+                arm = replace(arms["concepts", name], **own)
                 jobs.append((f"{name}, {change}", Job(world="concepts", dirt=DIRT, seed=seed, arm=arm)))
         for crowding in (0.25, 4.0):
             for name in ("joint learnability", "independent learnability", "uniform"):
