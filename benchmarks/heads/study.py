@@ -278,7 +278,7 @@ def main_jobs(arms: dict[tuple[Name, str], Arm], seeds: Sequence[int] = SEEDS) -
 
 
 _ALIKE: Settings = {"gain": 10.0, "rate": 1e-3}
-"""Where settings that were best for 1,000 steps at b = 32 may be so no more, joint and independent ones have the same."""
+"""Of joint and independent selection, where what was best for 1,000 steps at b = 32 may be so no more."""
 
 
 def sweep_jobs(arms: dict[tuple[Name, str], Arm], seeds: Sequence[int] = SWEPT_SEEDS) -> list[tuple[str, Job]]:
