@@ -271,7 +271,7 @@ def draw_regimes(records: Sequence[Record], worlds: Sequence[str]) -> Figure:
     figure = Figure(figsize=(16, 8.4), layout="constrained")
     panels = figure.subplots(2, 3)
     by_batch, by_lead, by_stage = panels[0]
-    batches = [b for b in (32, 128, 512, 1024, 2048) if any(r["name"] == f"{JOINT}, b {b}" for r in records)]
+    batches = [b for b in (32, 128, 512, 1024) if any(r["name"] == f"{JOINT}, b {b}" for r in records)]
     for at, (name, label) in enumerate((("uniform", "minus uniform"), (INDEPENDENT, "minus independent"))):
         found = [difference(records, f"{JOINT}, b {b}", f"{name}, b {b}", world="concepts") for b in batches]
         _whiskers(by_batch, [b * 1.05**at for b in batches], found, label, f"C{at}")

@@ -287,10 +287,7 @@ def sweep_jobs(arms: dict[tuple[Name, str], Arm], seeds: Sequence[int] = SWEPT_S
         **{f"f {f}": {"filter_ratio": f} for f in (0.5, 0.8, 0.9, 0.95)},
         **{f"scored every {n}": {"round_steps": n} | _ALIKE for n in (10, 100)},
         # The super-batch stays and so do the steps, as in figure 7 of arXiv 2406.17711.
-        **{
-            f"b {b}": {"batch": b, "filter_ratio": 1 - b / 10_240, "steps": 150} | _ALIKE
-            for b in (32, 128, 512, 1024, 2048)
-        },
+        **{f"b {b}": {"batch": b, "filter_ratio": 1 - b / 10_240} | _ALIKE for b in (32, 128, 512, 1024)},
         "softmax": {"loss": "softmax"} | _ALIKE,
         "a quarter uniform": {"uniform_share": 0.25},
         **{f"{n} chunks": {"n_chunks": n} for n in (4, 32)},
