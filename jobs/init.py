@@ -100,7 +100,7 @@ def write_recipe(pool: str, path: Path, *, image: str | None = None, caption: st
     sample = sample_pool(found)
     if sample.dropped.total() == sample.rows:
         raise UserError(f"{pool}: expected pictures with captions, found that {sample}; mend the files")
-    least = round(LEAST_BATCH / (1 - FILTER_RATIO))
+    least = _super_batch(LEAST_BATCH)
     if found.rows < least:
         raise UserError(f"{pool}: expected {least} rows to choose {LEAST_BATCH} from, found {found.rows}; add some")
     path.write_text(_recipe(pool, path, found, sample), encoding="utf-8")
@@ -113,7 +113,7 @@ def write_recipe(pool: str, path: Path, *, image: str | None = None, caption: st
 def _recipe(path: str, to: Path, pool: Pool, sample: Sample) -> str:
     usable = round(pool.rows * (1 - sample.dropped.total() / sample.rows))
     b = batch_for(usable)
-    super_batches = usable // round(b / (1 - FILTER_RATIO))
+    super_batches = usable // _super_batch(b)
     uid = _uid(pool)
     return RECIPE.substitute(
         path=to,
@@ -142,9 +142,14 @@ def _recipe(path: str, to: Path, pool: Pool, sample: Sample) -> str:
 def batch_for(rows: int) -> int:
     """A power of two, of which a pool holds some super-batches; `LEAST_BATCH` at least."""
     b = LARGEST_BATCH
-    while b > LEAST_BATCH and LEAST_SUPER_BATCHES * round(b / (1 - FILTER_RATIO)) > rows:
+    while b > LEAST_BATCH and LEAST_SUPER_BATCHES * _super_batch(b) > rows:
         b //= 2
     return b
+
+
+def _super_batch(b: int) -> int:
+    """B, with the defaults."""
+    return SelectionSection(sub_batch_size=b).super_batch_size
 
 
 def _uid(pool: Pool) -> str | None:

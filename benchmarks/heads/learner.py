@@ -21,14 +21,15 @@ from curate.criteria import Criterion, Decided, Loss
 from curate.jest import Embeddings, jointly_sample_batch
 from curate.seeds import derive_seed
 from curate.select.draw import measure_standing
+from pipelines.wanted import SAMPLE_ROWS
 
 HIDDEN, D = 256, 32
 START_STEPS, START_BATCH, START_RATE = 3000, 64, 1e-3
 """Of uniform training, at a constant rate, that a learner has behind it when it is past its start."""
 FORWARD, TRAIN = 1, 3
 """Operations of one pair, in forward passes (arXiv 2406.17711, A.4)."""
-DECIDED_EVERY, SAMPLE = 100, 1024
-"""Steps between two decisions of `auto`, and the pairs of the pool on which they rest, as many as a round has."""
+DECIDED_EVERY = 100
+"""Steps between two decisions of `auto`, which rest on as many pairs of the pool as a round's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +265,7 @@ class _Chooser:
             return arm.criterion
         if step % DECIDED_EVERY == 0:
             generator = torch.Generator().manual_seed(derive_seed(self._seed, "sample"))
-            rows = torch.randperm(len(self._pool), generator=generator)[:SAMPLE]
+            rows = torch.randperm(len(self._pool), generator=generator)[:SAMPLE_ROWS]
             own = self._learner.embed(self._pool.image[rows], self._pool.text[rows])
             self.decided.append(measure_standing(own, _of(self._reference, rows)).decided)
             self.looked_at += len(rows)

@@ -155,16 +155,14 @@ def foreseen_selection(store: Store, recipe: Recipe) -> SelectionSection:
 
     Before there is one, by easy-reference with a learner of random weights, else by learnability, which costs most.
     """
-    section = recipe.selection
+    section, learner = recipe.selection, recipe.learner
     if not section.is_open:
         return section
     parent, newest = read_manifest(store, last_round(store)), newest_learner(store)
     decided: Decided = "learnability"
     if parent is not None and (standing := parent[0].quality.get("standing")):
         decided = standing["decided"]
-    elif not (newest and newest.step) and not (
-        recipe.learner.pretrained or recipe.learner.model.startswith(OF_WEIGHTS)
-    ):
+    elif not ((newest and newest.step) or learner.pretrained or learner.model.startswith(OF_WEIGHTS)):
         decided = "easy_reference"
     return section.model_copy(update=as_decided(decided))
 

@@ -22,8 +22,7 @@ from curate.models.spec import EncoderSpec
 from curate.parquet import open_table
 from curate.pool.images import Dropped, clean_caption
 from curate.pool.shards import Pool, Shard, load_pool
-from curate.rounds.manifest import last_round, read_manifest
-from curate.rounds.trace import find_uid
+from curate.rounds.trace import find_uid, newest_round
 from curate.storage import Store
 
 Tower = Literal["zimg", "ztxt"]
@@ -150,13 +149,11 @@ def open_pool(store: Store) -> Searched:
     Raises:
         UserError: there is no round.
     """
-    newest = read_manifest(store, last_round(store))
-    if newest is None:
-        raise UserError(f"{store.url}: expected a committed round, found none; run curate round first")
-    lineage = newest[0].lineage
+    newest = newest_round(store)
+    lineage = newest.lineage
     return Searched(
         store=store,
-        round=newest[0].round,
+        round=newest.round,
         pool=load_pool(store, lineage["pool"]["fingerprint"]),
         reference=EncoderSpec(**lineage["reference"]),
     )

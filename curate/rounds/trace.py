@@ -87,16 +87,25 @@ def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
     return rows
 
 
+def newest_round(store: Store) -> Manifest:
+    """The manifest of the newest round alone, however many there are.
+
+    Raises:
+        UserError: there is none.
+    """
+    newest = read_manifest(store, last_round(store))
+    if newest is None:
+        raise UserError(f"{store.url}: expected a committed round, found none; run curate round first")
+    return newest[0]
+
+
 def find_uid(store: Store, uid: str) -> tuple[Shard, int, str]:
     """Where the first row with this uid lies in the pool of the newest round, and whether it could be used.
 
     Raises:
         UserError: no committed round, or no row has this uid.
     """
-    newest = read_manifest(store, last_round(store))
-    if newest is None:
-        raise UserError(f"{store.url}: expected a committed round, found none; run curate round first")
-    (context,) = _contexts(store, [newest[0]])
+    (context,) = _contexts(store, [newest_round(store)])
     row = next(_find(store, context, uid), None)
     if row is None:
         raise _no_such(uid, context)
