@@ -8,18 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 
-from curate.embed.files import contents, embedding_name, read_embeddings, vectors
-from curate.errors import InputChangedError
 from curate.models.spec import EncoderSpec
 from curate.parts import by_destination, pack_arrays, read_parts, remove_parts, unpack_arrays, write_parts
 from curate.pool.shards import Shard
 from curate.recipe import SelectionSection
-from curate.select.draw import Candidates, Scale, Vectors, select_sub_batch
+from curate.select.draw import Candidates, Scale, select_sub_batch
 from curate.select.files import SubBatchStats, read_stats, selected_name, write_selected
 from curate.select.index import Index, candidate_rows
-from curate.select.windows import Rows, super_batch_of
+from curate.select.load import load_vectors
+from curate.select.windows import super_batch_of
 from curate.storage import Store
 from pipelines.cluster import Devices, device, groups, run_tasks
 
@@ -135,46 +133,6 @@ def _load(selection: Selection, shard: Shard) -> Candidates:
     )
     rows = rows[super_batch_of(rows["key"], selection.boundaries) >= 0]
     return load_vectors(selection.store, shard, rows, selection.reference, selection.learner, selection.scope)
-
-
-def load_vectors(
-    store: Store, shard: Shard, rows: Rows, reference: EncoderSpec, learner: EncoderSpec | None, scope: str
-) -> Candidates:
-    """Some rows of a shard with their vectors.
-
-    Args:
-        store: the root.
-        shard: of the pool.
-        rows: of dtype `ROW`, by row.
-        reference: its embedding files are complete.
-        learner: likewise for these rows; None if its vectors are not wanted.
-        scope: of its files.
-
-    Raises:
-        InputChangedError: a learner embedded another pair than the reference.
-    """
-    own = None
-    if learner is not None:
-        own = _towers(store, embedding_name(learner.sha, shard, scope), rows, learner.embed_dim, shard)
-    return Candidates(
-        rows=rows,
-        reference=_towers(store, embedding_name(reference.sha, shard), rows, reference.embed_dim, shard),
-        learner=own,
-    )
-
-
-def _towers(store: Store, name: str, rows: Rows, width: int, shard: Shard) -> tuple[Vectors, Vectors]:
-    """`zimg` and `ztxt` of some rows of an embedding file that holds all rows of its shard, or these and others."""
-    table = read_embeddings(store, name, ["content", "zimg", "ztxt"], numbered=True)
-    at = np.searchsorted(table["row"].to_numpy(), rows["row"])
-    taken = table.take(pa.array(at[at < len(table)]))
-    expected = np.column_stack([rows["content_low"], rows["content_high"]])
-    if not np.array_equal(taken["row"], rows["row"]) or not np.array_equal(contents(taken["content"]), expected):
-        raise InputChangedError(
-            f"{name}: expected the pairs of {shard.path} as the reference saw them, found others; the shard changed "
-            "but kept its size and date: touch the shard, and delete the round's folder to begin it anew"
-        )
-    return vectors(taken["zimg"], width), vectors(taken["ztxt"], width)
 
 
 def pack_candidates(candidates: Candidates) -> bytes:

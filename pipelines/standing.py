@@ -10,12 +10,12 @@ from curate.errors import CommitConflictError, UserError
 from curate.jest import Embeddings
 from curate.sealed import seal, unseal
 from curate.select.draw import Candidates, Scale, embeddings_of, measure_standing
+from curate.select.load import load_vectors
 from curate.select.standing import Standing
 from curate.select.windows import Rows, keyed_rows
 from pipelines.cluster import device
 from pipelines.embed import embed_some
 from pipelines.records import Round, Site
-from pipelines.select import load_vectors
 from pipelines.wanted import fixed_sample
 
 

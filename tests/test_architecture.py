@@ -24,7 +24,7 @@ ROOMS = {
     # the steps of a round, each after the files that it exchanges with others
     "embed": ["decode", "files", "room", "pieces", "loader", "shard", "run"],
     "dedup": ["files", "grouping", "forests", "neighbours"],
-    "select": ["topics", "windows", "index", "files", "standing", "draw"],
+    "select": ["topics", "windows", "index", "files", "standing", "draw", "load"],
     "rounds": ["manifest", "write", "quality", "plan", "stream", "explain", "trace", "search", "gc"],
     "reader": ["pieces", "curated", "uniform", "evaluate"],
 }
