@@ -10,9 +10,10 @@ import pytest
 
 from curate.embed.files import EMBEDDING_NONFINITE
 from curate.recipe import Recipe
+from curate.rounds.committed import open_rounds
 from curate.rounds.explain import committed_rounds
 from curate.rounds.manifest import steps_folder
-from curate.rounds.trace import _contexts, _not_selected, _sub_batch, explain_uid
+from curate.rounds.trace import _not_selected, explain_uid
 from curate.select.files import read_selected, selected_name
 from curate.storage import Store
 from jobs.drawn_pool import draw_pool
@@ -97,12 +98,13 @@ def test_what_was_not_chosen_is_told_with_its_score(world: Path, tmp_path: Path,
 def test_the_losses_are_those_that_selection_saw(world: Path, tmp_path: Path, super_batches: int | None) -> None:
     """By asking for chosen rows as if they were not."""
     store, chosen, _ = committed(world, tmp_path / "root", criterion="learnability", super_batches=super_batches)
-    (context,) = _contexts(store, committed_rounds(store))
+    (context,) = open_rounds(store, committed_rounds(store))
     for row in chosen[0].to_pylist():
         content = np.array([[row["content_low"], row["content_high"]]], np.uint64)
-        number, scope = _sub_batch(store, context, row["shard"], content) or (None, "")
-        assert number == 0
-        found = _not_selected(store, context, context.pool.shards[row["shard"]], row["row"], chosen[0], scope)
+        cut = context.cut_of(row["shard"])
+        assert cut is not None
+        assert cut.sub_batches(content).tolist() == [0]
+        found = _not_selected(store, context, context.pool.shards[row["shard"]], row["row"], chosen[0], cut.scope)
         assert [found[name] for name in LOSSES] == pytest.approx([row[name] for name in LOSSES], abs=1e-5)
 
 

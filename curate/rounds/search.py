@@ -22,7 +22,8 @@ from curate.models.spec import EncoderSpec
 from curate.parquet import open_table
 from curate.pool.images import Dropped, clean_caption
 from curate.pool.shards import Pool, Shard, load_pool
-from curate.rounds.trace import find_uid, newest_round
+from curate.rounds.committed import newest_round
+from curate.rounds.trace import find_uid
 from curate.storage import Store
 
 Tower = Literal["zimg", "ztxt"]

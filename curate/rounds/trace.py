@@ -1,10 +1,8 @@
 """Trace: why a pair is in or out of each round, from what the root holds."""
 
-import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,44 +21,13 @@ from curate.embed.files import (
 )
 from curate.errors import UserError
 from curate.models.spec import EncoderSpec
-from curate.pool.shards import Pool, Shard, load_pool
+from curate.pool.shards import Shard
+from curate.rounds.committed import Committed, newest_round, open_rounds
 from curate.rounds.explain import committed_rounds
-from curate.rounds.manifest import Manifest, is_expired, last_round, read_manifest, steps_folder
-from curate.rounds.quality import selection_of
+from curate.rounds.manifest import is_expired
 from curate.select.files import read_selected, selected_name
-from curate.select.index import Index, look_up, read_duplicates, read_index, uid_digest
-from curate.select.windows import (
-    EpochRange,
-    Window,
-    cut_name,
-    read_cut,
-    row_keys,
-    stretches,
-    super_batch_of,
-    window_scope,
-    windows_of,
-)
+from curate.select.index import look_up, read_duplicates, uid_digest
 from curate.storage import Store
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Context:
-    """What is needed to follow a pair through one committed round."""
-
-    manifest: Manifest
-    pool: Pool
-    index: Index
-    reference: EncoderSpec
-    learner: EncoderSpec | None
-    """None if no round of such a recipe looks at it."""
-    selection: Mapping[str, Any]
-    """Section of the recipe."""
-    steps: str
-    windows: tuple[Window, ...]
-    taken: EpochRange
-    seed: int
-    super_batch_size: int
-    evaluation: tuple[str, ...]
 
 
 def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
@@ -69,7 +36,7 @@ def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
     Raises:
         UserError: no committed round, or no row has this uid.
     """
-    contexts = _contexts(store, committed_rounds(store))
+    contexts = open_rounds(store, committed_rounds(store))
     newest = contexts[-1]
     rows = list(_find(store, newest, uid))
     if not rows:
@@ -87,36 +54,24 @@ def explain_uid(store: Store, uid: str) -> list[dict[str, Any]]:
     return rows
 
 
-def newest_round(store: Store) -> Manifest:
-    """The manifest of the newest round alone, however many there are.
-
-    Raises:
-        UserError: there is none.
-    """
-    newest = read_manifest(store, last_round(store))
-    if newest is None:
-        raise UserError(f"{store.url}: expected a committed round, found none; run curate round first")
-    return newest[0]
-
-
 def find_uid(store: Store, uid: str) -> tuple[Shard, int, str]:
     """Where the first row with this uid lies in the pool of the newest round, and whether it could be used.
 
     Raises:
         UserError: no committed round, or no row has this uid.
     """
-    (context,) = _contexts(store, [newest_round(store)])
+    (context,) = open_rounds(store, [newest_round(store)])
     row = next(_find(store, context, uid), None)
     if row is None:
         raise _no_such(uid, context)
     return next(shard for shard in context.pool.shards if shard.key == row["key"]), row["row"], row["status"]
 
 
-def _no_such(uid: str, context: _Context) -> UserError:
+def _no_such(uid: str, context: Committed) -> UserError:
     return UserError(f"uid {uid}: none of the {context.pool.rows:,} rows of the pool has it; uids are in curate.uid")
 
 
-def _find(store: Store, context: _Context, uid: str) -> Iterator[dict[str, Any]]:
+def _find(store: Store, context: Committed, uid: str) -> Iterator[dict[str, Any]]:
     """The rows with this uid: one look-up in the index, one embedding file for each."""
     pool = context.pool
     if pool.columns.uid:
@@ -145,7 +100,7 @@ def _find(store: Store, context: _Context, uid: str) -> Iterator[dict[str, Any]]
         }
 
 
-def _follow(store: Store, context: _Context, key: str, row: int, content: npt.NDArray[np.uint64]) -> dict[str, Any]:
+def _follow(store: Store, context: Committed, key: str, row: int, content: npt.NDArray[np.uint64]) -> dict[str, Any]:
     """What one round did with a usable row of the shard that `key` names: this very file, whatever its name then."""
     number = context.manifest.round
     index = next((s.index for s in context.pool.shards if s.key == key), None)
@@ -160,19 +115,20 @@ def _follow(store: Store, context: _Context, key: str, row: int, content: npt.ND
     for original in repeated.filter(pc.field("row") == row).to_pylist():
         place = {"shard": context.pool.shards[original["duplicate_of_shard"]].name, "row": original["duplicate_of_row"]}
         return {"round": number, "outcome": "duplicate_exact", "duplicate_of": place}
-    if (found := _sub_batch(store, context, index, content)) is None:
+    cut = context.cut_of(index)
+    sub_batch = -1 if cut is None else int(cut.sub_batches(content)[0])
+    if cut is None or sub_batch < 0:
         return {"round": number, "outcome": "other_round"}
-    sub_batch, scope = found
     table, _ = read_selected(store, selected_name(context.steps, sub_batch))
     here = table.filter((pc.field("shard") == index) & (pc.field("row") == row)).to_pylist()
     if not here:
-        return {"round": number, "sub_batch": sub_batch} | _not_selected(store, context, shard, row, table, scope)
+        return {"round": number, "sub_batch": sub_batch} | _not_selected(store, context, shard, row, table, cut.scope)
     kept = ("sub_batch", "position", "chunk", "score", "learner_loss", "reference_loss")
     return {"round": number, "outcome": "selected"} | {name: here[0][name] for name in kept}
 
 
 def _not_selected(
-    store: Store, context: _Context, shard: Shard, row: int, chosen: pa.Table, scope: str
+    store: Store, context: Committed, shard: Shard, row: int, chosen: pa.Table, scope: str
 ) -> dict[str, Any]:
     """What a candidate had to show for itself, beside the least that any row had which was chosen in its place.
 
@@ -225,64 +181,3 @@ def _independent_score(selection: Mapping[str, Any], losses: Mapping[str, float 
         if sign and value is not None
     ]
     return sum(known) if selection["method"] != "uniform" and len(known) == sum(map(abs, signs)) else None
-
-
-def _sub_batch(store: Store, context: _Context, shard: int, content: npt.NDArray[np.uint64]) -> tuple[int, str] | None:
-    """Number of the sub-batch whose super-batch held a candidate of a shard, and the scope of the learner's files.
-
-    None if it was another round's.
-    """
-    epoch = context.taken.epoch
-    for stretch in stretches(context.windows, context.taken, context.super_batch_size):
-        if shard not in stretch.window.shards:
-            continue
-        shards = [context.pool.shards[i] for i in stretch.window.shards]
-        name = cut_name(
-            context.index.folder, shards, seed=context.seed, epoch=epoch, super_batch_size=context.super_batch_size
-        )
-        if (cut := read_cut(store, name)) is None:
-            raise UserError(f"{name}: expected where a window of the round is cut, found nothing; restore the file")
-        inside = cut[stretch.start : stretch.start + stretch.super_batches + 1]
-        found = int(super_batch_of(row_keys(content, seed=context.seed, epoch=epoch), inside)[0])
-        scope = window_scope(context.index.folder, seed=context.seed, epoch=epoch, low=inside[0], high=inside[-1])
-        return (stretch.first + found, scope) if found >= 0 else None
-    return None
-
-
-def _contexts(store: Store, manifests: Sequence[Manifest]) -> list[_Context]:
-    """Of some rounds; what several of them share is read once."""
-    pool_of = functools.cache(lambda fingerprint: load_pool(store, fingerprint))
-    index_of = functools.cache(lambda folder: read_index(store, folder))
-    found = []
-    for manifest in manifests:
-        lineage = manifest.lineage
-        pool, index = pool_of(lineage["pool"]["fingerprint"]), index_of(lineage["index"])
-        if index is None:
-            raise UserError(
-                f"{lineage['index']}/index.json: expected the index of round {manifest.round}, found none; restore it"
-            )
-        _, seed, super_batch_size, window_rows = lineage["windows"]["through"]
-        taken = EpochRange(**lineage["windows"]["taken"])
-        found.append(
-            _Context(
-                manifest=manifest,
-                pool=pool,
-                index=index,
-                reference=EncoderSpec(**lineage["reference"]),
-                learner=_spec(lineage["learner"]),
-                selection=selection_of(manifest),
-                steps=steps_folder(manifest.round, lineage["plan"]),
-                windows=tuple(
-                    windows_of(pool.shards, index.candidates, seed=seed, epoch=taken.epoch, window_rows=window_rows)
-                ),
-                taken=taken,
-                seed=seed,
-                super_batch_size=super_batch_size,
-                evaluation=tuple((lineage["dedup"] or {"evaluation": ()})["evaluation"]),
-            )
-        )
-    return found
-
-
-def _spec(learner: Mapping[str, Any] | None) -> EncoderSpec | None:
-    return EncoderSpec(**{name: value for name, value in learner.items() if name != "number"}) if learner else None
