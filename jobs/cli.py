@@ -246,6 +246,24 @@ def search(
 
 
 @app.command()
+def report(
+    root: Annotated[str, typer.Argument(help="root of a curation")],
+    number: Annotated[int | None, typer.Option("--round", help="the newest if not given", min=0)] = None,
+    to: Annotated[Path | None, typer.Option("-o", "--to", help="report-rN.html if not given", metavar="FILE")] = None,
+) -> None:
+    """Show a round as pictures and plots in one HTML file: chosen, left, unusable, duplicates, and how rounds go."""
+    from curate.rounds.committed import newest_round  # noqa: PLC0415
+    from curate.storage import Store  # noqa: PLC0415
+    from jobs.report import write_report  # noqa: PLC0415
+
+    store = Store(expand(root))
+    number = newest_round(store).round if number is None else number
+    path = _in_a_folder("--to", to or Path(f"report-r{number:06d}.html"))
+    write_report(store, number, path)
+    print(path)
+
+
+@app.command()
 def reshard(
     shard: Annotated[str, typer.Argument(help="Parquet file with too large row groups; with --shuffle a pool")],
     to: Annotated[str, typer.Option(help="folder for the new shards; with --shuffle also s3://bucket/prefix")],

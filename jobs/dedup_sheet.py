@@ -14,7 +14,7 @@ from curate.messages import counted
 from curate.parquet import read_table
 from curate.pool.shards import Pool, Shard
 from curate.storage import Store
-from jobs.sheet import Place, figure, read_pairs, section, write_page
+from jobs.page import Figure, Gallery, Place, picture, read_pairs, write_page
 
 SURE = ["duplicate_exact", "duplicate_image"]
 """Reasons that nobody need look at."""
@@ -56,9 +56,10 @@ def write_sheet(store: Store, pool: Pool, dedup: Dedup, path: Path, *, groups: i
     pictures = read_pairs(shards, [member.place for some in members for member in some[: MOST_MEMBERS + 1]])
     write_page(
         path,
+        "sheet.html.j2",
         title=f"Near-duplicates: {len(drawn)} of {counted(len(near), 'group')}",
         facts=", ".join(f"{reason} {rows:,}" for reason, rows in dedup.dropped.items()),
-        sections=[_section(some, shards, pictures) for some in members],
+        galleries=[_gallery(some, shards, pictures) for some in members],
     )
     return len(drawn)
 
@@ -89,14 +90,23 @@ def _members(head: Place, stays: str, dropped: pa.Table) -> list[_Member]:
     return [_Member(place=head, why=stays), *said]
 
 
-def _section(members: Sequence[_Member], shards: Sequence[Shard], pictures: dict[Place, tuple[bytes, str]]) -> str:
-    figures: list[str] = []
+def _gallery(
+    members: Sequence[_Member], shards: Sequence[Shard], pictures: dict[Place, tuple[bytes | None, str]]
+) -> Gallery:
+    figures: list[Figure] = []
     for member in members[: MOST_MEMBERS + 1]:
         shard, row = member.place
-        where = f"{shards[shard].name}, row {row}"
+        image, caption = pictures[member.place]
         figures.append(
-            figure(*pictures[member.place], why=member.why, where=where, kind="leaves" if figures else "stays")
+            Figure(
+                caption=caption,
+                image=picture(image),
+                title=member.why,
+                where=f"{shards[shard].name}, row {row}",
+                kind="leaves" if figures else "stays",
+            )
         )
     more = len(members) - 1 - MOST_MEMBERS
-    title = counted(len(members), "row") + (f", {more} more not shown" if more > 0 else "")
-    return section(title, figures)
+    return Gallery(
+        title=counted(len(members), "row") + (f", {more} more not shown" if more > 0 else ""), figures=figures
+    )

@@ -9,7 +9,7 @@ from curate.errors import InputChangedError, UserError
 from curate.messages import counted
 from curate.rounds.search import TOWERS, open_pool
 from curate.storage import Store
-from jobs.sheet import figure, read_pairs, section, write_page
+from jobs.page import Figure, Gallery, picture, read_pairs, write_page
 
 
 def search(
@@ -63,16 +63,18 @@ def search(
     names = [searched.pool.shards[one.shard].name for one in near]
     if sheet is not None:
         figures = [
-            figure(
-                *pairs[one.shard, one.row],
-                why=f"{one.cosine:.4f}",
-                where=f"{name}, row {one.row}, {one.uid}",
-                kind="stays",
+            Figure(
+                uid=one.uid,
+                caption=pairs[one.shard, one.row][1],
+                image=picture(pairs[one.shard, one.row][0]),
+                where=f"{name}, row {one.row}",
+                facts={"cosine": round(one.cosine, 4)},
             )
             for one, name in zip(near, names, strict=True)
         ]
         facts = f"by the reference's embeddings of {among}, of {counted(searched.pool.rows, 'row')}"
-        write_page(sheet, title=f"Nearest to {what}", facts=facts, sections=[section("", figures)])
+        found = [Gallery(title="", figures=figures)]
+        write_page(sheet, "sheet.html.j2", title=f"Nearest to {what}", facts=facts, galleries=found)
     return [
         {
             "cosine": round(one.cosine, 4),

@@ -29,6 +29,15 @@ def print_tables(shown: Sequence[Table | str]) -> None:
 
 def round_tables(found: dict[str, Any]) -> list[Table | str]:
     """What `curate show ROOT round N` says."""
+    steps = []
+    for step in found["steps"]:
+        steps.append({"step": step["step"], "rows in": step["rows_in"], "kept": step["kept"], "dropped": "", "why": ""})
+        steps += [{"dropped": rows, "why": reason} for reason, rows in step["dropped"].items() if rows]
+    return ["\n".join(round_facts(found)), table_of("every row of the pool, step by step", steps)]
+
+
+def round_facts(found: dict[str, Any]) -> list[str]:
+    """What there is to say of a round, a line each."""
     learner, reference = found["lineage"]["learner"], found["lineage"]["reference"]
     facts = [
         f"round {found['round']}: {counted(found['sub_batches'], 'sub-batch', 'sub-batches')} of "
@@ -67,12 +76,7 @@ def round_tables(found: dict[str, Any]) -> list[Table | str]:
         f"chosen again: {quality['chosen_again']:.1%} of this round; "
         f"{counted(quality['unique_examples'], 'unique example')} so far"
     )
-    facts += [f"skipped {line}" for line in found["skipped_shards"]]
-    steps = []
-    for step in found["steps"]:
-        steps.append({"step": step["step"], "rows in": step["rows_in"], "kept": step["kept"], "dropped": "", "why": ""})
-        steps += [{"dropped": rows, "why": reason} for reason, rows in step["dropped"].items() if rows]
-    return ["\n".join(facts), table_of("every row of the pool, step by step", steps)]
+    return facts + [f"skipped {line}" for line in found["skipped_shards"]]
 
 
 def dedup_tables(found: "Dedup", pool: "Pool") -> list[Table | str]:

@@ -221,9 +221,14 @@ def _gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def all_cpus() -> float:
+    """Of the cluster."""
+    return float(ray.cluster_resources().get("CPU", 1))
+
+
 def free_cpus() -> int:
     """Of the cluster's CPUs those for actors."""
-    return free_of(ray.cluster_resources().get("CPU", 1))
+    return free_of(all_cpus())
 
 
 def free_of(cpus: float) -> int:

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from curate.dedup.files import Dedup
 from curate.models.spec import EncoderSpec
 from curate.pool.shards import Pool
 from curate.recipe import Recipe, SelectionSection
+from curate.rounds.attempts import Stopwatch
 from curate.rounds.manifest import CuratedFile, Manifest, round_folder, steps_folder
 from curate.rounds.plan import Plan
 from curate.select.draw import needs_learner
@@ -29,6 +30,8 @@ class Site:
 
     store: Store
     devices: Devices
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    """Of this attempt."""
 
 
 @dataclass(frozen=True, kw_only=True)

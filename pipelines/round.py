@@ -15,6 +15,7 @@ from curate.embed.files import DAMAGED_SHARD, damage_of
 from curate.errors import UserError
 from curate.pool.shards import load_pool
 from curate.recipe import Recipe
+from curate.rounds.attempts import Stopwatch, write_attempt
 from curate.rounds.manifest import CuratedFile, Manifest, commit, last_round, read_manifest
 from curate.rounds.plan import pin_plan
 from curate.rounds.stream import END_NAME, stream_end
@@ -24,9 +25,9 @@ from curate.select.index import DUPLICATE_EXACT
 from curate.select.windows import Stretch, next_windows, stretches, windows_through
 from curate.storage import Store
 from curate.tally import Tally
-from pipelines.cluster import connect, footers_bar, remaking, take_devices
+from pipelines.cluster import all_cpus, connect, footers_bar, free_cpus, remaking, take_devices
 from pipelines.dedup import dedup_pool
-from pipelines.embed import embed_pool, embed_some
+from pipelines.embed import embed_pool, embed_some, workers_of
 from pipelines.index import index_pool
 from pipelines.quality import measure_round
 from pipelines.records import Drawn, Placed, Round, Site
@@ -79,9 +80,10 @@ def run_round(
         pool=load_pool(store, plan.pool),
         parent=read_manifest(store, number - 1),
     )
+    site = Site(store=store, devices=devices, watch=Stopwatch())
     made_here = ("embeddings/", "index/", "windows/", f"{round_.steps}/", f"{round_.folder}/curated-")
     return remaking(
-        lambda: _run_planned(Site(store=store, devices=devices), round_),
+        lambda: _run_planned(site, round_),
         store,
         lambda name: name.startswith(made_here) or (name.startswith("dedup/") and f"/{plan.pool}/" in name),
         say,
@@ -90,14 +92,36 @@ def run_round(
 
 def _run_planned(site: Site, round_: Round) -> Manifest:
     """A round from its plan to its manifest; what is there of it is found, and not made again."""
-    embed_all(site, round_)
-    round_ = decide(site, round_)
-    placed = place_round(site, round_, dedup_all(site, round_))
+    time = site.watch.time
+    with time("embed"):
+        embed_all(site, round_)
+    with time("decide"):
+        round_ = decide(site, round_)
+    with time("dedup"):
+        dedup = dedup_all(site, round_)
+    with time("index"):
+        placed = place_round(site, round_, dedup)
     done = draw_windows(site, round_, placed)
-    quality = measure_round(site, round_, placed)
+    with time("quality"):
+        quality = measure_round(site, round_, placed)
     manifest = account(round_, placed, done, quality)
+    _log_attempt(site, round_)
     commit(site.store, manifest)
     return manifest
+
+
+def _log_attempt(site: Site, round_: Round) -> None:
+    """What the round took, on what, at what price."""
+    resources, gpus = round_.recipe.resources, site.devices.gpus
+    write_attempt(
+        site.store,
+        round_.number,
+        site.watch,
+        cpus=all_cpus(),
+        gpus=gpus,
+        workers=workers_of(resources, gpus, free_cpus()),
+        price_per_hour=resources.price_per_hour,
+    )
 
 
 def embed_all(site: Site, round_: Round) -> None:
@@ -165,8 +189,10 @@ def draw_windows(site: Site, round_: Round, placed: Placed) -> Drawn:
     found = stretches(placed.windows, placed.taken, round_.recipe.selection.super_batch_size)
     drawn: list[Future[tuple[list[SubBatchStats], list[CuratedFile]]]] = []
     for stretch in found:
-        rows = cut_stretch(site, round_, placed, stretch)
-        embed_learner(site, round_, rows)
+        with site.watch.time("window"):
+            rows = cut_stretch(site, round_, placed, stretch)
+        with site.watch.time("embed learner"):
+            embed_learner(site, round_, rows)
         if drawn:
             drawn[-1].result()
         drawn.append(_beside(partial(draw_stretch, site, round_, rows, stretch)))
@@ -243,7 +269,8 @@ def draw_stretch(
         first=stretch.first,
         boundaries=rows.boundaries,
     )
-    stats = select_window(selection, shards, site.devices)
+    with site.watch.time("select"):
+        stats = select_window(selection, shards, site.devices)
     writing = Writing(
         store=site.store,
         columns=round_.pool.columns,
@@ -256,7 +283,8 @@ def draw_stretch(
         sub_batch_size=recipe.selection.sub_batch_size,
         per_file=max(1, recipe.output.file_rows // recipe.selection.sub_batch_size),
     )
-    return stats, write_window(writing, shards)
+    with site.watch.time("write"):
+        return stats, write_window(writing, shards)
 
 
 def account(round_: Round, placed: Placed, drawn: Drawn, quality: dict[str, Any]) -> Manifest:

@@ -278,9 +278,9 @@ MUTANTS = [
     ),
     Mutant(
         "captions are text",
-        "jobs/sheet.py",
-        "said, at = html.escape(caption), html.escape(where)",
-        "said, at = caption, html.escape(where)",
+        "jobs/page.py",
+        "autoescape=True",
+        "autoescape=False",
         "tests/test_dedup.py -k obeys",
     ),
     Mutant(

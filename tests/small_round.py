@@ -25,6 +25,7 @@ from tests.faults import FaultProxy
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 
+OF_ONE_ATTEMPT = re.compile(r"events\.out|attempt-")
 STAGES = ("dedup", "round", "train")
 """Each begins with what the one before it left."""
 BLAMED = re.compile(
@@ -79,7 +80,7 @@ def left(root: Path) -> dict[str, str]:
     return {
         str(name): what_it_says(str(name), path.read_bytes())
         for name, path in paths
-        if not any(part.startswith(".") for part in name.parts) and "events.out" not in path.name
+        if not any(part.startswith(".") for part in name.parts) and not OF_ONE_ATTEMPT.search(path.name)
     }
 
 
@@ -97,7 +98,8 @@ def what_it_says(name: str, data: bytes) -> str:
 def published(root: str) -> dict[str, str]:
     """What a reader meets: manifests and curated files, by their hashes."""
     store = Store(root)
-    names = [name for folder in store.list("rounds") for name in store.list(folder) if "steps-" not in name]
+    folders = store.list("rounds")
+    names = [name for folder in folders for name in store.list(folder) if not re.search("/(steps|attempt)-", name)]
     return {name: hashlib.sha256(store.read_bytes(name)).hexdigest() for name in names}
 
 
@@ -179,7 +181,8 @@ class OnS3:
 
     def left(self, prefix: str) -> dict[str, str]:
         """As `left` of a local root."""
-        found = {name: tag for name, tag in self.objects(prefix).items() if not name.startswith(".")}
+        objects = self.objects(prefix).items()
+        found = {name: tag for name, tag in objects if not name.startswith(".") and not OF_ONE_ATTEMPT.search(name)}
         for name in [name for name in found if "/checkpoint-" in name]:
             answer = self.client.get_object(Bucket=self.bucket, Key=f"{prefix}/{name}")
             found[name] = what_it_says(name, answer["Body"].read())

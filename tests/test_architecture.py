@@ -25,7 +25,19 @@ ROOMS = {
     "embed": ["decode", "files", "room", "pieces", "loader", "shard", "run"],
     "dedup": ["files", "grouping", "forests", "neighbours"],
     "select": ["topics", "windows", "index", "files", "standing", "draw", "load"],
-    "rounds": ["manifest", "write", "quality", "plan", "stream", "explain", "committed", "trace", "search", "gc"],
+    "rounds": [
+        "manifest",
+        "attempts",
+        "write",
+        "quality",
+        "plan",
+        "stream",
+        "explain",
+        "committed",
+        "trace",
+        "search",
+        "gc",
+    ],
     "reader": ["pieces", "curated", "uniform", "evaluate"],
 }
 """The folders of curate/ and their modules: each imports only modules above itself, in its own folder or before it."""

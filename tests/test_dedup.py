@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import hashlib
-import html
 import io
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import escape
 from PIL import Image
 from rich.console import Console
 
@@ -407,8 +407,8 @@ def test_a_sheet_shows_what_captions_say_and_obeys_nothing(tmp_path: Path, kinds
     store, pool, dedup = dedup_recipe(recipe, base=tmp_path)
     assert write_sheet(store, pool, dedup, tmp_path / "sheet.html", groups=4) == 1
     sheet = (tmp_path / "sheet.html").read_text()
-    assert "<script" not in sheet
-    assert html.escape(evil) in sheet
+    assert sheet.count("<script") == 1  # the page's own
+    assert sheet.count(str(escape(evil))) >= 3
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -433,7 +433,7 @@ def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(tmp_path: Path) -> 
     assert sum(rows for status, rows in dedup.statuses.items() if status.startswith("image")) > 0
     drawn = write_sheet(store, pool, dedup, tmp_path / "sheet.html", groups=4)
     sheet = (tmp_path / "sheet.html").read_text()
-    assert drawn == sheet.count("<section>") == 4
+    assert drawn == sheet.count('<div class="gallery">') == 4
     shown_to = io.StringIO()
     for item in dedup_tables(dedup, pool):
         Console(file=shown_to, width=200).print(item)
@@ -446,7 +446,7 @@ def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(tmp_path: Path) -> 
     assert re.search(rf"{stay:,} │ no, they stay", said)
     pictures = {image for shard in [*pool.shards] for image in pq.read_table(shard.path)["jpg"].to_pylist()}
     pictures |= set(pq.read_table(tmp_path / "test-set" / "00000.parquet")["jpg"].to_pylist())
-    shown = [base64.b64decode(found) for found in re.findall('src="data:image;base64,([^"]+)"', sheet)]
+    shown = [base64.b64decode(found) for found in re.findall('src="data:image/[a-z]+;base64,([^"]+)"', sheet)]
     assert len(shown) >= 8
     assert set(shown) <= pictures
     assert sheet.count('class="stays"') == 4
