@@ -22,7 +22,15 @@ from curate.rounds.stream import END_NAME, stream_end
 from curate.rounds.write import curated_schema
 from curate.select.files import SubBatchStats
 from curate.select.index import DUPLICATE_EXACT
-from curate.select.windows import Stretch, next_windows, stretches, windows_through
+from curate.select.windows import (
+    EARLIER_ROUND,
+    LATER_ROUND,
+    WINDOW_END,
+    Stretch,
+    next_windows,
+    stretches,
+    windows_through,
+)
 from curate.storage import Store
 from curate.tally import Tally
 from pipelines.cluster import all_cpus, connect, footers_bar, free_cpus, remaking, take_devices
@@ -297,7 +305,11 @@ def account(round_: Round, placed: Placed, drawn: Drawn, quality: dict[str, Any]
         step="window",
         rows_in=candidates,
         kept=taken * B,
-        dropped={"other_round": (held - taken) * B, "window_end": candidates - held * B},
+        dropped={
+            EARLIER_ROUND: placed.taken.start * B,
+            LATER_ROUND: (held - placed.taken.stop) * B,
+            WINDOW_END: candidates - held * B,
+        },
     )
     parent, parent_sha256 = round_.parent or (None, None)
     return Manifest(

@@ -82,7 +82,7 @@ def test_what_was_not_chosen_is_told_with_its_score(world: Path, tmp_path: Path,
     for uid in left[::9]:
         (outcome,) = explain_uid(store, uid)[0]["rounds"]
         if outcome["outcome"] != "not_selected":
-            assert outcome["outcome"] == "other_round"
+            assert outcome["outcome"] == "later_round"
             continue
         seen += 1
         assert (outcome["learner_loss"] is None) == (of_learner == 0)

@@ -46,7 +46,7 @@ def manifest(store: Store | None, number: int = 0, parent: str | None = None) ->
         pool_rows=50,
         tallies=(
             Tally(step="embed", rows_in=50, kept=40, dropped={"image_empty": 3, "caption_empty": 7}),
-            Tally(step="window", rows_in=40, kept=20, dropped={"other_round": 20}),
+            Tally(step="window", rows_in=40, kept=20, dropped={"later_round": 20}),
             Tally(step="select", rows_in=20, kept=16, dropped={"not_selected": 4}),
         ),
         learnability=(0.1, None, 0.3, -1.5e-9),

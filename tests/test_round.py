@@ -225,7 +225,7 @@ def test_why_a_pair_is_in_or_out(world: Path, committed: tuple[Recipe, Manifest]
     kept = {row["key"] for row in curated(recipe, manifest).to_pylist()}
     left = next(row for row in rows if not row["broken"] and not row["duplicate_of"] and row["key"] not in kept)
     (found,) = explain_uid(store, left["key"])
-    assert found["rounds"][0]["outcome"] in {"not_selected", "other_round"}
+    assert found["rounds"][0]["outcome"] in {"not_selected", "later_round"}
     with pytest.raises(UserError, match="none of the 600 rows"):
         explain_uid(store, "nobody")
 
@@ -398,7 +398,7 @@ def test_near_duplicates_leave_before_any_is_chosen(world: Path, warm: Path, tmp
     other = shown["near_duplicate"]["representative"]
     (place,) = [shard.index for shard in pool.shards if shard.name == other["shard"]]
     (stays,) = explain_uid(store, keys[place][other["row"]])
-    assert stays["rounds"][0]["outcome"] in ("selected", "not_selected", "other_round")
+    assert stays["rounds"][0]["outcome"] in ("selected", "not_selected", "later_round")
 
     # The next round goes on; with other settings it begins a new epoch.
     later = run_round(recipe, base=world)

@@ -1,6 +1,7 @@
 """Rounds that take a window of a pool of many shards: what they touch, and that nothing else changes."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +112,21 @@ def test_windows_of_an_epoch_offer_each_row_once_and_every_row_is_accounted_for(
         assert 0 < window.dropped["window_end"] < 2 * B  # of two windows
     keys = pq.ParquetDataset(world / "pool").read(columns=["key"])["key"].to_pylist()
     outcomes = [explain_uid(Store(str(tmp_path / "root")), key)[0].get("rounds", []) for key in keys[::16]]
-    assert {outcome["outcome"] for rows in outcomes for outcome in rows} >= {"not_selected", "other_round"}
+    told = [Counter(rows[i]["outcome"] for rows in outcomes if rows) for i in range(2)]
+    assert told[0]["earlier_round"] == 0
+    assert told[0]["later_round"] > told[1]["later_round"] > 0
+    assert told[1]["earlier_round"] > 0
+    for rows in outcomes:  # whose turn was earlier was looked at then, and whose turn came later was looked at now
+        if rows and rows[1]["outcome"] == "earlier_round":
+            assert rows[0]["outcome"] in ("selected", "not_selected")
+        if rows and rows[1]["outcome"] in ("selected", "not_selected"):
+            assert rows[0]["outcome"] == "later_round"
 
 
 def held_super_batches(manifest: Manifest) -> int:
     """Of an epoch."""
     window = manifest.tallies[2]
-    return (window.kept + window.dropped["other_round"]) // B
+    return (window.kept + window.dropped["earlier_round"] + window.dropped["later_round"]) // B
 
 
 def test_a_round_of_several_windows_is_the_same_after_a_kill_and_by_another_cut(

@@ -15,6 +15,9 @@ from curate.rounds.manifest import Manifest, last_round, read_manifest, steps_fo
 from curate.rounds.quality import selection_of
 from curate.select.index import Index, read_index
 from curate.select.windows import (
+    EARLIER_ROUND,
+    LATER_ROUND,
+    WINDOW_END,
     EpochRange,
     Window,
     cut_name,
@@ -79,20 +82,48 @@ class Committed:
         Raises:
             UserError: the record of the window is gone.
         """
-        epoch = self.taken.epoch
         for stretch in stretches(self.windows, self.taken, self.super_batch_size):
             if shard not in stretch.window.shards:
                 continue
-            shards = [self.pool.shards[i] for i in stretch.window.shards]
-            name = cut_name(
-                self.index.folder, shards, seed=self.seed, epoch=epoch, super_batch_size=self.super_batch_size
-            )
-            if (cut := read_cut(self.store, name)) is None:
+            name, cut = self._cut(stretch.window)
+            if cut is None:
                 raise UserError(f"{name}: expected where a window of the round is cut, found nothing; restore the file")
             inside = cut[stretch.start : stretch.start + stretch.super_batches + 1]
+            epoch = self.taken.epoch
             scope = window_scope(self.index.folder, seed=self.seed, epoch=epoch, low=inside[0], high=inside[-1])
             return Cut(first=stretch.first, boundaries=inside, seed=self.seed, epoch=epoch, scope=scope)
         return None
+
+    def turn_of(self, shard: int, content: npt.NDArray[np.uint64]) -> str:
+        """Why a candidate [1, 2] of a shard is not this round's: the reason in the round's tally.
+
+        Of a window that no round has come to yet nobody knows which candidates will be left at its end.
+        """
+        begin = 0
+        for window in self.windows:
+            held = window.candidates // self.super_batch_size
+            if shard in window.shards:
+                break
+            begin += held
+        _, cut = self._cut(window)
+        inside = 0
+        if cut is not None:
+            inside = int(super_batch_of(row_keys(content, seed=self.seed, epoch=self.taken.epoch), cut)[0])
+        if inside < 0:
+            return WINDOW_END
+        return EARLIER_ROUND if begin + inside < self.taken.start else LATER_ROUND
+
+    def _cut(self, window: Window) -> tuple[str, tuple[int, ...] | None]:
+        """The record of where a window is cut: its name, and what it holds if it is there."""
+        shards = [self.pool.shards[i] for i in window.shards]
+        name = cut_name(
+            self.index.folder,
+            shards,
+            seed=self.seed,
+            epoch=self.taken.epoch,
+            super_batch_size=self.super_batch_size,
+        )
+        return name, read_cut(self.store, name)
 
 
 def newest_round(store: Store) -> Manifest:

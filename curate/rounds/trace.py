@@ -118,7 +118,7 @@ def _follow(store: Store, context: Committed, key: str, row: int, content: npt.N
     cut = context.cut_of(index)
     sub_batch = -1 if cut is None else int(cut.sub_batches(content)[0])
     if cut is None or sub_batch < 0:
-        return {"round": number, "outcome": "other_round"}
+        return {"round": number, "outcome": context.turn_of(index, content)}
     table, _ = read_selected(store, selected_name(context.steps, sub_batch))
     here = table.filter((pc.field("shard") == index) & (pc.field("row") == row)).to_pylist()
     if not here:
