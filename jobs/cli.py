@@ -21,7 +21,7 @@ from tqdm import tqdm
 from curate.errors import CurateError, UserError
 from curate.messages import counted
 from jobs.surroundings import expand, expand_path, of_the_disk, printable
-from jobs.tables import Shown, dedup_tables, print_tables, round_tables, table_of, turned, uid_tables
+from jobs.tables import dedup_tables, print_tables, round_tables, table_of
 
 if TYPE_CHECKING:
     from curate.recipe import Recipe
@@ -34,7 +34,6 @@ RecipeArgument = Annotated[Path, typer.Argument(help="TOML file", metavar="RECIP
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.field=value, overrides the recipe; may be repeated")
 ]
-SHOWN_ROUNDS = 8
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -87,7 +86,7 @@ def round_(
     """
     loaded = _load(recipe, overrides)
     from curate.rounds.explain import describe_round  # noqa: PLC0415
-    from curate.rounds.manifest import last_round  # noqa: PLC0415
+    from curate.rounds.manifest import last_round, round_folder  # noqa: PLC0415
     from curate.rounds.plan import plan_name  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
     from pipelines.round import run_round  # noqa: PLC0415
@@ -98,6 +97,7 @@ def round_(
         _note(f"round {number - 1} is committed (--round {number - 1} shows it); this begins round {number}")
     manifest = run_round(loaded, base=recipe.parent, number=number, say=_note)
     print_tables(round_tables(describe_round(store, manifest.round)))
+    _note(f"{store.url}/{round_folder(manifest.round)}: its files; look at them: curate report {store.url}")
 
 
 @app.command()
@@ -185,32 +185,26 @@ def rounds(
 @app.command()
 def show(
     root: Annotated[str, typer.Argument(help="root of a curation")],
-    what: Annotated[list[str] | None, typer.Argument(help="rounds | round N | uid U", metavar="[WHAT]")] = None,
+    what: Annotated[
+        list[str] | None, typer.Argument(help="rounds | round N | uid U | diff A B | orphans", metavar="[WHAT]")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="with uid U: also save its picture here", metavar="FILE")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what was chosen, what was dropped, and why."""
-    from curate.rounds import explain  # noqa: PLC0415
-    from curate.rounds.trace import explain_uid  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
+    from jobs import show as showing  # noqa: PLC0415
 
-    store = Store(expand(root))
-    match what or ["rounds"]:
-        case ["rounds"]:
-            found: Any = explain.summarize_rounds(store)
-            # Upright: a round has more to say than a line holds. --json has all of them.
-            shown: Shown = [table_of("the newest rounds", turned(found[-SHOWN_ROUNDS:]))]
-        case ["round", number] if number.isdecimal():
-            found = explain.describe_round(store, int(number))
-            shown = round_tables(found)
-        case ["uid", uid]:
-            found = explain_uid(store, uid)
-            shown = [table for row in found for table in uid_tables(row)]
-        case other:
-            raise UserError(f"show {' '.join(other)}: expected rounds, round N or uid U")
+    store, asked = Store(expand(root)), what or ["rounds"]
+    if picture is not None and asked[0] != "uid":
+        raise UserError(f"--picture {picture}: expected with uid U, found show {' '.join(asked)}; name a uid")
+    found, shown = showing.show(store, asked)
     if as_json:
         print(json.dumps(found, indent=1))
-        return
-    print_tables(shown)
+    else:
+        print_tables(shown)
+    if picture is not None:
+        showing.save_picture(store, asked[1], _in_a_folder("--picture", picture))
 
 
 @app.command()

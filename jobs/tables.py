@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -16,15 +17,31 @@ if TYPE_CHECKING:
 
 Shown = Sequence[Table | str]
 LOG_COLUMNS = 140
+NAME_COLUMNS, ROUND_COLUMNS = 16, 18
+"""Of a table of rounds: its first column, and each of the others."""
 SHOWN_GROUPS = 8
+INDENT = " " * 12
+OUTCOMES = {
+    "earlier_round": "its turn in this epoch was in an earlier round",
+    "later_round": "its turn in this epoch comes in a later round",
+    "window_end": "left over where its window is cut into super-batches; waits for the next epoch",
+    "not_in_pool": "the pool did not hold it",
+    "round_expired": "what this round selected was removed",
+    "embedding_nonfinite": "left out: a model made no finite vector of it",
+}
+"""What became of a pair, for people."""
 
 
 def print_tables(shown: Sequence[Table | str]) -> None:
     """Print tables and lines, as wide as the terminal."""
-    # A log has no width of its own; 80 columns would break every number in two.
-    console = Console(width=None if sys.stdout.isatty() else LOG_COLUMNS, highlight=False, markup=False)
+    console = _console()
     for item in shown:
         console.print(printable(item) if isinstance(item, str) else item)
+
+
+def _console() -> Console:
+    # A log has no width of its own; 80 columns would break every number in two.
+    return Console(width=None if sys.stdout.isatty() else LOG_COLUMNS, highlight=False, markup=False)
 
 
 def round_tables(found: dict[str, Any]) -> list[Table | str]:
@@ -114,18 +131,61 @@ def dedup_tables(found: "Dedup", pool: "Pool") -> list[Table | str]:
     return ["\n".join(facts), table_of("rows", rows), *([table_of("the largest groups", largest)] if largest else [])]
 
 
-def uid_tables(row: dict[str, Any]) -> list[Table]:
-    """What `curate show ROOT uid U` says of one row."""
-    place = {name: row[name] for name in ("uid", "shard", "row", "status", "error") if row[name] is not None}
-    tables = [table_of("row", [place])]
-    if row.get("rounds"):
-        tables.append(table_of("rounds", row["rounds"]))
-    return tables
+def rounds_table(rounds: list[dict[str, Any]]) -> Table:
+    """What `curate show ROOT rounds` says: as many of the newest as there is room for."""
+    width = _console().width
+    # Upright: a round has more to say than a line holds. --json has all of them.
+    newest = rounds[-max(1, (width - NAME_COLUMNS) // ROUND_COLUMNS) :]
+    return table_of("the newest rounds" if len(newest) < len(rounds) else "rounds", _turned(newest))
+
+
+def story_of(row: dict[str, Any]) -> list[str]:
+    """What `curate show ROOT uid U` says of one row, a line or two for each round."""
+    lines = [f"{row['uid']}: row {row['row']:,} of {row['shard']}"]
+    if row["status"] != "ok":
+        why = f" ({row['error']})" if row["error"] else ""
+        return [*lines, f"cannot be used: {row['status']}{why}"]
+    return lines + [line for one in row["rounds"] for line in _of_round(one)]
+
+
+def _of_round(one: dict[str, Any]) -> list[str]:
+    head = f"round {one['round']:<5} "
+    match one["outcome"]:
+        case "selected":
+            line = f"chosen: sub-batch {one['sub_batch']}, place {one['position']}, chunk {one['chunk']}, score "
+            return [f"{head}{line}{one['score']:.4f}", *_losses(one)]
+        case "not_selected":
+            found = [f"{head}not chosen: a candidate for sub-batch {one['sub_batch']}", *_losses(one)]
+            own, least = one["independent_score"], one["least_chosen"]
+            if own is not None and least is not None:
+                missed = least - own
+                how = f"{missed:.4f} below" if missed > 0 else f"{-missed:.4f} above"
+                found.append(f"{INDENT}alone it scores {own:.4f}: {how} the least chosen, {least:.4f}")
+                if missed <= 0:
+                    found.append(f"{INDENT}what a pair adds to its batch counts as well, and rows are drawn")
+            return found
+        case reason if "duplicate_of" in one:
+            of = one["duplicate_of"]
+            line = f"{head}left out, {reason}: of row {of['row']:,} of {of['shard']}"
+            if "similarity" in one:
+                line += f", cosine {one['similarity']:.4f}"
+            return [line]
+        case reason:
+            return [f"{head}{OUTCOMES.get(reason, reason)}"]
+
+
+def _losses(one: dict[str, Any]) -> list[str]:
+    told = [
+        f"{model}'s loss {one[name]:.4f}"
+        for model, name in (("learner", "learner_loss"), ("reference", "reference_loss"))
+        if one.get(name) is not None
+    ]
+    return [INDENT + ", ".join(told)] if told else []
 
 
 def table_of(title: str, rows: list[dict[str, Any]]) -> Table:
     """Rows as a table, a column for each name."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, title_style="bold")
     names = list(dict.fromkeys(name for row in rows for name in row))
     for name in names:
         numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
@@ -135,7 +195,7 @@ def table_of(title: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def turned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _turned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows as columns, headed by their first value; what none of them has is left out."""
     first, *names = rows[0]
     known = [name for name in names if any(row[name] is not None for row in rows)]

@@ -144,8 +144,8 @@ def test_without_a_verb_help_is_shown(curate: Curate) -> None:
         (["rounds", "--json"], "expected a committed round, found none; run: curate round RECIPE"),
         (["round", "3"], "round 3 is not committed"),
         (["uid", "abc"], "expected a committed round, found none"),
-        (["round", "three"], "show round three: expected rounds, round N or uid U"),
-        (["everything"], "show everything: expected rounds, round N or uid U"),
+        (["round", "three"], "show round three: expected rounds, round N, uid U, diff A B or orphans"),
+        (["everything"], "show everything: expected rounds, round N, uid U, diff A B or orphans"),
     ],
 )
 def test_show_where_there_is_nothing_to_show(curate: Curate, tmp_path: Path, what: list[str], expected: str) -> None:
@@ -342,8 +342,10 @@ def test_a_round_that_was_committed_by_a_command_that_was_killed(
     monkeypatch.setattr("pipelines.round.run_round", run_round)
     monkeypatch.setattr("jobs.cli.round_tables", lambda _: [])
     ended = curate("round", recipe)
-    assert (ended.returncode, ended.stderr) == (0, "round 0 is committed (--round 0 shows it); this begins round 1\n")
-    assert curate("round", recipe, "--round", "0").stderr == ""
+    where = f"{store.url}/rounds/r000000: its files; look at them: curate report {store.url}\n"
+    begins = "round 0 is committed (--round 0 shows it); this begins round 1\n"
+    assert (ended.returncode, ended.stderr) == (0, begins + where)
+    assert curate("round", recipe, "--round", "0").stderr == where
     store.put_bytes(plan_name(1), b"begun")  # is finished, as everybody expects
-    assert curate("round", recipe).stderr == ""
+    assert curate("round", recipe).stderr == where
     assert ran == [1, 0, 1]

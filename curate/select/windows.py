@@ -30,8 +30,8 @@ ROW = np.dtype([("key", "<u8"), ("content_low", "<u8"), ("content_high", "<u8"),
 """One candidate: its key, both halves of its content hash, where it lies in the pool."""
 
 EARLIER_ROUND, LATER_ROUND, WINDOW_END = "earlier_round", "later_round", "window_end"
-"""Why candidates are not a round's: their turn was before it or comes after it in this epoch, or they are left over when a
-window is cut into super-batches."""
+"""Why candidates are not a round's: their turn was before it or comes after it in this epoch, or they are left over
+where a window is cut into super-batches."""
 END = 2**64
 """Beyond the largest key."""
 MIXED_SHARDS = 16
