@@ -92,18 +92,20 @@ def matrices(pairs: Mapping[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.f
     """Matrices [n, n], of each name one above another: before and after."""
     figure, axes = _figure(2 * len(pairs), width=2.5 * len(pairs), height=5.2, rows=2)
     for column, (name, both) in enumerate(pairs.items()):
-        # One scale for both, with the extremes cut off that would leave all else in one shade.
-        low, high = np.quantile(np.concatenate([one.ravel() for one in both]), [0.01, 0.99])
+        # One scale for both, that of what is beside the diagonal: the pairs themselves would leave it in one shade.
+        beside = [one[~np.eye(len(one), dtype=bool)] for one in both]
+        low, high = np.quantile(np.concatenate(beside), [0.01, 0.99])
         for row, (when, matrix) in enumerate(zip(("at random", "chosen"), both, strict=True)):
             at = axes[row * len(pairs) + column]
             at.imshow(matrix, cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
             at.set_xticks([])
             at.set_yticks([])
-            at.set_title(f"{name}\n{when}, mean {matrix.mean():.3f}", fontsize=9)
-    means = "; ".join(
-        f"{name}: {both[0].mean():.3f} at random, {both[1].mean():.3f} chosen" for name, both in pairs.items()
+            at.set_title(f"{name}, {when}\nsum / rows {matrix.sum() / len(matrix):.3f}", fontsize=9)
+    sums = "; ".join(
+        f"{name}: {both[0].sum() / len(both[0]):.3f} at random, {both[1].sum() / len(both[1]):.3f} chosen"
+        for name, both in pairs.items()
     )
-    return _svg(figure, f"Matrices of pair losses, pictures by captions. Means: {means}")
+    return _svg(figure, f"Matrices of pair losses, pictures by captions. Sums per row: {sums}")
 
 
 def _figure(count: int, *, width: float, height: float = 2.6, rows: int = 1) -> tuple[Figure, list[Axes]]:

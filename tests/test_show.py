@@ -96,7 +96,7 @@ def test_each_pair_has_its_story_on_one_screen(root: Path, capsys: pytest.Captur
             assert outcome not in outcomes or phrase in text
         if row["status"] != "ok":
             assert f"cannot be used: {row['status']}" in text
-    assert said >= {"selected", "not_selected", "later_round", "duplicate_exact", "image_truncated"}
+    assert said >= {"selected", "not_selected", "later_round", "duplicate_exact", "caption_empty"}
 
 
 def test_by_how_much_a_pair_missed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
