@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from curate import progress
 from curate.embed.files import DAMAGED_SHARD
 from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.messages import counted, gathered, one_line
@@ -107,7 +107,7 @@ def check_recipe(recipe: Recipe, *, base: Path, measure: bool = True, imports_s:
     pool = sample = None
     with gathered(mistakes):
         pool = take_inventory(
-            recipe.pool, progress=lambda footers, total: tqdm(footers, total=total, desc="inventory", disable=None)
+            recipe.pool, progress=lambda footers, total: progress.over(footers, total, title="inventory", unit="shard")
         )
         sample = sample_pool(pool)
         mistakes += _pool_mistakes(sample, pool, recipe)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tqdm import tqdm
 
+from curate import progress
 from curate.errors import CurateError, UserError
 from curate.messages import counted
 from jobs.surroundings import expand, expand_path, of_the_disk, printable
@@ -318,7 +318,7 @@ def gc(
         store, grace_s=3600 * grace, keep_rounds=keep_rounds, keep_learners=keep_learners, in_use=in_use
     )
     rows: dict[str, dict[str, Any]] = {}
-    for found in tqdm(garbage, desc="garbage", unit="file", disable=None):
+    for found in garbage:
         row = rows.setdefault(found.kind, {"what": found.kind, "files": 0, "MiB": 0.0})
         row["files"] += 1
         row["MiB"] += found.size / 2**20
@@ -438,14 +438,13 @@ def _in_a_folder(option: str, path: Path) -> Path:
 
 
 def _say(line: str) -> None:
-    # Not print: a bar may be on the terminal.
-    tqdm.write(printable(line), file=sys.stdout)
+    progress.say(printable(line), sys.stdout)
     sys.stdout.flush()
 
 
 def _note(line: str) -> None:
     """Say something beside what the command answers."""
-    tqdm.write(printable(line), file=sys.stderr)
+    progress.say(printable(line), sys.stderr)
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Recipe":

@@ -24,8 +24,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
+from curate import progress
 from curate.pool.images import DropReason
 
 T = TypeVar("T")
@@ -184,13 +184,13 @@ def draw_pool(
         }
 
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=rows, unit=" pictures", desc=f"draw {folder.name}", disable=None) as progress:
+    with progress.bar(f"draw {folder.name}", rows, unit="picture") as bar:
         for path, start, stop in zip(paths, starts, starts[1:], strict=False):
             with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
                 for first in range(start, stop, ROW_GROUP_ROWS):
                     group = [record(row) for row in range(first, min(first + ROW_GROUP_ROWS, stop))]
                     writer.write_table(pa.Table.from_pylist(group, SCHEMA))
-                    progress.update(len(group))
+                    bar.update(len(group))
     count = Counter(kinds)
     broken = {damage: count[damage] for damage in DAMAGES}
     clean, swapped, duplicates = (count[kind] for kind in ("clean", "swapped", "duplicate"))

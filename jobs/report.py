@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
-from tqdm import tqdm
 
+from curate import progress
 from curate.embed.files import embedding_name, read_embeddings
 from curate.errors import InputChangedError
 from curate.messages import counted
@@ -98,7 +98,7 @@ def write_report(store: Store, number: int, path: Path) -> None:
 
 
 def _bar(shards: Iterable[Any], total: int) -> Iterable[Any]:
-    return tqdm(shards, total=total, desc="report", unit="shard", disable=None)
+    return progress.over(shards, total, title="report", unit="shard")
 
 
 class _Shown:

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from curate import progress
 from curate.errors import InputChangedError, UserError
 from curate.messages import counted
 from curate.rounds.search import TOWERS, open_pool
@@ -51,7 +50,7 @@ def search(
         query,
         tower=tower,
         k=k,
-        progress=lambda shards, total: tqdm(shards, total=total, desc="search", unit="shard", disable=None),
+        progress=lambda shards, total: progress.over(shards, total, title="search", unit="shard"),
     )
     try:
         pairs = read_pairs(searched.pool.shards, [(one.shard, one.row) for one in near])

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from curate.errors import CommitConflictError, UserError
 from curate.models.create import create_model
@@ -41,6 +40,7 @@ from curate.models.learners import (
 )
 from curate.models.publish import first_learner
 from curate.pool.inventory import take_inventory
+from curate.progress import bar
 from curate.reader.curated import Batch, CuratedReader
 from curate.reader.evaluate import HeldOut, evaluate, load_held_out
 from curate.reader.pieces import one_ahead
@@ -153,10 +153,7 @@ class _Training:
             step = self.progress.step if checkpoint is not None or self.progress.step else -1
             self.log = stack.enter_context(TrainingLog(log_folder(self.store, self.settings.logs), step=step))
         steps = self.settings.steps
-        hidden = None if ranks.first else True  # None: where there is no terminal
-        self.bar = stack.enter_context(
-            tqdm(total=steps, initial=self.progress.step, desc="train", unit="step", disable=hidden)
-        )
+        self.bar = stack.enter_context(bar("train", steps, unit="step", done=self.progress.step, shown=ranks.first))
         self.clock = time.monotonic()
         if self.progress.step == 0 and checkpoint is None:
             self._evaluate()
@@ -260,7 +257,7 @@ class _Training:
         if found is None or (between_rounds and settings.publish_every is None):
             self._publish()
         if found is None:
-            self.bar.set_postfix_str("no round to train on")
+            self.bar.update(0, waits="for a round")
             where = {"next_batch": now.next_batch, "repeats": now.repeats}
             found = self.ranks.agree(lambda: starved_stretch(store, settings, **where))
         if found is None or settings.steps is None:
@@ -289,8 +286,7 @@ class _Training:
         self.progress = replace(self.progress, step=step, next_batch=batch.number + 1)
         if isinstance(batch, Batch) and not self.progress.repeats:  # how learnable a batch is when it is new
             self.progress.batch_losses[batch.number] = loss
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        self.bar.update()
+        self.bar.update(1, loss=round(loss, 3))
         if step % settings.log_every == 0:
             self._log(batch, loss=loss, learning_rate=rate, grad_norm=norm)
         if self.recipe.evaluate is not None and step % self.recipe.evaluate.every == 0:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import ray
 from ray.autoscaler.sdk import request_resources
-from tqdm import tqdm
 
+from curate import progress
 from curate.errors import DamagedError, UserError
 from curate.messages import counted
 from curate.recipe import DeviceType, ResourcesSection
@@ -144,7 +144,7 @@ def remaking(run: Callable[[], R], store: Store, ours: Callable[[str], bool], sa
 
 def footers_bar(footers: Iterable[Any], total: int) -> Iterable[Any]:
     """The progress bar of an inventory."""
-    return tqdm(footers, total=total, desc="inventory", unit="shard", disable=None)
+    return progress.over(footers, total, title="inventory", unit="shard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -344,7 +344,7 @@ def run_tasks(
     found: dict[Any, R] = {}
     waiting = list(refs)
     try:
-        with tqdm(total=len(refs), desc=title, unit="task", disable=None) as bar, own_errors():
+        with progress.bar(title, len(refs), unit="task") as bar, own_errors():
             while waiting:
                 done, waiting = ray.wait(waiting, num_returns=min(len(waiting), AT_ONCE), timeout=POLL_S)
                 found |= zip(done, ray.get(done), strict=True)

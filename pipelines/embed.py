@@ -5,6 +5,7 @@ dropped rows again. Here what remains to do is the set of shards whose file is m
 """
 
 import gc
+import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,8 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError
-from tqdm import tqdm
 
+from curate import progress
 from curate.embed.files import embedding_name
 from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
 from curate.messages import counted
@@ -158,12 +159,10 @@ def _embed(
     names = " and ".join(spec.source for spec in encoders)
     rows = sum(item["rows"] for item in items)
     damaged: list[str] = []
-    with tqdm(total=rows, desc=f"embed with {names}", unit="row", disable=None) as bar, own_errors():
-        dropped = 0
+    with progress.bar(f"embed with {names}", rows) as bar, own_errors():
         try:
             for receipt in receipts.iter_rows():
-                dropped += receipt["dropped"]
-                bar.set_postfix(dropped=dropped, refresh=False)
+                bar.add(**json.loads(receipt["dropped"]))
                 bar.update(receipt["rows"])
                 if receipt["damage"]:
                     damaged.append(receipt["damage"])
@@ -313,8 +312,9 @@ class EmbedShards:
 
                     encoders = {name: self.encoders[sha] for sha, name in names.items()}
                     counts = embed_damaged(shard, encoders, self.store, error)
-            dropped = sum(rows for status, rows in counts.items() if status != "ok")
-            yield {"rows": [item["rows"]], "dropped": [dropped], "damage": [damage]}
+            dropped = {status: rows for status, rows in counts.items() if status != "ok"}
+            # As text: Arrow would make of these one struct with a field for each reason that some shard has.
+            yield {"rows": [item["rows"]], "dropped": [json.dumps(dropped)], "damage": [damage]}
 
 
 def _gpus_here() -> float:

@@ -15,7 +15,7 @@ FOLDERS = ["curate", "pipelines", "jobs"]
 ROOMS = {
     # what everything rests on; the paper's words and its algorithm, arrays alone; what the user says
     "": [
-        *("errors", "messages", "seeds", "access", "storage", "sealed", "parquet", "parts", "tally"),
+        *("errors", "messages", "progress", "seeds", "access", "storage", "sealed", "parquet", "parts", "tally"),
         *("criteria", "kernels", "logits", "jest"),
         *("recipe", "recipe_file"),
     ],
@@ -62,7 +62,7 @@ ONLY_IN = {
     "botocore": ["curate/access.py"],
     "boto3": [],
     "typer": ["jobs/"],
-    "rich": ["jobs/"],
+    "rich": ["jobs/", "curate/progress.py"],
     "pytest": [],
 }
 
