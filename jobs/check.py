@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from curate import progress
 from curate.embed.files import DAMAGED_SHARD
 from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.messages import counted, gathered, one_line
@@ -50,6 +49,7 @@ from curate.storage import Store
 from jobs.checkpoint import checkpoints, load_checkpoint
 from jobs.memory import TrainerMemory, stated_ranks, trainer_memory
 from jobs.train import check_kind, check_trainable
+from pipelines import progress
 
 SAMPLED_SHARDS = 4
 SAMPLED_ROWS = 64

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from curate import progress
 from curate.errors import CurateError, UserError
 from curate.messages import counted
 from jobs.surroundings import expand, expand_path, of_the_disk, printable
 from jobs.tables import dedup_tables, print_tables, round_tables, table_of
+from pipelines import progress
 
 if TYPE_CHECKING:
     from curate.recipe import Recipe

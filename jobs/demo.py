@@ -76,7 +76,9 @@ def main() -> None:
     say(verdict(truth))
     say("recall at 1 on held-out pairs, of chosen and of uniform batches")
     print("\n".join(curves({"chosen": ROOT, "uniform": UNIFORM})))
-    print(f"\ndone in {time.monotonic() - begun:.0f} s; everything is in {FOLDER}/")
+    say("pictures of what was chosen and what was left, in one HTML file")
+    curate("report", str(ROOT), "--to", str(FOLDER / "report.html"))
+    print(f"\ndone in {time.monotonic() - begun:.0f} s; everything is in {FOLDER}/; open {FOLDER / 'report.html'}")
 
 
 def _sets(fields: Mapping[str, object]) -> list[str]:

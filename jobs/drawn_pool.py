@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from curate import progress
 from curate.pool.images import DropReason
+from pipelines import progress
 
 T = TypeVar("T")
 Point = tuple[float, float]

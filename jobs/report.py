@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from curate import progress
 from curate.embed.files import embedding_name, read_embeddings
 from curate.errors import InputChangedError
 from curate.messages import counted
@@ -29,6 +28,7 @@ from curate.storage import Store
 from jobs.page import Figure, Gallery, Place, linked, picture, read_pairs, write_page
 from jobs.plots import curves, histograms, matrices
 from jobs.tables import round_facts
+from pipelines import progress
 
 SHOWN = 18
 """Figures of a gallery."""

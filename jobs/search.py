@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from curate import progress
 from curate.errors import InputChangedError, UserError
 from curate.messages import counted
 from curate.rounds.search import TOWERS, open_pool
 from curate.storage import Store
 from jobs.page import Figure, Gallery, picture, read_pairs, write_page
+from pipelines import progress
 
 
 def search(

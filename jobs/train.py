@@ -40,7 +40,6 @@ from curate.models.learners import (
 )
 from curate.models.publish import first_learner
 from curate.pool.inventory import take_inventory
-from curate.progress import bar
 from curate.reader.curated import Batch, CuratedReader
 from curate.reader.evaluate import HeldOut, evaluate, load_held_out
 from curate.reader.pieces import one_ahead
@@ -54,6 +53,7 @@ from jobs.ranks import Ranks, join_ranks
 from jobs.sharding import compile_model, encoding, is_sharded, shard_weights, whole_model
 from jobs.stretch import Stretch, committed_stretch, starved_stretch
 from jobs.train_log import TrainingLog, log_folder
+from pipelines.progress import bar
 
 VISIBLE_S = 300.0
 """What one rank has seen of a shared file system every other sees within this time."""

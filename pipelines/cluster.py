@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from curate import progress
 from curate.errors import DamagedError, UserError
 from curate.messages import counted
 from curate.recipe import DeviceType, ResourcesSection
 from curate.select.index import made_with
 from curate.storage import Store
+from pipelines import progress
 from pipelines.joining import join, meant, start
 from pipelines.ray_errors import told_plainly
 

@@ -19,7 +19,6 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.exceptions import ExecutionTimeoutError
 
-from curate import progress
 from curate.embed.files import embedding_name
 from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
 from curate.messages import counted
@@ -27,6 +26,7 @@ from curate.models.spec import WEIGHTS_NAME, EncoderSpec
 from curate.pool.shards import Columns, Pool, Shard
 from curate.recipe import BadShardPolicy, EmbedSection, ResourcesSection
 from curate.storage import Store
+from pipelines import progress
 from pipelines.cluster import (
     CPU_SHARE,
     RETRIES,

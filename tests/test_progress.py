@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from curate import progress
-from curate.progress import Bar, bar, over
+from pipelines import progress
+from pipelines.progress import Bar, bar, over
 
 
 def test_the_time_that_is_left_is_that_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_short_work_and_none_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys
 
 WORK = """
 import sys, threading, time
-from curate import progress
+from pipelines import progress
 
 def work(title):
     with progress.bar(title, 40) as one:
