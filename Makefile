@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-all test-gpu lint types lock bench bench-gpu bench-acceleration clean
+.PHONY: demo docs test test-all test-gpu lint types lock bench bench-gpu bench-acceleration clean
 
 demo: $(READY)  ## the whole loop on a small drawn pool: four rounds beside a trainer, and uniform batches to compare with
 	$(BIN)/python -m jobs.demo
@@ -20,6 +20,9 @@ test-all: $(READY)  ## and every case of what those tests sample
 
 test-gpu: $(READY)  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+docs: $(READY)  ## the site in out/docs: every link within it is checked, recipe and verbs come from the code
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html docs out/docs
 
 bench: $(READY)  ## time and memory of selection against a bare baseline and the paper's listing
 	$(BIN)/python -m benchmarks.selection

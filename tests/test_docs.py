@@ -1,15 +1,21 @@
 """What the pages show runs as it stands."""
 
+import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+import typer
 
 from curate.models.learners import newest_learner, read_learner
+from curate.recipe import Recipe
 from curate.rounds.stream import end_stream
 from curate.storage import Store
+from jobs.cli import app
 from tests.helpers import commit_rounds, drawn_pool, tiny_config
 
 HOUSE = Path(__file__).parents[1]
@@ -35,3 +41,53 @@ def test_your_own_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (6, 6, [3, 4, 5]),
     ]
     assert learners[0].encoder.sha != learners[1].encoder.sha
+
+
+def test_the_site_is_built_without_a_broken_link(tmp_path: Path) -> None:
+    """Every page in a table of contents, every link within the site and to files of the project."""
+    command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going"]
+    ended = subprocess.run([*command, "docs", str(tmp_path)], cwd=HOUSE, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    recipe = (tmp_path / "reference/recipe.html").read_text(encoding="utf-8")
+    for section, model in Recipe.model_fields.items():
+        assert section in recipe
+        for inner in getattr(model.annotation, "model_fields", {}):
+            assert f">{inner}<" in recipe, (section, inner)
+    verbs = (tmp_path / "reference/verbs.html").read_text(encoding="utf-8")
+    assert set(typer.main.get_command(app).commands) <= set(re.findall("curate ([a-z]+)", verbs))
+
+
+def test_messages_of_the_faq_are_messages_of_the_code() -> None:
+    said = []
+    for folder in ("curate", "pipelines", "jobs"):
+        for path in (HOUSE / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    said.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    said.append(node.value)
+    for heading in re.findall(r"^## (.*)$", (HOUSE / "docs/faq.md").read_text(encoding="utf-8"), re.MULTILINE):
+        if heading.endswith("?"):
+            continue
+        parts = [part.strip(" ,;") for part in re.split(r"…", heading)]
+        for part in parts:
+            assert any(part in message for message in said), (heading, part)
+
+
+FENCE = r"^```(.*?)\n(.*?)^```$"
+COMMAND = re.compile(r"^\s*\$? ?curate (\w+)(.*?)(?:  +#.*)?$", re.MULTILINE)
+
+
+def test_commands_of_the_pages_are_commands() -> None:
+    """Verbs and options alone: what they do is tested where they are."""
+    verbs = typer.main.get_command(app).commands
+    seen = 0
+    for path in [HOUSE / "README.md", *(HOUSE / "docs").glob("*.md")]:
+        for _, block in re.findall(FENCE, path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            for name, rest in COMMAND.findall(block):
+                assert name in verbs, (path.name, name)
+                own = {option for parameter in verbs[name].params for option in parameter.opts}
+                for option in re.findall(r"(?<= )--?[a-z][\w-]*", rest.partition(" -- ")[0]):
+                    assert option in own, (path.name, name, option)
+                seen += 1
+    assert seen > 30

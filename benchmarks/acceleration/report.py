@@ -125,7 +125,7 @@ def write_report(runs: Sequence[tuple[PlanSection, Record]], folder: Path, *, so
         draw(plan, mine, folder / f"{plan.set}-{plan.pool_seed}-{plan.steps}.png")
     columns = ["step", "examples", "flops", "wall_s", "r1"]
     (folder / "results.json").write_text(json.dumps({"study": source.name, "curve": columns, "plans": results}) + "\n")
-    (folder / "table.md").write_text("\n\n".join(tables) + "\n")
+    (folder / "table.md").write_text("\n\n".join(["# Tables of the study on pictures", *tables]) + "\n")
     print("\n\n".join(tables))
 
 

@@ -69,7 +69,7 @@ def write_report(records: Sequence[Record], arms: dict[Any, Arm], folder: Path) 
     parts.append(_settings(arms))
     text = "\n\n".join(parts) + "\n"
     print(text)
-    (folder / "heads.md").write_text(text, encoding="utf-8")
+    (folder / "heads.md").write_text(f"# Tables of the study on frozen features\n\n{text}", encoding="utf-8")
     (folder / "heads.json").write_text(json.dumps([_short(record) for record in records], indent=0), encoding="utf-8")
     _figure(records, worlds).savefig(folder / "heads.png", dpi=120)
     if sweeps:
