@@ -89,6 +89,7 @@ def round_(
     from curate.rounds.manifest import last_round, round_folder  # noqa: PLC0415
     from curate.rounds.plan import plan_name  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
+    from jobs.round_log import log_round  # noqa: PLC0415
     from pipelines.round import run_round  # noqa: PLC0415
 
     store = Store(loaded.root)
@@ -96,6 +97,7 @@ def round_(
         # Whoever killed the command that committed it may think that it was not.
         _note(f"round {number - 1} is committed (--round {number - 1} shows it); this begins round {number}")
     manifest = run_round(loaded, base=recipe.parent, number=number, say=_note)
+    log_round(store, loaded.train.logs, manifest.round)
     print_tables(round_tables(describe_round(store, manifest.round)))
     _note(f"{store.url}/{round_folder(manifest.round)}: its files; look at them: curate report {store.url}")
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 if TYPE_CHECKING:
@@ -44,12 +45,16 @@ class Bar:
             self.facts = facts or self.facts
             if self._first is None and self.done > self._from:
                 self._first = (time.monotonic(), self.done)
+        if (metrics := _metrics()) is not None:
+            metrics.count_done(self.title, self.unit, done, self.estimate()[1])
 
     def add(self, **counts: int) -> None:
-        """Count things that were met on the way."""
+        """Count rows that were met on the way and cannot be used, by reason."""
         with self._lock:
             for name, count in counts.items():
                 self.facts[name] = int(self.facts.get(name, 0)) + count
+                if (metrics := _metrics()) is not None:
+                    metrics.count_rejected(name, count)
 
     def estimate(self, now: float | None = None) -> tuple[float | None, float | None]:
         """What is done a second since the first of it was, and the seconds left at this rate; None where unknown."""
@@ -134,6 +139,15 @@ def say(line: str, stream: TextIO) -> None:
     """Print a line without disturbing what is shown."""
     # Of a terminal the live view moves down for it: rich has replaced sys.stdout and sys.stderr meanwhile.
     print(line, file=sys.stdout if stream is sys.__stdout__ else sys.stderr if stream is sys.__stderr__ else stream)
+
+
+def _metrics() -> ModuleType | None:
+    """Ray's metrics, in a process that has loaded Ray; others answer at once, and have nobody to tell."""
+    if "ray" not in sys.modules:
+        return None
+    from pipelines import metrics  # noqa: PLC0415
+
+    return metrics
 
 
 class _Lines:
