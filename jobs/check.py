@@ -39,13 +39,14 @@ from curate.recipe import (
     ResourcesSection,
     SelectionSection,
 )
-from curate.rounds.manifest import last_round
+from curate.rounds.manifest import last_round, read_manifest
 from curate.rounds.plan import evaluation_sets, foreseen_selection, pin_plan, plan_name
 from curate.rounds.stream import END_NAME, stream_end
 from curate.select.draw import needs_learner
 from curate.select.topics import likeness, sample_captions
 from curate.select.windows import EpochRange, stretches, windows_of
 from curate.storage import Store
+from jobs.changes import changes_since
 from jobs.checkpoint import checkpoints, load_checkpoint
 from jobs.memory import TrainerMemory, stated_ranks, trainer_memory
 from jobs.train import check_kind, check_trainable
@@ -135,6 +136,8 @@ def check_recipe(recipe: Recipe, *, base: Path, measure: bool = True, imports_s:
         selection=foreseen_selection(store, recipe),
     )
     yield from _described(recipe, found)
+    if newest >= 0 and not _of_trainer_alone(recipe) and (last := read_manifest(store, newest)) is not None:
+        yield from changes_since(last[0], recipe)
     if measure and not _of_trainer_alone(recipe):
         yield from _cost(store, recipe, found, base, imports_s)
 

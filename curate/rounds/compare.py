@@ -54,14 +54,19 @@ def _facts(described: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for reason, rows in step["dropped"].items():
             yield f"rows.{step['step']}.{reason}", rows
     for name in ("recipe", "reference", "learner", "pool", "libraries"):
-        yield from _flat(name, lineage.get(name))
+        yield from flat(lineage.get(name), name)
     yield "python", lineage["python"]
 
 
-def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables, each by its dotted name.
+
+    >>> dict(flat({"pool": {"uid": "key"}, "seed": 0}))
+    {'pool.uid': 'key', 'seed': 0}
+    """
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _flat(f"{name}.{key}", inner)
+            yield from flat(inner, f"{name}.{key}".lstrip("."))
     else:
         yield name, value
 
