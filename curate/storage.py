@@ -26,6 +26,17 @@ from curate import access
 from curate.access import ERRORS, explained, filesystem, is_local, open_input, persist, refusal, s3_session
 from curate.errors import CommitConflictError, CommitUnknownError, UserError
 
+_PICTURES = "datasets.load_dataset('imagefolder', data_dir=FOLDER)['train'].to_parquet('pool/00000.parquet') makes one"
+OTHER_FORMATS = {
+    ".tar": "WebDataset tars are not read: img2dataset writes Parquet with --output_format parquet",
+    ".arrow": "datasets.load_from_disk(FOLDER).to_parquet('pool/00000.parquet') makes Parquet of Arrow files",
+    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), f"pictures alone are no pool: {_PICTURES} with captions"),
+    **dict.fromkeys(
+        (".csv", ".tsv", ".json", ".jsonl"), "download the pictures that it names: img2dataset writes Parquet"
+    ),
+}
+"""What people keep pools in as well, and the way from there."""
+
 
 @dataclass(frozen=True)
 class FileInfo:
@@ -78,8 +89,14 @@ def list_parquet(url: str) -> tuple[list[FileInfo], list[str]]:
         raise UserError(*missing)
     if not files:
         found = f"{len(ignored)} other or hidden names, such as {ignored[0]}" if ignored else "nothing"
-        raise UserError(f"{url}: expected *.parquet; found {found}; name a single file to take it as it is")
+        way_out = next(filter(None, map(of_other_format, ignored)), "name a single file to take it as it is")
+        raise UserError(f"{url}: expected *.parquet; found {found}; {way_out}")
     return sorted(files, key=lambda file: file.path), sorted(ignored)
+
+
+def of_other_format(name: str) -> str | None:
+    """What to do with a pool of files of this name; None where nobody keeps a pool in such files."""
+    return OTHER_FORMATS.get(os.path.splitext(name)[1].lower())
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ import pytest
 
 from curate import access, storage
 from curate.errors import CommitConflictError, CommitUnknownError, UserError
+from curate.pool.inventory import take_inventory
+from curate.recipe import PoolSection
 from curate.storage import Store, list_parquet, open_input
 from tests.faults import FaultProxy
 
@@ -630,3 +632,25 @@ def test_symlinks_list_every_real_file_once(tmp_path: Path) -> None:
     (tmp_path / "pool/lost.parquet").symlink_to("gone")
     with pytest.raises(UserError, match=r"lost.parquet: expected a file; found a link to nothing"):
         list_parquet(str(tmp_path / "pool"))
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("00000.tar", "WebDataset tars are not read: img2dataset writes Parquet with --output_format parquet"),
+        ("data-00000-of-00001.arrow", r"datasets.load_from_disk\(FOLDER\).to_parquet"),
+        ("red.JPG", "pictures alone are no pool: datasets.load_dataset"),
+        ("urls.csv", "download the pictures that it names"),
+        ("notes.txt", "name a single file to take it as it is"),
+    ],
+)
+def test_a_pool_in_another_format_is_told_the_way_from_there(tmp_path: Path, name: str, way_out: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=rf"expected \*.parquet; found 1 other or hidden names, such as .*; {way_out}"):
+        list_parquet(str(tmp_path))
+
+
+def test_a_tar_that_is_named_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "00000.tar").write_bytes(b"x" * 1024)
+    with pytest.raises(UserError, match=r"expected a Parquet file, found a broken footer .*; WebDataset tars are not"):
+        take_inventory(PoolSection(path=str(tmp_path / "00000.tar")))

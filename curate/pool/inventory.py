@@ -17,7 +17,7 @@ from curate.pool.column_types import is_caption, is_image, is_uid, plain_type, u
 from curate.pool.hive import with_folder_schema
 from curate.pool.shards import ADDED_COLUMN, Columns, Pool, Shard, schema_of, schema_text
 from curate.recipe import PoolSection
-from curate.storage import FileInfo
+from curate.storage import FileInfo, of_other_format
 
 # Column names as img2dataset, Hugging Face datasets, DataComp and LAION write them, most specific first.
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "img", "image_bytes")
@@ -166,7 +166,8 @@ def _read_footer(file: FileInfo) -> _Footer:
             raise  # of a local disk: Arrow's own OSErrors carry no number
         reason = one_line(error)
         return _Footer(
-            error=f"{file.path}: expected a Parquet file, found a broken footer ({reason}); remove or replace it"
+            error=f"{file.path}: expected a Parquet file, found a broken footer ({reason}); "
+            + (of_other_format(file.path) or "remove or replace it")
         )
 
 
