@@ -156,7 +156,7 @@ def _embed(
             memory=memory,
             **RETRIES,
         )
-    names = " and ".join(spec.source for spec in encoders)
+    names = " and ".join(spec.source.rpartition("/")[2] for spec in encoders)
     rows = sum(item["rows"] for item in items)
     damaged: list[str] = []
     with progress.bar(f"embed with {names}", rows) as bar, own_errors():

@@ -23,6 +23,8 @@ T = TypeVar("T")
 EVERY_S = 60.0
 """Between lines."""
 VARIABLE = "CURATE_PROGRESS"
+LATE = 3
+"""Times the mean between two updates after which work is late."""
 
 
 class Bar:
@@ -36,6 +38,8 @@ class Bar:
         self._from = done
         self._first: tuple[float, int] | None = None
         """When the first of it was done, and how much that was: what comes before it is the start, and no rate."""
+        self._last = self.began
+        self._updates = 0
         self._lock = threading.Lock()
 
     def update(self, done: int = 1, **facts: float | int | str) -> None:
@@ -43,8 +47,10 @@ class Bar:
         with self._lock:
             self.done += done
             self.facts = facts or self.facts
-            if self._first is None and self.done > self._from:
-                self._first = (time.monotonic(), self.done)
+            if done:
+                self._last = time.monotonic()
+                self._updates += 1
+                self._first = self._first or (self._last, self.done)
         if (metrics := _metrics()) is not None:
             metrics.count_done(self.title, self.unit, done, self.estimate()[1])
 
@@ -57,17 +63,30 @@ class Bar:
                     metrics.count_rejected(name, count)
 
     def estimate(self, now: float | None = None) -> tuple[float | None, float | None]:
-        """What is done a second since the first of it was, and the seconds left at this rate; None where unknown."""
+        """What is done a second since the first of it was, and the seconds left at this rate; None where unknown.
+
+        Work comes in lumps, a shard at a time: between two of them the rate is that up to the last one. Where the next
+        one is late by several times what they took so far, it is that up to now.
+        """
         now = time.monotonic() if now is None else now
         with self._lock:
-            first, done = self._first, self.done
-        if first is None or done == first[1] or now <= first[0]:
+            first, done, last, updates = self._first, self.done, self._last, self._updates
+        if first is None or done == first[1] or last <= first[0]:
             return None, None
-        rate = (done - first[1]) / (now - first[0])
-        return rate, None if self.total is None else max(0, self.total - done) / rate
+        until = last if now - last <= LATE * (last - first[0]) / (updates - 1) else now
+        rate = (done - first[1]) / (until - first[0])
+        return rate, None if self.total is None else max(0.0, (self.total - done) / rate - (now - until))
 
     def told(self) -> str:
-        """What there is to say, without the title."""
+        """All that there is to say, without the title."""
+        return ", ".join(part for part in (self.how_far(), self.told_facts()) if part)
+
+    def told_facts(self) -> str:
+        """What there is to tell beside how far it is."""
+        return ", ".join(f"{name} {_shown(value)}" for name, value in self.facts.items())
+
+    def how_far(self) -> str:
+        """What is done of all, the rate, the time that is left."""
         rate, left = self.estimate()
         unit = self.unit if self.done == 1 and self.total in (None, 1) else f"{self.unit}s"
         parts = [f"{self.done:,}{'' if self.total is None else f' of {self.total:,}'} {unit}"]
@@ -75,7 +94,7 @@ class Bar:
             parts.append(f"{rate:,.0f} a second" if rate >= 10 else f"{rate:.2g} a second")
         if left is not None and self.done < (self.total or 0):
             parts.append(f"{lasting(left)} left")
-        return ", ".join([*parts, *(f"{name} {_shown(value)}" for name, value in self.facts.items())])
+        return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
         """The same for programs."""
@@ -222,22 +241,31 @@ class _Live:
 
 def _progress() -> "Progress":
     """Rich's, with what a bar says itself."""
-    from rich.console import Console  # noqa: PLC0415 what answers at once has nothing to show
+    from rich.console import Console, RenderableType  # noqa: PLC0415 what answers at once has nothing to show
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    class Told(ProgressColumn):
+    class HowFar(ProgressColumn):
         """What a bar says; the bar beside it as well, which is filled here, for rich asks each task once a look."""
 
         def render(self, task: "Task") -> Text:
             opened: Bar = task.fields["bar"]
             task.completed = opened.done
-            return Text(opened.told())
+            return Text(opened.how_far(), no_wrap=True)
 
-    return Progress(
+    class WithFacts(Progress):
+        """And what else there is to tell of each, a line below."""
+
+        def get_renderables(self) -> "Iterable[RenderableType]":
+            for task in self.tasks:
+                yield self.make_tasks_table([task])
+                if facts := task.fields["bar"].told_facts():
+                    yield Text(f"  {facts}", style="dim")
+
+    return WithFacts(
         TextColumn("{task.description}", markup=False),
-        Told(),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=16),
+        HowFar(),
         console=Console(stderr=True),
         refresh_per_second=4,
         # Only what goes to this terminal, too: an answer in a file must not end up here.
