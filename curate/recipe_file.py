@@ -7,7 +7,7 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if mistakes:
         raise UserError(*mistakes)
     return recipe
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables, each by its dotted name.
+
+    >>> dict(flat({"pool": {"uid": "key"}, "seed": 0}))
+    {'pool.uid': 'key', 'seed': 0}
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}".lstrip("."))
+    else:
+        yield name, value
 
 
 def _override(data: dict[str, Any], text: str) -> str | None:

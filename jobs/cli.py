@@ -86,18 +86,20 @@ def round_(
     """
     loaded = _load(recipe, overrides)
     from curate.rounds.explain import describe_round  # noqa: PLC0415
-    from curate.rounds.manifest import last_round, round_folder  # noqa: PLC0415
+    from curate.rounds.manifest import last_round, manifest_name, round_folder  # noqa: PLC0415
     from curate.rounds.plan import plan_name  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
-    from jobs.round_log import log_round  # noqa: PLC0415
+    from jobs.round_log import try_to_log  # noqa: PLC0415
     from pipelines.round import run_round  # noqa: PLC0415
 
     store = Store(loaded.root)
     if number is None and (number := last_round(store) + 1) and not store.exists(plan_name(number)):
         # Whoever killed the command that committed it may think that it was not.
         _note(f"round {number - 1} is committed (--round {number - 1} shows it); this begins round {number}")
+    there = number is not None and store.exists(manifest_name(number))
     manifest = run_round(loaded, base=recipe.parent, number=number, say=_note)
-    log_round(store, loaded.train.logs, manifest.round)
+    if not there:
+        try_to_log(store, loaded.train.logs, manifest.round, _note)
     print_tables(round_tables(describe_round(store, manifest.round)))
     _note(f"{store.url}/{round_folder(manifest.round)}: its files; look at them: curate report {store.url}")
 
@@ -386,7 +388,10 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     with _stoppable() as stopped_by:
         try:
-            app()
+            try:
+                app()
+            finally:
+                progress.stop()  # before any last words: threads that nobody waits for may still show something
         except CurateError as error:
             print(printable(str(error)), file=sys.stderr)
             sys.exit(error.exit_status)
@@ -440,13 +445,12 @@ def _in_a_folder(option: str, path: Path) -> Path:
 
 
 def _say(line: str) -> None:
-    progress.say(printable(line), sys.stdout)
-    sys.stdout.flush()
+    print(printable(line), flush=True)
 
 
 def _note(line: str) -> None:
     """Say something beside what the command answers."""
-    progress.say(printable(line), sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Recipe":

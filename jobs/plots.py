@@ -24,8 +24,8 @@ BINS = 40
 Floats = npt.NDArray[np.floating[Any]]
 
 
-def histograms(groups: Mapping[str, Floats], *, label: str, logarithmic: bool = False) -> Markup:
-    """Shares of some groups' values, one over the other.
+def histograms(groups: Mapping[str, Floats], *, label: str, logarithmic: bool = False) -> Markup | None:
+    """Shares of some groups' values, one over the other; None if there are no values.
 
     Args:
         groups: by name the values [n].
@@ -33,6 +33,8 @@ def histograms(groups: Mapping[str, Floats], *, label: str, logarithmic: bool = 
         logarithmic: whether bins are equally wide in their logarithms; values must then be positive.
     """
     everything = np.concatenate([*groups.values()])
+    if not len(everything):
+        return None
     figure, (axes,) = _figure(1, width=4.4)
     low, high = np.quantile(everything, [0.002, 0.998])  # a few far ones would press all others into a bin
     high = high if high > low else low + 1

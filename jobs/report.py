@@ -3,7 +3,7 @@
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from curate.embed.files import embedding_name, read_embeddings
-from curate.errors import InputChangedError
-from curate.messages import counted
+from curate.embed.files import DAMAGED_SHARD, embedding_name, read_embeddings
+from curate.errors import InputChangedError, StoreError, UserError
+from curate.messages import counted, one_line
 from curate.pool.shards import Shard, caption_bytes, read_rows
 from curate.rounds.attempts import read_attempts
 from curate.rounds.committed import open_rounds
 from curate.rounds.explain import describe_round, summarize_rounds
-from curate.rounds.look import Group, Look, Repeat, look_at
+from curate.rounds.look import Group, Look, Repeat, Unusable, look_at
 from curate.rounds.manifest import read_manifest
 from curate.storage import Store
 from jobs.page import Figure, Gallery, Place, linked, picture, read_pairs, write_page
@@ -40,6 +40,12 @@ NEWEST_ROUNDS = 200
 """Of which curves are drawn."""
 LOSSES = {"learner_loss": "learner's loss", "reference_loss": "reference's loss"}
 URL_COLUMNS = ("url", "URL", "image_url")
+
+UNREADABLE = (InputChangedError, StoreError, UserError, FileNotFoundError)
+"""What a shard raises that cannot be read any more: the others are shown."""
+Pair = tuple[bytes | None, str]
+"""Image bytes and caption."""
+NOTHING: Pair = (None, "")
 
 Ints = npt.NDArray[np.int64]
 
@@ -80,10 +86,13 @@ def write_report(store: Store, number: int, path: Path) -> None:
     described = describe_round(store, number)
     manifest = read_manifest(store, number)
     assert manifest is not None
-    look = None if described["expired"] else look_at(open_rounds(store, [manifest[0]])[0], progress=_bar)
-    shown: dict[str, Any] = {"pairs": None}
-    if look is not None:
-        shown = _Shown(look).sections()
+    look, shown = None, {"pairs": None}
+    if not described["expired"]:
+        try:
+            look = look_at(open_rounds(store, [manifest[0]])[0], progress=_bar)
+            shown = _Shown(look).sections()
+        except FileNotFoundError as error:
+            raise UserError(f"{one_line(error)}: expected what round {number} left; restore the file") from error
     write_page(
         path,
         "report.html.j2",
@@ -108,8 +117,6 @@ class _Shown:
         self._look = look
         self._table = _with_learnability(look.candidates)
         self._key = "learnability" if self._table["learnability"].null_count == 0 else "score"
-        self._places: set[Place] = set()
-        self._uids: dict[Place, str] = {}
 
     def sections(self) -> dict[str, Any]:
         """Galleries and plots, as the template names them."""
@@ -119,7 +126,7 @@ class _Shown:
         unusable = _by_reason(look)
         groups = look.groups[:SHOWN_GROUPS]
         places = [self._place(i) for rows in picks.values() for i in rows.tolist()]
-        places += [(row.shard, row.row) for rows in unusable.values() for row in rows]
+        places += [(row.shard, row.row) for rows in unusable.values() for row in rows if row.reason != DAMAGED_SHARD]
         places += [place for group in groups for place in _members(group)]
         pairs, gone = _read(look.shards, places)
         facts = _embedded(look, places)
@@ -133,27 +140,7 @@ class _Shown:
         return {
             "gone": gone,
             "pairs": found,
-            "unusable": linked(
-                [
-                    Gallery(
-                        title=reason,
-                        figures=[
-                            Figure(
-                                uid=row.uid,
-                                caption=pairs[row.shard, row.row][1],
-                                # What did not decide may be what kills a decoder: it is not tried here.
-                                image=picture(pairs[row.shard, row.row][0]) if facts[row.shard, row.row][1] else None,
-                                title=row.error or "",
-                                where=f"{look.shards[row.shard].name}, row {row.row}",
-                            )
-                            for row in rows
-                            if (row.shard, row.row) in pairs
-                        ],
-                    )
-                    for reason, rows in unusable.items()
-                ],
-                seen,
-            ),
+            "unusable": linked([self._unusable(*item, pairs, facts) for item in unusable.items()], seen),
             "groups": linked([self._group(group, pairs, facts) for group in groups], seen),
             "plots": self._histograms(chosen),
             "matrices": _matrices(look),
@@ -181,7 +168,7 @@ class _Shown:
     def _place(self, i: int) -> Place:
         return self._table["shard"][i].as_py(), self._table["row"][i].as_py()
 
-    def _figures(self, rows: Ints, pairs: dict[Place, tuple[bytes | None, str]]) -> list[Figure]:
+    def _figures(self, rows: Ints, pairs: dict[Place, Pair]) -> list[Figure]:
         figures = []
         for row in self._table.take(pa.array(rows)).to_pylist():
             if (place := (row["shard"], row["row"])) not in pairs:
@@ -201,13 +188,29 @@ class _Shown:
             )
         return figures
 
-    def _group(
-        self, group: Group, pairs: dict[Place, tuple[bytes | None, str]], facts: dict[Place, tuple[str, bool]]
+    def _unusable(
+        self, reason: str, rows: Sequence[Unusable], pairs: dict[Place, Pair], facts: dict[Place, tuple[str, bool]]
     ) -> Gallery:
+        figures = []
+        for row in rows:
+            image, caption = pairs.get((row.shard, row.row), NOTHING)
+            decoded = (row.shard, row.row) in facts and facts[row.shard, row.row][1]
+            figures.append(
+                Figure(
+                    uid=row.uid,
+                    caption=caption,
+                    image=picture(image) if decoded else None,  # what did not decode may be what kills a decoder
+                    title=row.error or "",
+                    where=f"{self._look.shards[row.shard].name}, row {row.row}",
+                )
+            )
+        return Gallery(title=reason, figures=figures)
+
+    def _group(self, group: Group, pairs: dict[Place, Pair], facts: dict[Place, tuple[str, bool]]) -> Gallery:
         """The row that stays, then those that leave."""
 
         def figure(place: Place, repeat: Repeat | None) -> Figure:
-            image, caption = pairs.get(place, (None, ""))
+            image, caption = pairs.get(place, NOTHING)
             inside = place[0] < len(self._look.round.pool.shards)
             return Figure(
                 uid=facts[place][0] if place in facts else "",
@@ -217,18 +220,18 @@ class _Shown:
                 where=f"{self._look.shards[place[0]].name}, row {place[1]}",
                 facts={"similarity": round(repeat.similarity, 4)} if repeat else {},
                 near="" if repeat is None else self._named(repeat.near, facts),
-                kind="leaves" if repeat else "stays",
+                kind="leaves" if repeat else "stays" if inside else "",
             )
 
         shown = group.repeats[:SHOWN_REPEATS]
         more = len(group.repeats) - len(shown)
         return Gallery(
-            title=counted(1 + len(group.repeats), "row") + (f", {more} more not shown" if more else ""),
+            title=f"at least {counted(1 + len(group.repeats), 'row')}" + (f", {more} more not shown" if more else ""),
             figures=[figure((group.shard, group.row), None), *(figure((one.shard, one.row), one) for one in shown)],
         )
 
     def _named(self, place: Place, facts: dict[Place, tuple[str, bool]]) -> str:
-        return facts[place][0] if place in facts else f"{self._look.shards[place[0]].name}, row {place[1]}"
+        return (place in facts and facts[place][0]) or f"{self._look.shards[place[0]].name}, row {place[1]}"
 
     def _histograms(self, chosen: npt.NDArray[np.bool_]) -> list[Markup]:
         table = self._table
@@ -237,7 +240,7 @@ class _Shown:
             if table[name].null_count == 0:
                 values = table[name].to_numpy()
                 plots.append(histograms({"chosen": values[chosen], "candidates": values}, label=label))
-        return plots
+        return [plot for plot in plots if plot is not None]
 
     def _kinds(self, chosen: npt.NDArray[np.bool_]) -> dict[str, Any]:
         """What pairs are like, chosen ones beside candidates: sizes, and of a sample captions, scripts and sources."""
@@ -251,15 +254,14 @@ class _Shown:
         some = np.sort(np.random.default_rng(0).permutation(len(table))[:READ_CAPTIONS])
         url = next((name for name in URL_COLUMNS if name in pool.schema.names), None)
         captions, sources = _captions(self._look, table.take(pa.array(some)), url)
-        if captions:
-            lengths = np.array([len(caption) for caption in captions], float)
-            groups = {"chosen": lengths[chosen[some]], "candidates": lengths}
-            plots.append(histograms(groups, label="caption, characters"))
-        among = chosen[some].tolist()
+        taken = {self._place(i) for i in some.tolist() if chosen[i]}
+        lengths = {place: float(len(caption)) for place, caption in captions.items()}
+        among = {"chosen": [lengths[place] for place in lengths if place in taken], "candidates": [*lengths.values()]}
+        plots.append(histograms({name: np.array(some) for name, some in among.items()}, label="caption, characters"))
         return {
-            "plots": plots,
-            "scripts": _counts([_script(caption) for caption in captions], among),
-            "sources": _counts(sources, among),
+            "plots": [plot for plot in plots if plot is not None],
+            "scripts": _counts({place: _script(caption) for place, caption in captions.items()}, taken),
+            "sources": _counts(sources, taken),
             "source": "host" if url else "shard",
         }
 
@@ -296,12 +298,16 @@ def _members(group: Group) -> list[Place]:
     return [(group.shard, group.row), *((one.shard, one.row) for one in shown), *(one.near for one in shown)]
 
 
-def _read(shards: Sequence[Shard], places: Sequence[Place]) -> tuple[dict[Place, tuple[bytes | None, str]], str]:
-    """Pictures and captions, and, where the pool is no more what it was, a line that says so."""
-    try:
-        return read_pairs(shards, places), ""
-    except (InputChangedError, FileNotFoundError) as error:
-        return {}, f"No pictures: the pool's shards were changed or removed since the round. {error}"
+def _read(shards: Sequence[Shard], places: Sequence[Place]) -> tuple[dict[Place, Pair], list[str]]:
+    """Pictures and captions, and a line for each shard that gives none: it was changed, removed, or is damaged."""
+    found: dict[Place, Pair] = {}
+    gone = []
+    for shard in sorted({shard for shard, _ in places}):
+        try:
+            found |= read_pairs(shards, [place for place in places if place[0] == shard])
+        except UNREADABLE as error:
+            gone.append(f"No pictures of {shards[shard].name}: {one_line(error)}")
+    return found, gone
 
 
 def _embedded(look: Look, places: Sequence[Place]) -> dict[Place, tuple[str, bool]]:
@@ -316,23 +322,35 @@ def _embedded(look: Look, places: Sequence[Place]) -> dict[Place, tuple[str, boo
     return found
 
 
-def _captions(look: Look, table: pa.Table, url: str | None) -> tuple[list[str], list[str]]:
-    """Captions and sources of some candidates, in the order of the table; none where the pool has changed since."""
-    captions, sources = [], []
-    try:
-        for shard in table["shard"].unique().to_pylist():
-            rows = table.filter(pc.field("shard") == shard)["row"].to_pylist()
-            columns = look.shards[shard].columns
+def _captions(look: Look, table: pa.Table, url: str | None) -> tuple[dict[Place, str], dict[Place, str]]:
+    """Captions and sources of some candidates, of those shards that can still be read."""
+    captions: dict[Place, str] = {}
+    sources: dict[Place, str] = {}
+    for shard in table["shard"].unique().to_pylist():
+        rows = sorted(table.filter(pc.field("shard") == shard)["row"].to_pylist())
+        columns = look.shards[shard].columns
+        try:
             found = read_rows(look.shards[shard], rows, [columns.caption, *([url] if url else [])])
-            texts = caption_bytes(found[columns.caption].combine_chunks()).to_pylist()
-            captions += [(text or b"").decode(errors="replace") for text in texts]
-            hosts = (
-                found[url].to_pylist() if url and url in found.column_names else [look.shards[shard].name] * len(rows)
-            )
-            sources += [urlsplit(str(host)).hostname or "unknown" if url else host for host in hosts]
-    except (InputChangedError, FileNotFoundError):
-        return [], []
+        except UNREADABLE:  # said where its pictures are missing
+            continue
+        texts = caption_bytes(found[columns.caption].combine_chunks()).to_pylist()
+        hosts = found[url].to_pylist() if url and url in found.column_names else [None] * len(rows)
+        for row, text, host in zip(rows, texts, hosts, strict=True):
+            captions[shard, row] = (text or b"").decode(errors="replace")
+            sources[shard, row] = _host(host) if url else look.shards[shard].name
     return captions, sources
+
+
+def _host(url: Any) -> str:
+    """Of a URL as the web has them.
+
+    >>> _host("https://example.org/a.jpg"), _host("http://[abc"), _host(None)
+    ('example.org', 'unknown', 'unknown')
+    """
+    try:
+        return urlsplit(str(url)).hostname or "unknown"
+    except ValueError:
+        return "unknown"
 
 
 def _script(caption: str) -> str:
@@ -345,9 +363,10 @@ def _script(caption: str) -> str:
     return next((name for name, _ in Counter(letters).most_common(1)), "none")
 
 
-def _counts(names: Sequence[str], chosen: Sequence[bool]) -> list[Counted]:
+def _counts(names: Mapping[Place, str], chosen: set[Place]) -> list[Counted]:
     """Shares of the most frequent names."""
-    everywhere, taken = Counter(names), Counter(name for name, is_in in zip(names, chosen, strict=False) if is_in)
+    everywhere = Counter(names.values())
+    taken = Counter(name for place, name in names.items() if place in chosen)
     total = max(1, taken.total())
     return [
         Counted(name=name, chosen=taken[name] / total, candidates=count / len(names))
@@ -412,7 +431,10 @@ def _measured(store: Store) -> dict[str, list[tuple[float, float | None]]]:
         return {}
     found: dict[str, list[tuple[float, float | None]]] = {"caption for a picture": [], "picture for a caption": []}
     for line in lines:
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break  # torn by a power cut
         for name, key in zip(found, ("image_to_text_r1", "text_to_image_r1"), strict=True):
             if key in record:
                 found[name].append((record["step"], record[key]))

@@ -1,13 +1,22 @@
 """What rounds were like, for TensorBoard: a step for each round, beside what the trainer writes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from curate.rounds.attempts import read_attempts
-from curate.rounds.explain import describe_round
+from curate.rounds.explain import mean_of, read_committed
 from curate.storage import Store
 from jobs.train_log import log_folder
+
+
+def try_to_log(store: Store, logs: str | None, number: int, say: Callable[[str], None]) -> None:
+    """`log_round`, or a line that says why not: a round that is committed is done, whatever becomes of its log."""
+    try:
+        log_round(store, logs, number)
+    except Exception as error:
+        say(f"round {number} is committed, and its log for TensorBoard was not written: {error}")
 
 
 def log_round(store: Store, logs: str | None, number: int) -> Path | None:
@@ -24,20 +33,20 @@ def log_round(store: Store, logs: str | None, number: int) -> Path | None:
     """
     if logs is None and store.local_path("trainer") is None:
         return None
-    described = describe_round(store, number)
-    quality = described["quality"]
+    manifest, _ = read_committed(store, number)
+    quality = manifest.quality
     values = {
-        "learnability/chosen": described["learnability"],
-        "learnability/uniform": described["uniform_learnability"],
+        "learnability/chosen": mean_of(manifest.learnability),
+        "learnability/uniform": mean_of(manifest.uniform_learnability),
         "lead": (quality.get("standing") or {}).get("lead"),
         "staleness_batches": quality["staleness_batches"],
         "rank_correlation": (quality["rank_correlation"] or {}).get("value"),
         "chosen_again": quality["chosen_again"],
         "unique_examples": quality["unique_examples"],
     }
-    for step in described["steps"]:
-        values |= {f"rows/{step['step']}/kept": step["kept"]}
-        values |= {f"rows/{step['step']}/{reason}": rows for reason, rows in step["dropped"].items() if rows}
+    for step in manifest.tallies:
+        values |= {f"rows/{step.step}/kept": step.kept}
+        values |= {f"rows/{step.step}/{reason}": rows for reason, rows in step.dropped.items() if rows}
     for attempt in read_attempts(store, number)[-1:]:
         values |= {f"seconds/{one['step']}": one["seconds"] for one in attempt["steps"]}
         values["seconds"] = attempt["wall_s"]

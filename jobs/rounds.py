@@ -124,13 +124,13 @@ def in_own_ray(recipe: Recipe, base: Path, say: Callable[[str], None]) -> Runner
     # Not at the top: a scheduler of jobs needs neither torch nor a Ray of its own.
     import ray  # noqa: PLC0415
 
-    from jobs.round_log import log_round  # noqa: PLC0415
+    from jobs.round_log import try_to_log  # noqa: PLC0415
     from pipelines.round import run_round  # noqa: PLC0415
 
     def run(number: int) -> None:
         try:
             run_round(recipe, base=base, number=number, say=say)
-            log_round(Store(recipe.root), recipe.train.logs, number)
+            try_to_log(Store(recipe.root), recipe.train.logs, number, say)
         except Exception as error:
             if isinstance(error, ClusterError) or not isinstance(error, CurateError):
                 # Ray itself may be what failed: the next try starts, or joins, another one.

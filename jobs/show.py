@@ -1,5 +1,6 @@
 """`curate show`: rounds, one round, one pair's story, two rounds compared, what nothing needs."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from curate.pool.shards import load_pool
 from curate.rounds import explain
 from curate.rounds.committed import newest_round
 from curate.rounds.compare import compare_rounds
-from curate.rounds.gc import find_garbage
+from curate.rounds.gc import GRACE_S, find_garbage
 from curate.rounds.trace import explain_uid, find_uid
 from curate.storage import Store
 from jobs.page import read_pairs
@@ -65,7 +66,9 @@ def _compared(compared: dict[str, Any]) -> Shown:
     rows, both = compared["rows"], compared["in_both"]
     known = "unknown" if both is None else f"{both:,}, {both / max(1, rows[1]):.1%} of round {b}"
     fields = [
-        {"what": name, f"round {a}": values[0], f"round {b}": values[1]} for name, values in compared["fields"].items()
+        # As JSON has them: rounded, two numbers that differ might look alike.
+        {"what": name} | dict(zip((f"round {a}", f"round {b}"), map(json.dumps, values), strict=True))
+        for name, values in compared["fields"].items()
     ]
     return [
         f"round {a}: {counted(rows[0], 'pair')}; round {b}: {counted(rows[1], 'pair')}; chosen by both: {known}",
@@ -74,11 +77,11 @@ def _compared(compared: dict[str, Any]) -> Shown:
 
 
 def _orphans(store: Store) -> tuple[Any, Shown]:
-    """What a garbage collection without a period of grace would remove."""
-    garbage = list(find_garbage(store, grace_s=0))
+    """What a garbage collection would remove, with its period of grace: what is younger may be in use."""
+    garbage = list(find_garbage(store))
     found = [{"kind": one.kind, "name": one.name, "bytes": one.size} for one in garbage]
     if not found:
-        return found, [f"{store.url}: everything in it is needed"]
+        return found, [f"{store.url}: everything in it is needed, or younger than {GRACE_S / 3600:g} hours"]
     kinds: dict[str, dict[str, Any]] = {}
     for one in garbage:
         row = kinds.setdefault(one.kind, {"what": one.kind, "files": 0, "MiB": 0.0, "one of them": one.name})

@@ -156,7 +156,7 @@ def _embed(
             memory=memory,
             **RETRIES,
         )
-    names = " and ".join(spec.source.rpartition("/")[2] for spec in encoders)
+    names = " and ".join(_short(spec.source) for spec in encoders)
     rows = sum(item["rows"] for item in items)
     damaged: list[str] = []
     with progress.bar(f"embed with {names}", rows) as bar, own_errors():
@@ -173,6 +173,11 @@ def _embed(
             ) from None
     if damaged and on_bad_shard == "fail":
         raise UserError(*sorted(damaged))
+
+
+def _short(source: str) -> str:
+    """Where a model comes from, without the folders of a path."""
+    return source.rpartition("/")[2] if source.startswith(("/", "local-dir:")) else source
 
 
 def _workers(resources: ResourcesSection, devices: Devices, memory: int) -> int:

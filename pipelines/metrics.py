@@ -1,8 +1,8 @@
 """Metrics: what is done by stage, through Ray's own metrics API, for whoever scrapes the cluster with Prometheus.
 
-    ray_curate_done_total{stage="embed with reference", unit="row"}
+    ray_curate_done_total{stage="embed with ViT-B-16-SigLIP/webli", unit="row"}
     ray_curate_rejected_total{reason="image_truncated"}
-    ray_curate_left_seconds{stage="embed with reference"}
+    ray_curate_left_seconds{stage="embed with ViT-B-16-SigLIP/webli"}
 
 jobs/kuberay/grafana.json shows them. Ray exports them while the process that runs a round lives; what a round was like
 stays in its manifest.

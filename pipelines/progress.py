@@ -1,6 +1,6 @@
 """Progress: how far long work is. On a terminal one live view; elsewhere one plain line a minute, and one at the end.
 
-    embed with reference: 12,000 of 100,000 rows, 350 a second, 4 min left, image_truncated 12
+    embed with ViT-B-16-SigLIP/webli: 12,000 of 100,000 rows, 350 a second, 4 min left, image_truncated 12
 
 The environment variable `CURATE_PROGRESS` says otherwise: `plain`, `json` for JSON lines, `none`.
 """
@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,6 +23,8 @@ T = TypeVar("T")
 EVERY_S = 60.0
 """Between lines."""
 VARIABLE = "CURATE_PROGRESS"
+TOGETHER_S = 0.5
+"""Between the first lumps of work that count as one: workers who began together end together."""
 LATE = 3
 """Times the mean between two updates after which work is late."""
 
@@ -35,7 +37,6 @@ class Bar:
         self.facts: dict[str, float | int | str] = {}
         self.began = time.monotonic()
         self.told_at = self.began
-        self._from = done
         self._first: tuple[float, int] | None = None
         """When the first of it was done, and how much that was: what comes before it is the start, and no rate."""
         self._last = self.began
@@ -50,7 +51,8 @@ class Bar:
             if done:
                 self._last = time.monotonic()
                 self._updates += 1
-                self._first = self._first or (self._last, self.done)
+                if self._first is None or self._last - self._first[0] < TOGETHER_S:
+                    self._first = (self._first[0] if self._first else self._last, self.done)
         if (metrics := _metrics()) is not None:
             metrics.count_done(self.title, self.unit, done, self.estimate()[1])
 
@@ -83,7 +85,11 @@ class Bar:
 
     def told_facts(self) -> str:
         """What there is to tell beside how far it is."""
-        return ", ".join(f"{name} {_shown(value)}" for name, value in self.facts.items())
+        return ", ".join(f"{name} {_shown(value)}" for name, value in self._facts().items())
+
+    def _facts(self) -> dict[str, float | int | str]:
+        with self._lock:
+            return dict(self.facts)
 
     def how_far(self) -> str:
         """What is done of all, the rate, the time that is left."""
@@ -107,7 +113,7 @@ class Bar:
             "seconds": round(time.monotonic() - self.began, 1),
             "per_second": rate and round(rate, 3),
             "left_s": left if left is None else round(left, 1),
-            **self.facts,
+            **self._facts(),
         }
 
 
@@ -154,10 +160,9 @@ def lasting(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def say(line: str, stream: TextIO) -> None:
-    """Print a line without disturbing what is shown."""
-    # Of a terminal the live view moves down for it: rich has replaced sys.stdout and sys.stderr meanwhile.
-    print(line, file=sys.stdout if stream is sys.__stdout__ else sys.stderr if stream is sys.__stderr__ else stream)
+def stop() -> None:
+    """Give the terminal back, whatever is still shown: for a process that ends while threads of it are at work."""
+    _live.stop()
 
 
 def _metrics() -> ModuleType | None:
@@ -175,24 +180,25 @@ class _Lines:
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
         self._open: list[Bar] = []
-        self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)
+        self._wake = threading.Condition()
+        self._ticking = False
 
     def open(self, opened: Bar) -> None:
-        with self._lock:
+        with self._wake:
             self._open.append(opened)
-            if len(self._open) == 1:
+            if not self._ticking:
+                self._ticking = True
                 threading.Thread(target=self._tick, daemon=True).start()
 
     def close(self, closed: Bar) -> None:
-        with self._lock:
+        with self._wake:
             self._open.remove(closed)
             self._wake.notify_all()
-        if closed.told_at > closed.began or self._as_json:
-            self._tell(closed, ended=True)
+            if closed.told_at > closed.began or self._as_json:
+                self._tell(closed, ended=True)
 
     def _tick(self) -> None:
-        with self._lock:
+        with self._wake:
             while self._open:
                 now = time.monotonic()
                 for one in self._open:
@@ -201,6 +207,7 @@ class _Lines:
                         self._tell(one)
                 due = min(one.told_at for one in self._open) + EVERY_S - now
                 self._wake.wait(max(0.01, due))
+            self._ticking = False
 
     def _tell(self, one: Bar, *, ended: bool = False) -> None:
         if self._as_json:
@@ -210,7 +217,8 @@ class _Lines:
             line = f"{one.title}: {one.told()}{after}"
         # A log that nobody reads any more is no reason to stop.
         with contextlib.suppress(OSError, ValueError):
-            print(line, file=sys.stderr, flush=True)
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
 
 
 class _Live:
@@ -232,11 +240,22 @@ class _Live:
 
     def close(self, closed: Bar) -> None:
         with self._lock:
-            assert self._shown is not None
-            self._shown.update(self._open.pop(id(closed)), completed=closed.done)
+            task = self._open.pop(id(closed), None)
+            if self._shown is None or task is None:  # the terminal was given back
+                return
+            self._shown.remove_task(task)
+            self._shown.console.print(f"{closed.title}: {closed.told()}", markup=False, highlight=False, soft_wrap=True)
             if not self._open:
                 self._shown.stop()
                 self._shown = None
+
+    def stop(self) -> None:
+        """Show nothing any more."""
+        with self._lock:
+            if self._shown is not None:
+                self._shown.stop()
+                self._shown = None
+                self._open.clear()
 
 
 def _progress() -> "Progress":

@@ -3,7 +3,7 @@
 from typing import Any
 
 from curate.recipe import Recipe
-from curate.rounds.compare import flat
+from curate.recipe_file import flat
 from jobs.changes import changes_since
 from tests.test_manifest import manifest
 

@@ -35,7 +35,18 @@ def test_the_time_that_is_left_is_that_of_the_rest(monkeypatch: pytest.MonkeyPat
         assert estimates[shard] == pytest.approx(left, rel=0.2)
 
 
-def test_what_is_told() -> None:
+def test_workers_who_end_together_make_no_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    one = Bar("embed", 6_000, "row")
+    for at in (60.0, 60.1, 90.0, 90.2):
+        clock[0] = at
+        one.update(1_000)
+    assert one.estimate() == (pytest.approx(2_000 / 30.2), pytest.approx(30.2))
+
+
+def test_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "TOGETHER_S", 0)
     one = Bar("embed", 2_000, "row")
     assert one.told() == "0 of 2,000 rows"
     one.update(1_000)
@@ -55,6 +66,7 @@ def test_where_nobody_watches_a_line_comes_now_and_then(
     as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "EVERY_S", 0.1)
+    monkeypatch.setattr(progress, "TOGETHER_S", 0.1)
     monkeypatch.setenv("CURATE_PROGRESS", "json" if as_json else "plain")
     with bar("embed", 10, unit="shard") as one:
         for _ in range(10):
@@ -102,7 +114,7 @@ from pipelines import progress
 def work(title):
     with progress.bar(title, 40) as one:
         for i in range(40):
-            time.sleep(.02)
+            time.sleep(.05)
             one.update(1)
             one.add(image_truncated=1)
 
@@ -110,11 +122,11 @@ other = threading.Thread(target=work, args=("select",))
 other.start()
 with progress.bar("embed", 40) as one:
     for i in range(40):
-        time.sleep(.02)
+        time.sleep(.05)
         one.update(1)
         if i == 20:
-            progress.say("a line [not markup]", sys.stdout)
-            progress.say("a note", sys.stderr)
+            print("a line [not markup]")
+            print("a note", file=sys.stderr)
 other.join()
 print("the answer")
 """

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,12 +16,15 @@ from PIL import Image
 from curate.errors import UserError
 from curate.recipe import Recipe
 from curate.rounds.attempts import read_attempts
+from curate.rounds.committed import newest_round, open_rounds
+from curate.rounds.look import look_at
 from curate.rounds.manifest import expire
 from curate.storage import Store
 from jobs.cli import app
 from jobs.drawn_pool import draw_pool
 from jobs.page import Figure, Gallery, linked, picture
-from jobs.report import write_report
+from jobs.plots import histograms
+from jobs.report import Counted, _captions, _counts, write_report
 from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
@@ -119,8 +123,57 @@ def test_a_pool_that_changed_is_said(root: Path, tmp_path: Path, page: Path) -> 
     finally:
         shard.write_bytes(kept)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "No pictures: the pool" in text
+    assert f"No pictures of {shard.name}: {shard}: expected" in text
+    assert text.count("No pictures of ") == 1
+    others = text.count("<img ")
+    assert (
+        0.5 * page.read_text(encoding="utf-8").count("<img ") < others < page.read_text(encoding="utf-8").count("<img ")
+    )
     assert "Where the rows went" in text
+
+
+def test_captions_and_hosts_are_those_of_the_rows(root: Path) -> None:
+    store = Store(str(root))
+    look = look_at(open_rounds(store, [newest_round(store)])[0])
+    captions, hosts = _captions(look, look.candidates, None)
+    assert len(captions) == len(look.candidates)
+    assert len({place[0] for place in captions}) == 4
+    for (shard, row), caption in captions.items():
+        assert caption == pq.read_table(look.shards[shard].path)["caption"][row].as_py()
+        assert hosts[shard, row] == look.shards[shard].name
+    some = {(0, 1): "a", (1, 0): "a", (1, 5): "b"}
+    assert _counts(some, {(1, 5), (7, 7)}) == [
+        Counted(name="a", chosen=0.0, candidates=2 / 3),
+        Counted(name="b", chosen=1.0, candidates=1 / 3),
+    ]
+
+
+@pytest.mark.parametrize("method", ["joint", "uniform"])
+def test_the_smallest_round_has_a_report(root: Path, tmp_path: Path, method: str) -> None:
+    """A sub-batch of one row, of a learner that was not looked at: nothing to compare, no matrix, and no crash."""
+    fields = {
+        "root": str(tmp_path / "root"),
+        "pool": {"path": str(root.parent / "pool"), "uid": "key"},
+        "reference": {"model": "reference.json"},
+        "learner": {"model": "learner.json"},
+        "selection": {"sub_batch_size": 1, "n_chunks": 1, "filter_ratio": 0.5, "super_batches": 1, "method": method},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray.__wrapped__(patch)
+        run_round(Recipe.model_validate(fields), base=root.parent)
+    store = Store(str(tmp_path / "root"))
+    write_report(store, 0, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "A sub-batch as a matrix" not in text
+    assert ("Taken for the batch" in text) == (method == "joint")
+    assert not histograms({"chosen": np.array([]), "candidates": np.array([])}, label="nothing")
+
+
+def test_what_is_gone_from_a_root_is_a_line(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path / "root")
+    shutil.rmtree(tmp_path / "root/embeddings")
+    with pytest.raises(UserError, match="expected what round 1 left; restore the file"):
+        write_report(Store(str(tmp_path / "root")), 1, tmp_path / "report.html")
 
 
 def test_the_verb_says_where_it_wrote(

@@ -218,7 +218,12 @@ def _budgets(plan: PlanSection) -> list[int]:
 
 
 def _fewer(run: Record, uniform: Record, cost: Callable[[Record], float], budget: int | None = None) -> float | None:
-    """How many times less the run had cost when it reached what the uniform run reached after `budget` steps."""
+    """How many times less the run had cost when it reached what the uniform run reached after `budget` steps.
+
+    None where it never did, or where nothing was measured so early.
+    """
+    if budget is not None and budget < uniform["curve"][0]["step"]:
+        return None
     quality = _quality_at(uniform, budget or uniform["curve"][-1]["step"])
     mine = reached(run["curve"], quality, cost)
     theirs = reached(uniform["curve"], quality, cost)

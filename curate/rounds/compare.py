@@ -1,19 +1,20 @@
 """Compare: what is different between two rounds, and how much of one the other chose as well."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from curate.rounds.explain import describe_round
-from curate.rounds.manifest import steps_folder
+from curate.errors import UserError
+from curate.recipe_file import flat
+from curate.rounds.explain import chosen_by, mean_of, read_committed
+from curate.rounds.manifest import Manifest, is_expired, steps_folder
 from curate.select.files import read_selected, selected_name
 from curate.storage import Store
 
 MOST_ROWS = 5_000_000
 """Chosen rows of two rounds whose contents are compared: 80 MB. Beyond them the share is not told."""
-COUNTS = ("pool_rows", "sub_batches", "sub_batch_size", "learnability", "uniform_learnability")
 
 
 def compare_rounds(store: Store, a: int, b: int) -> dict[str, Any]:
@@ -25,15 +26,15 @@ def compare_rounds(store: Store, a: int, b: int) -> dict[str, Any]:
         many); `rows`: pairs that each chose.
 
     Raises:
-        UserError: one of them is not committed.
+        UserError: one of them is not committed, or something that it left is gone.
         DamagedError: a file is not what was written.
     """
-    rounds = [describe_round(store, number) for number in (a, b)]
-    facts = [dict(_facts(described)) for described in rounds]
+    rounds = [read_committed(store, number)[0] for number in (a, b)]
+    facts = [dict(_facts(manifest)) for manifest in rounds]
     names = list(dict.fromkeys(name for found in facts for name in found))
     differ = {name: [found.get(name) for found in facts] for name in names}
-    chosen = [described["sub_batches"] * described["sub_batch_size"] for described in rounds]
-    known = sum(chosen) <= MOST_ROWS and not any(described["expired"] for described in rounds)
+    chosen = [manifest.sub_batches * manifest.sub_batch_size for manifest in rounds]
+    known = sum(chosen) <= MOST_ROWS and not any(is_expired(store, number) for number in (a, b))
     in_both = len(np.intersect1d(_chosen(store, rounds[0]), _chosen(store, rounds[1]))) if known else None
     return {
         "rounds": [a, b],
@@ -43,36 +44,31 @@ def compare_rounds(store: Store, a: int, b: int) -> dict[str, Any]:
     }
 
 
-def _facts(described: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _facts(manifest: Manifest) -> Iterator[tuple[str, Any]]:
     """All that a round may differ in from another, by dotted names."""
-    lineage = described["lineage"]
-    yield "chosen_by", described["chosen_by"]
-    for name in COUNTS:
-        yield name, described[name]
-    for step in described["steps"]:
-        yield f"rows.{step['step']}.kept", step["kept"]
-        for reason, rows in step["dropped"].items():
-            yield f"rows.{step['step']}.{reason}", rows
+    yield "chosen_by", chosen_by(manifest)
+    yield "pool_rows", manifest.pool_rows
+    yield "sub_batches", manifest.sub_batches
+    yield "sub_batch_size", manifest.sub_batch_size
+    yield "learnability", mean_of(manifest.learnability)
+    yield "uniform_learnability", mean_of(manifest.uniform_learnability)
+    for step in manifest.tallies:
+        yield f"rows.{step.step}.kept", step.kept
+        for reason, rows in step.dropped.items():
+            yield f"rows.{step.step}.{reason}", rows
     for name in ("recipe", "reference", "learner", "pool", "libraries"):
-        yield from flat(lineage.get(name), name)
-    yield "python", lineage["python"]
+        yield from flat(manifest.lineage.get(name), name)
+    yield "python", manifest.lineage["python"]
 
 
-def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested tables, each by its dotted name.
-
-    >>> dict(flat({"pool": {"uid": "key"}, "seed": 0}))
-    {'pool.uid': 'key', 'seed': 0}
-    """
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from flat(inner, f"{name}.{key}".lstrip("."))
-    else:
-        yield name, value
-
-
-def _chosen(store: Store, described: Mapping[str, Any]) -> npt.NDArray[np.uint64]:
+def _chosen(store: Store, manifest: Manifest) -> npt.NDArray[np.uint64]:
     """Halves of the contents of all chosen pairs: 64 bits tell rows well enough apart to count them."""
-    steps = steps_folder(described["round"], described["lineage"]["plan"])
-    names = [selected_name(steps, i) for i in range(described["sub_batches"])]
-    return np.concatenate([read_selected(store, name)[0]["content_low"].to_numpy() for name in names])
+    steps = steps_folder(manifest.round, manifest.lineage["plan"])
+    found = []
+    for number in range(manifest.sub_batches):
+        name = selected_name(steps, number)
+        try:
+            found.append(read_selected(store, name)[0]["content_low"].to_numpy())
+        except FileNotFoundError:
+            raise UserError(f"{name}: expected what the round selected, found nothing; restore it") from None
+    return np.concatenate(found)

@@ -35,8 +35,8 @@ def summarize_rounds(store: Store) -> list[dict[str, Any]]:
             "staleness_batches": manifest.quality["staleness_batches"],
             "chosen_by": chosen_by(manifest),
             "lead": (manifest.quality.get("standing") or {}).get("lead"),  # rounds of before it was measured have none
-            "learnability": _mean(manifest.learnability),
-            "uniform_learnability": _mean(manifest.uniform_learnability),
+            "learnability": mean_of(manifest.learnability),
+            "uniform_learnability": mean_of(manifest.uniform_learnability),
             "realised_learnability": _weighted_mean(realised[manifest.round]),
             "rank_correlation": (manifest.quality["rank_correlation"] or {}).get("value"),
             "chosen_again": manifest.quality["chosen_again"],
@@ -46,8 +46,8 @@ def summarize_rounds(store: Store) -> list[dict[str, Any]]:
     ]
 
 
-def describe_round(store: Store, number: int) -> dict[str, Any]:
-    """A round's accounting: where the rows of the pool went, step by step, and what was chosen.
+def read_committed(store: Store, number: int) -> tuple[Manifest, str]:
+    """A round's manifest and its sha256.
 
     Raises:
         UserError: the round is not committed.
@@ -55,7 +55,16 @@ def describe_round(store: Store, number: int) -> dict[str, Any]:
     found = read_manifest(store, number)
     if found is None:
         raise UserError(f"{store.url}: round {number} is not committed; the newest is {last_round(store)}")
-    manifest, sha256 = found
+    return found
+
+
+def describe_round(store: Store, number: int) -> dict[str, Any]:
+    """A round's accounting: where the rows of the pool went, step by step, and what was chosen.
+
+    Raises:
+        UserError: the round is not committed.
+    """
+    manifest, sha256 = read_committed(store, number)
     return {
         "round": number,
         "manifest_sha256": sha256,
@@ -67,8 +76,8 @@ def describe_round(store: Store, number: int) -> dict[str, Any]:
         "sub_batches": manifest.sub_batches,
         "sub_batch_size": manifest.sub_batch_size,
         "chosen_by": chosen_by(manifest),
-        "learnability": _mean(manifest.learnability),
-        "uniform_learnability": _mean(manifest.uniform_learnability),
+        "learnability": mean_of(manifest.learnability),
+        "uniform_learnability": mean_of(manifest.uniform_learnability),
         "quality": manifest.quality,
         "files": [{"name": f.name, "size": f.size, "sub_batches": f.sub_batches} for f in manifest.files],
         "lineage": manifest.lineage,
@@ -108,6 +117,7 @@ def _weighted_mean(values: list[tuple[float, int]]) -> float | None:
     return sum(value * weight for value, weight in values) / sum(weight for _, weight in values) if values else None
 
 
-def _mean(values: tuple[float | None, ...]) -> float | None:
+def mean_of(values: tuple[float | None, ...]) -> float | None:
+    """Mean of those that are known."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -147,7 +147,7 @@ def look_at(
     tables: list[pa.Table] = []
     unusable: dict[str, list[Unusable]] = defaultdict(list)
     groups: dict[tuple[int, int], list[Repeat]] = defaultdict(list)
-    held = 0
+    looked = sum(found.pool.shards[i].rows for i in read)
     for index in progress(read, len(read)):
         shard = found.pool.shards[index]
         facts = read_embeddings(
@@ -158,8 +158,8 @@ def look_at(
                 unusable[row.reason].append(row)
         for head, repeat in _repeats(found, shard):
             groups[head].append(repeat)
-        part, sub_batches = _candidates(found, shard, numbers, rng, MOST_CANDIDATES - held)
-        held += len(part.rows)
+        # Each shard its share, or the first ones would take all.
+        part, sub_batches = _candidates(found, shard, numbers, rng, -(-MOST_CANDIDATES * shard.rows // looked))
         parts.append(part)
         at = pa.array(part.rows["row"])
         tables.append(
@@ -187,7 +187,7 @@ def look_at(
         round=found,
         shards=compared_shards(found.store, found.pool, found.evaluation),
         read=tuple(read),
-        rows=sum(found.pool.shards[i].rows for i in read),
+        rows=looked,
         sub_batches=wanted,
         candidates=table,
         unusable=tuple(row for some in unusable.values() for row in some),
@@ -354,6 +354,8 @@ def _matrices(
     picked = here[chosen[here]]
     picked = picked[np.argsort(table["position"].to_numpy()[picked])]
     count = min(MATRIX_ROWS, len(picked))
+    if count < 2:  # there is nothing beside the diagonal
+        return None, None
 
     def matrices(rows: Ints) -> Matrices:
         own = pair_losses(_some(learner, rows), loss).numpy() if learner is not None else None
