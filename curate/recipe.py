@@ -211,7 +211,7 @@ class SelectionSection(Section):
     criterion: Criterion | Literal["auto"] = Field(
         "easy_reference",
         description="what makes a sub-batch worth training on; auto: easy_reference while the learner is at its start, "
-        "then learnability, uniform batches once the reference knows nothing more, decided anew in each round",
+        "or where the reference knows little of the pool, then learnability, uniform once it knows nothing more",
     )
     method: Method = Field("joint", description="how a sub-batch is drawn")
     # By "What was chosen by what": 3 to 100 were alike for easy-reference. By "Settings" of acceleration/heads.md for

@@ -80,6 +80,9 @@ def test_of_too_few_pairs_nothing_is_made(pairs: int) -> None:
         (0.0, 0.6, 0.0, "easy_reference"),
         (0.3, 0.6, 0.49, "easy_reference"),
         (0.3, 0.6, 0.5, "learnability"),
+        (0.3, 0.149, 0.9, "easy_reference"),  # most of the pool is nothing that the reference is for
+        (0.3, 0.151, 0.9, "learnability"),
+        (0.3, 0.149, 1.0, "uniform"),
         (0.9, 0.3, 0.7, "learnability"),  # better on the whole, and yet there is something that it does not know
         (0.6, 0.6, 1.0, "uniform"),
         (0.6, 0.6, 0.995, "uniform"),

@@ -15,6 +15,9 @@ STARTED = 0.5
 """Share of the reference's hits that a learner past its start has: below it, its losses are noise."""
 LEAST_PAIRS = 32
 """Of a sample: with fewer, nothing can be told, and what does not look at the learner is chosen by."""
+SPARSE = 0.15
+"""Share of all questions that the reference answers, below which most of the pool is nothing that it is for. There a
+learner has most to learn about the rest, and learnability goes after it: docs/acceleration.md, "With a cosine"."""
 TEACHABLE = 0.005
 """Share of all questions that the reference answers and the learner does not, from which on the reference teaches."""
 
@@ -41,14 +44,15 @@ class Standing:
     def decided(self) -> Decided:
         """What to choose by.
 
-        Easy-reference while the learner is at its start; uniform once the reference knows nothing that the learner does
-        not; else learnability. Thresholds are those of the study in docs/acceleration.md.
+        Uniform once the reference knows nothing that the learner does not; easy-reference while the learner is at its
+        start, or where the reference knows little of the pool; else learnability. Thresholds are those of
+        docs/acceleration.md.
         """
         if self.pairs < LEAST_PAIRS:
             return "easy_reference"
         if self.lead < TEACHABLE:
             return "uniform"
-        return "easy_reference" if self.shared < STARTED else "learnability"
+        return "easy_reference" if self.reference < SPARSE or self.shared < STARTED else "learnability"
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest, with what was decided."""
