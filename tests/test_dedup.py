@@ -441,9 +441,9 @@ def test_a_recipes_pool_is_embedded_and_its_groups_are_drawn(tmp_path: Path) -> 
     assert f"{dedup.pairs:,} pairs, {dedup.groups:,} groups" in said
     assert "no near-duplicate can have been missed" in said
     assert "decided from the beginning" in said
-    assert re.search(rf"{dedup.dropped['near_duplicate']:,} │ near_duplicate", said)
+    assert re.search(rf"{dedup.dropped['near_duplicate']:,} +near_duplicate", said)
     stay = dedup.statuses["ok"] - sum(dedup.dropped.values())
-    assert re.search(rf"{stay:,} │ no, they stay", said)
+    assert re.search(rf"{stay:,} +no, they stay", said)
     pictures = {image for shard in [*pool.shards] for image in pq.read_table(shard.path)["jpg"].to_pylist()}
     pictures |= set(pq.read_table(tmp_path / "test-set" / "00000.parquet")["jpg"].to_pylist())
     shown = [base64.b64decode(found) for found in re.findall('src="data:image/[a-z]+;base64,([^"]+)"', sheet)]

@@ -20,7 +20,7 @@ with progress.bar("embed with reference", 100) as bar:
     for _ in range(4):
         bar.update(20)
         bar.add(image_truncated=2)
-        time.sleep(.05)
+        time.sleep(.3)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
