@@ -91,3 +91,9 @@ def test_commands_of_the_pages_are_commands() -> None:
                     assert option in own, (path.name, name, option)
                 seen += 1
     assert seen > 30
+
+
+def test_the_pictures_of_the_readme_are_there() -> None:
+    shown = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (HOUSE / "README.md").read_text(encoding="utf-8"))
+    assert shown
+    assert [name for name in shown if not (HOUSE / name).is_file()] == []
