@@ -14,7 +14,7 @@ from curate.messages import counted
 from curate.parquet import read_table
 from curate.pool.shards import Pool, Shard
 from curate.storage import Store
-from jobs.page import Figure, Gallery, Place, picture, read_pairs, write_page
+from jobs.page import Figure, Gallery, Pair, Place, picture, read_pairs, write_page
 
 SURE = ["duplicate_exact", "duplicate_image"]
 """Reasons that nobody need look at."""
@@ -90,9 +90,7 @@ def _members(head: Place, stays: str, dropped: pa.Table) -> list[_Member]:
     return [_Member(place=head, why=stays), *said]
 
 
-def _gallery(
-    members: Sequence[_Member], shards: Sequence[Shard], pictures: dict[Place, tuple[bytes | None, str]]
-) -> Gallery:
+def _gallery(members: Sequence[_Member], shards: Sequence[Shard], pictures: dict[Place, Pair]) -> Gallery:
     figures: list[Figure] = []
     for member in members[: MOST_MEMBERS + 1]:
         shard, row = member.place

@@ -16,6 +16,8 @@ from jobs.surroundings import printable
 
 Place = tuple[int, int]
 """Shard, by its number among those that were given, and row."""
+Pair = tuple[bytes | None, str]
+"""Image bytes and caption."""
 
 SHOWN_PIXELS = 192
 """Of the longer side: a figure is 150 pixels wide, of which many screens have one and a half for each."""
@@ -120,7 +122,7 @@ def picture(data: bytes | None) -> str | None:
     return f"data:{kind};base64,{base64.b64encode(data or b'').decode()}"
 
 
-def read_pairs(shards: Sequence[Shard], places: Iterable[Place]) -> dict[Place, tuple[bytes | None, str]]:
+def read_pairs(shards: Sequence[Shard], places: Iterable[Place]) -> dict[Place, Pair]:
     """Image bytes and captions of some rows.
 
     Raises:

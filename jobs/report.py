@@ -21,11 +21,10 @@ from curate.messages import counted, one_line
 from curate.pool.shards import Shard, caption_bytes, read_rows
 from curate.rounds.attempts import read_attempts
 from curate.rounds.committed import open_rounds
-from curate.rounds.explain import describe_round, summarize_rounds
+from curate.rounds.explain import describe_round, read_committed, summarize_rounds
 from curate.rounds.look import Group, Look, Repeat, Unusable, look_at
-from curate.rounds.manifest import read_manifest
 from curate.storage import Store
-from jobs.page import Figure, Gallery, Place, linked, picture, read_pairs, write_page
+from jobs.page import Figure, Gallery, Pair, Place, linked, picture, read_pairs, write_page
 from jobs.plots import curves, histograms, matrices
 from jobs.tables import round_facts
 from pipelines import progress
@@ -43,23 +42,9 @@ URL_COLUMNS = ("url", "URL", "image_url")
 
 UNREADABLE = (InputChangedError, StoreError, UserError, FileNotFoundError)
 """What a shard raises that cannot be read any more: the others are shown."""
-Pair = tuple[bytes | None, str]
-"""Image bytes and caption."""
 NOTHING: Pair = (None, "")
 
 Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """A step of the round: rows in, kept, and dropped by reason."""
-
-    name: str
-    rows_in: int
-    kept: int
-    dropped: dict[str, int]
-    of: int
-    """Rows of the pool, which bars are drawn as a share of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +69,11 @@ def write_report(store: Store, number: int, path: Path) -> None:
         DamagedError: or is not what was written.
     """
     described = describe_round(store, number)
-    manifest = read_manifest(store, number)
-    assert manifest is not None
+    manifest, _ = read_committed(store, number)
     look, shown = None, {"pairs": None}
     if not described["expired"]:
         try:
-            look = look_at(open_rounds(store, [manifest[0]])[0], progress=_bar)
+            look = look_at(open_rounds(store, [manifest])[0], progress=_bar)
             shown = _Shown(look).sections()
         except FileNotFoundError as error:
             raise UserError(f"{one_line(error)}: expected what round {number} left; restore the file") from error
@@ -99,7 +83,8 @@ def write_report(store: Store, number: int, path: Path) -> None:
         title=f"Round {number} of {store.url}",
         facts=round_facts(described),
         look=look,
-        steps=_steps(described),
+        steps=described["steps"],
+        pool_rows=max(1, described["pool_rows"]),
         trends=_trends(store),
         attempts=read_attempts(store, number),
         **shown,
@@ -384,19 +369,6 @@ def _matrices(look: Look) -> Markup | None:
         found = {"learner's loss": (before.learner, after.learner)} | found
         found["learnability"] = (before.learner - before.reference, after.learner - after.reference)
     return matrices(found)
-
-
-def _steps(described: dict[str, Any]) -> list[Step]:
-    return [
-        Step(
-            name=step["step"],
-            rows_in=step["rows_in"],
-            kept=step["kept"],
-            dropped={reason: rows for reason, rows in step["dropped"].items() if rows},
-            of=max(1, described["pool_rows"]),
-        )
-        for step in described["steps"]
-    ]
 
 
 def _trends(store: Store) -> list[Markup]:

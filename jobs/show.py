@@ -7,9 +7,7 @@ from typing import Any
 
 from curate.errors import InputChangedError, UserError
 from curate.messages import counted
-from curate.pool.shards import load_pool
 from curate.rounds import explain
-from curate.rounds.committed import newest_round
 from curate.rounds.compare import compare_rounds
 from curate.rounds.gc import GRACE_S, find_garbage
 from curate.rounds.trace import explain_uid, find_uid
@@ -51,9 +49,8 @@ def save_picture(store: Store, uid: str, path: Path) -> None:
         UserError: no row has this uid, the pool changed since, or the row holds no picture.
     """
     shard, row, _ = find_uid(store, uid)
-    shards = load_pool(store, newest_round(store).lineage["pool"]["fingerprint"]).shards
     try:
-        image, _ = read_pairs(shards, [(shard.index, row)])[shard.index, row]
+        image, _ = read_pairs([shard], [(0, row)])[0, row]
     except (InputChangedError, FileNotFoundError) as error:
         raise UserError(f"uid {uid}: its shard was changed or removed since the round; {error}") from error
     if not image:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from curate.select.windows import (
     LATER_ROUND,
     WINDOW_END,
     EpochRange,
+    Stretch,
     Window,
     cut_name,
     read_cut,
@@ -70,11 +72,19 @@ class Committed:
     super_batch_size: int
     evaluation: tuple[str, ...]
 
+    @cached_property
+    def _stretches(self) -> list[Stretch]:
+        return stretches(self.windows, self.taken, self.super_batch_size)
+
+    @cached_property
+    def _cuts(self) -> dict[int, Cut]:
+        """Of the windows that were asked for, by the number of their first sub-batch: each is read once."""
+        return {}
+
     @property
     def shards(self) -> list[int]:
         """Indices of the shards that its candidates lie in."""
-        taken = stretches(self.windows, self.taken, self.super_batch_size)
-        return sorted(index for stretch in taken for index in stretch.window.shards)
+        return sorted(index for stretch in self._stretches for index in stretch.window.shards)
 
     def cut_of(self, shard: int) -> Cut | None:
         """What the round took of the window that a shard lies in; None if nothing.
@@ -82,16 +92,19 @@ class Committed:
         Raises:
             UserError: the record of the window is gone.
         """
-        for stretch in stretches(self.windows, self.taken, self.super_batch_size):
+        for stretch in self._stretches:
             if shard not in stretch.window.shards:
                 continue
+            if stretch.first in self._cuts:
+                return self._cuts[stretch.first]
             name, cut = self._cut(stretch.window)
             if cut is None:
                 raise UserError(f"{name}: expected where a window of the round is cut, found nothing; restore the file")
             inside = cut[stretch.start : stretch.start + stretch.super_batches + 1]
             epoch = self.taken.epoch
             scope = window_scope(self.index.folder, seed=self.seed, epoch=epoch, low=inside[0], high=inside[-1])
-            return Cut(first=stretch.first, boundaries=inside, seed=self.seed, epoch=epoch, scope=scope)
+            found = Cut(first=stretch.first, boundaries=inside, seed=self.seed, epoch=epoch, scope=scope)
+            return self._cuts.setdefault(stretch.first, found)
         return None
 
     def turn_of(self, shard: int, content: npt.NDArray[np.uint64]) -> str:

@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from curate.errors import UserError
 from curate.recipe_file import flat
 from curate.rounds.explain import chosen_by, mean_of, read_committed
 from curate.rounds.manifest import Manifest, is_expired, steps_folder
-from curate.select.files import read_selected, selected_name
+from curate.select.files import selected_rows
 from curate.storage import Store
 
 MOST_ROWS = 5_000_000
@@ -64,11 +63,5 @@ def _facts(manifest: Manifest) -> Iterator[tuple[str, Any]]:
 def _chosen(store: Store, manifest: Manifest) -> npt.NDArray[np.uint64]:
     """Halves of the contents of all chosen pairs: 64 bits tell rows well enough apart to count them."""
     steps = steps_folder(manifest.round, manifest.lineage["plan"])
-    found = []
-    for number in range(manifest.sub_batches):
-        name = selected_name(steps, number)
-        try:
-            found.append(read_selected(store, name)[0]["content_low"].to_numpy())
-        except FileNotFoundError:
-            raise UserError(f"{name}: expected what the round selected, found nothing; restore it") from None
+    found = [selected_rows(store, steps, number)["content_low"].to_numpy() for number in range(manifest.sub_batches)]
     return np.concatenate(found)

@@ -21,14 +21,13 @@ from torch.nn.functional import softplus
 from curate.criteria import Loss
 from curate.dedup.files import compared_shards, read_dropped
 from curate.embed.files import embedding_name, read_embeddings
-from curate.errors import UserError
 from curate.jest import Embeddings, diagonal_losses, jointly_sample_batch
 from curate.models.spec import EncoderSpec
 from curate.pool.shards import Shard
 from curate.rounds.committed import Committed
 from curate.seeds import derive_seed
 from curate.select.draw import Candidates, Scale, embeddings_of
-from curate.select.files import read_selected, selected_name
+from curate.select.files import selected_rows
 from curate.select.index import DUPLICATE_EXACT, candidate_rows, read_duplicates
 from curate.select.load import load_vectors
 from curate.select.windows import Rows, key_order, super_batch_of
@@ -281,7 +280,7 @@ def _with_losses(table: pa.Table, reference: Embeddings, learner: Embeddings | N
 
 def _with_choice(found: Committed, table: pa.Table, numbers: Ints) -> pa.Table:
     """Whether a candidate was chosen, and what was known at the pick."""
-    picked = pa.concat_tables([_selected(found, number) for number in numbers.tolist()])
+    picked = pa.concat_tables([selected_rows(found.store, found.steps, number) for number in numbers.tolist()])
     places = _places(picked)
     order = np.argsort(places)
     at = np.searchsorted(places[order], _places(table))
@@ -296,14 +295,6 @@ def _with_choice(found: Committed, table: pa.Table, numbers: Ints) -> pa.Table:
     place = table.column_names.index("learner_loss")
     table = table.set_column(place, "learner_loss", pc.coalesce(table["learner_loss"], kept))
     return table.append_column("chosen", pa.array(chosen))
-
-
-def _selected(found: Committed, number: int) -> pa.Table:
-    name = selected_name(found.steps, number)
-    try:
-        return read_selected(found.store, name)[0]
-    except FileNotFoundError:
-        raise UserError(f"{name}: expected what the round selected, found nothing; restore it") from None
 
 
 def _places(table: pa.Table) -> Ints:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from curate.errors import UserError
 from curate.parquet import damage_told, open_table, read_table, write_table
 from curate.sealed import seal, unseal
 from curate.storage import Store
@@ -75,6 +76,20 @@ def read_selected(store: Store, name: str) -> tuple[pa.Table, SubBatchStats]:
     table = read_table(store, name, schema=SELECTED_SCHEMA)
     with damage_told(name):
         return table, SubBatchStats.from_bytes(table.schema.metadata[b"stats"], name)
+
+
+def selected_rows(store: Store, steps: str, sub_batch: int) -> pa.Table:
+    """The rows of a sub-batch of a committed round.
+
+    Raises:
+        UserError: the file is gone.
+        DamagedError: it is not what was written.
+    """
+    name = selected_name(steps, sub_batch)
+    try:
+        return read_selected(store, name)[0]
+    except FileNotFoundError:
+        raise UserError(f"{name}: expected what the round selected, found nothing; restore it") from None
 
 
 def read_stats(store: Store, name: str) -> SubBatchStats:
