@@ -23,7 +23,8 @@ import torch
 from curate.embed.files import embedding_name, embedding_schema, vectors
 from curate.models.spec import EncoderSpec
 from curate.parquet import write_table
-from curate.pool.shards import Columns, Pool, Shard
+from curate.pool.columns import Columns
+from curate.pool.shards import Pool, Shard
 from curate.rounds.search import Searched
 from curate.storage import Store
 

@@ -32,8 +32,9 @@ from curate.embed.files import contents, embedding_name, read_embeddings, vector
 from curate.jest import Embeddings, diagonal_losses, jointly_sample_batch
 from curate.models.learners import newest_learner
 from curate.models.spec import EncoderSpec
+from curate.pool.columns import Columns
 from curate.pool.inventory import take_inventory
-from curate.pool.shards import Columns, Shard
+from curate.pool.shards import Shard
 from curate.recipe import Recipe
 from curate.seeds import derive_seed
 from curate.select.windows import key_order, keyed_rows, windows_of

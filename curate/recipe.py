@@ -3,93 +3,51 @@
 import hashlib
 import json
 import math
-import os
-import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from curate.criteria import Criterion, Loss, Method
-from curate.errors import UserError
+from curate.recipe_types import LocalPath, Paths, Section, expanding
 
 Precision = Literal["fp32", "bf16"]
 DeviceType = Literal["cuda", "cpu"]
 BadShardPolicy = Literal["fail", "skip"]
 
 
-class Section(BaseModel):
-    """A table of the recipe. Unknown fields are mistakes, values are never coerced from another type."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-def _names_something(path: Any) -> Any:
-    paths = path if isinstance(path, list) else [path]
-    if not paths or not all(isinstance(p, str) and p for p in paths):
-        raise PydanticCustomError("path", "must be a path or URL, or a list of at least one")
-    return path
-
-
-VARIABLE = re.compile(r"\$(?:\w+|\{\w+\})")
-
-
-def expanded(path: str) -> str:
-    """A local path with `~` replaced by the home folder, as a shell would; a URL, or anything else, as it is.
-
-    Raises:
-        UserError: there is no such home folder, or a variable, which would become a folder called `$HOME`.
-    """
-    if path.startswith(("http://", "https://")):  # whose queries may have a $ of their own
-        return path
-    if variable := VARIABLE.search(path):
-        meant = os.path.expandvars(path)
-        raise UserError(
-            f"expected a path without variables, which nothing replaces here; found {variable[0]}; write "
-            + ("what it stands for" if VARIABLE.search(meant) else meant)
-        )
-    if path.startswith("~") and (path := os.path.expanduser(path)).startswith("~"):
-        raise UserError(f"expected a home folder for {path.split('/')[0]}, found none; write the whole path")
-    return path
-
-
-def _expanding(prefix: str = "") -> AfterValidator:
-    """Expands what a field says after a prefix, if it has it."""
-
-    def expand(said: Any) -> Any:
-        if isinstance(said, list):
-            return [expand(path) for path in said]
-        before = prefix if said.startswith(prefix) else ""
-        try:
-            return before + expanded(said.removeprefix(before))
-        except UserError as error:
-            raise PydanticCustomError("expanded", "{mistake}", {"mistake": str(error)}) from None
-
-    return AfterValidator(expand)
-
-
-LocalPath = Annotated[str, _expanding()]
-Paths = Annotated[str | list[str], BeforeValidator(_names_something), _expanding()]
-
-
 class PoolSection(Section):
     """The raw pairs."""
 
     path: Paths = Field(
-        description="folder, glob, file or fsspec URL of Parquet shards, or a list; `key=value` folders are columns"
+        description="folder, glob, file or fsspec URL of shards, or a list: Parquet, WebDataset tars, Arrow files of "
+        "`datasets`, tables that name pictures; `key=value` folders are columns"
     )
-    image: str | None = Field(None, description="image column; found by convention (jpg, image, …) if not given")
-    caption: str | None = Field(None, description="caption column; found by convention (caption, text, …)")
+    image: str | None = Field(
+        None, description="image column, or one of paths or URLs; found by convention (jpg, image, …) if not given"
+    )
+    images: LocalPath | None = Field(
+        None, description="folder or URL that relative paths of pictures are of; the shard's own if not given"
+    )
+    caption: str | None = Field(
+        None,
+        description="caption column, of texts or lists of them, or a path into structs or JSON (json.caption); found "
+        "by convention (caption, text, …)",
+    )
+    caption_seed: int = Field(0, ge=0, description="draws one caption of those that a row has; changed, others")
     uid: str | None = Field(None, description="column that identifies a pair; else a hash of image and caption")
+    where: str | None = Field(
+        None,
+        min_length=1,
+        description="condition in SQL on your own columns (width >= 200 and similarity > 0.28); other rows are counted "
+        "as filtered, their pictures never read; changed, the pool is embedded anew",
+    )
+    keep: LocalPath | None = Field(
+        None,
+        description="NumPy file of the uids that are wanted of the pool, as DataComp's subsets (u8,u8), texts or "
+        "integers; other rows are counted as filtered",
+    )
     on_bad_shard: BadShardPolicy = Field(
         "fail",
         description="a shard that cannot be read stops the round, or is skipped: listed in the manifest if its footer "
@@ -109,7 +67,7 @@ class PoolSection(Section):
 class EncoderSection(Section):
     """An open_clip model and its weights."""
 
-    model: Annotated[str, _expanding("local-dir:")] = Field(
+    model: Annotated[str, expanding("local-dir:")] = Field(
         description="open_clip model name, local-dir:FOLDER, hf-hub:NAME, or an open_clip JSON config beside the recipe"
     )
     pretrained: LocalPath | None = Field(
@@ -458,6 +416,9 @@ class Recipe(Section):
         del fields["embed"]["compile"]  # decides the last bits alone, as the device does
         if self.embed.exact_pixels:
             del fields["embed"]["exact_pixels"]  # rounds that were begun before there was a choice
+        for name in ("images", "caption_seed", "where", "keep"):  # rounds that were begun before there were any
+            if fields["pool"][name] == PoolSection.model_fields[name].default:
+                del fields["pool"][name]
         del fields["pool"]["max_dropped_share"]  # when a round stops: one that was stopped goes on if it is raised
         if self.dedup is not None:
             del fields["dedup"]["max_dropped_share"]  # likewise

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from curate.errors import UserError
-from curate.recipe import Recipe, Section
+from curate.recipe import Recipe
+from curate.recipe_types import Section
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from io import BufferedIOBase
@@ -25,17 +25,6 @@ from fsspec.utils import glob_translate
 from curate import access
 from curate.access import ERRORS, explained, filesystem, is_local, open_input, persist, refusal, s3_session
 from curate.errors import CommitConflictError, CommitUnknownError, UserError
-
-_PICTURES = "datasets.load_dataset('imagefolder', data_dir=FOLDER)['train'].to_parquet('pool/00000.parquet') makes one"
-OTHER_FORMATS = {
-    ".tar": "WebDataset tars are not read: img2dataset writes Parquet with --output_format parquet",
-    ".arrow": "datasets.load_from_disk(FOLDER).to_parquet('pool/00000.parquet') makes Parquet of Arrow files",
-    **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), f"pictures alone are no pool: {_PICTURES} with captions"),
-    **dict.fromkeys(
-        (".csv", ".tsv", ".json", ".jsonl"), "download the pictures that it names: img2dataset writes Parquet"
-    ),
-}
-"""What people keep pools in as well, and the way from there."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +46,22 @@ def file_info(path: str) -> FileInfo:
     return persist(path, lambda: _remote_file(fs, fs.info(name)))
 
 
-def list_parquet(url: str) -> tuple[list[FileInfo], list[str]]:
-    """List the Parquet files of one file, a folder (recursively) or a glob, and the paths passed over.
+def list_files(
+    url: str, *, taken: Callable[[str], bool], expected: str, way_out: Callable[[str], str | None]
+) -> tuple[list[FileInfo], list[str]]:
+    """List files: one, those of a folder (recursively) or of a glob; and the paths passed over.
 
-    Passed over are names that begin with "." or "_", names without `.parquet`, and what symlinks lead to
+    Passed over are names that begin with "." or "_", names that are not `taken`, and what symlinks lead to
     again: every real file is listed once, loops end. A file that is itself named is taken whatever its name.
 
+    Args:
+        url: of the file or folder, or a glob.
+        taken: says of a path whether it is wanted.
+        expected: what is wanted, for messages.
+        way_out: says what to do with a file that is passed over, if anything can be.
+
     Raises:
-        UserError: nothing there, nothing of it Parquet, a link to nothing, no permission.
+        UserError: nothing there, nothing of it wanted, a link to nothing, no permission.
     """
     _refuse_empty_names(url)
     fs, path = filesystem(url)
@@ -81,7 +78,7 @@ def list_parquet(url: str) -> tuple[list[FileInfo], list[str]]:
     # A listing is taken whole or anew: what came of one that failed half-way would be a smaller pool.
     walked = partial(_walk_local, path, {os.path.realpath(path)}) if is_local(url) else partial(_walk, fs, path)
     for name, file in persist(url, lambda: list(walked())):
-        if file is None or (pattern.match(name) and not name.endswith(".parquet")):
+        if file is None or (pattern.match(name) and not taken(name)):
             ignored.append(name)
         elif pattern.match(name):
             files.append(file)
@@ -89,14 +86,9 @@ def list_parquet(url: str) -> tuple[list[FileInfo], list[str]]:
         raise UserError(*missing)
     if not files:
         found = f"{len(ignored)} other or hidden names, such as {ignored[0]}" if ignored else "nothing"
-        way_out = next(filter(None, map(of_other_format, ignored)), "name a single file to take it as it is")
-        raise UserError(f"{url}: expected *.parquet; found {found}; {way_out}")
+        hint = next(filter(None, map(way_out, ignored)), "name a single file to take it as it is")
+        raise UserError(f"{url}: expected {expected}; found {found}; {hint}")
     return sorted(files, key=lambda file: file.path), sorted(ignored)
-
-
-def of_other_format(name: str) -> str | None:
-    """What to do with a pool of files of this name; None where nobody keeps a pool in such files."""
-    return OTHER_FORMATS.get(os.path.splitext(name)[1].lower())
 
 
 @dataclass(frozen=True)

@@ -8,27 +8,23 @@ import contextlib
 import os
 import shlex
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from curate.embed.files import DAMAGED_SHARD
-from curate.errors import InputChangedError, ShardDamagedError, UserError
+from curate.errors import InputChangedError, UserError
 from curate.messages import counted, gathered, one_line
 from curate.models.create import create_model
 from curate.models.encoder import check_storable, load_model
 from curate.models.learners import newest_learner, record_learner
 from curate.models.publish import first_learner
 from curate.pool.hive import folder_columns
-from curate.pool.images import Dropped, clean_caption, decode_image
-from curate.pool.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
 from curate.pool.inventory import take_inventory
-from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, read_batches
+from curate.pool.shards import Pool
+from curate.pool.wanted import FILTERED
 from curate.reader.evaluate import MAX_ROWS, load_held_out
 from curate.recipe import (
     DeviceType,
@@ -49,28 +45,14 @@ from curate.storage import Store
 from jobs.changes import changes_since
 from jobs.checkpoint import checkpoints, load_checkpoint
 from jobs.memory import TrainerMemory, stated_ranks, trainer_memory
+from jobs.sample import Sample, sample_pool
 from jobs.train import check_kind, check_trainable
 from pipelines import progress
 
-SAMPLED_SHARDS = 4
-SAMPLED_ROWS = 64
-"""Of each: read from its first row group, and decoded."""
 TOPIC_SHARDS = 16
 """Spread over the pool: captions of a few rows of each tell whether it is sorted by topic."""
 SMALL_ROWS = 2048
 """A held-out set up to this size is read whole, as the trainer will."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """Some rows of a pool, decoded."""
-
-    rows: int
-    dropped: Counter[str]
-
-    def __str__(self) -> str:
-        why = ", ".join(f"{reason} {rows}" for reason, rows in sorted(self.dropped.items()))
-        return f"{self.rows - self.dropped.total()} of {self.rows} sampled rows can be used{f' ({why})' if why else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,56 +260,16 @@ def _leaving_no_folder(store: Store) -> Iterator[None]:
                 folder.rmdir()
 
 
-def sample_pool(pool: Pool) -> Sample:
-    """Decode the first rows of a few shards, spread over the pool.
-
-    Raises:
-        UserError: one line for each of them that is damaged, unless the policy is to skip them.
-    """
-    full = [shard for shard in pool.shards if shard.rows]
-    shards = full[:: max(1, -(-len(full) // SAMPLED_SHARDS))]
-    dropped: Counter[str] = Counter()
-    rows = 0
-    damaged: list[str] = []
-    with ThreadPoolExecutor(SAMPLED_SHARDS) as threads:
-        for reasons, damage in threads.map(_reasons, shards):
-            dropped.update(reason for reason in reasons if reason is not None)
-            rows += len(reasons)
-            damaged += [damage] if damage else []
-    if damaged and pool.on_bad_shard == "fail":
-        raise UserError(*damaged)
-    return Sample(rows=rows, dropped=dropped)
-
-
-def _reasons(shard: Shard) -> tuple[list[str | None], str | None]:
-    """Why each of the first rows of a shard cannot be used, None where it can; and what is damaged, if they are."""
-    columns = shard.columns
-    names = dict.fromkeys([columns.image, columns.caption, *OUTCOME_COLUMNS])
-    reasons: list[str | None] = []
-    try:
-        batch = next(read_batches(shard, list(names), batch_rows=SAMPLED_ROWS))
-    except ShardDamagedError as error:
-        return [DAMAGED_SHARD] * min(SAMPLED_ROWS, shard.rows), str(error)
-    except InputChangedError as error:
-        raise UserError(str(error)) from error
-    images = image_bytes(batch.column(columns.image)).to_pylist()
-    captions = caption_bytes(batch.column(columns.caption)).to_pylist()
-    for image, caption, failure in zip(images, captions, download_errors(batch, images), strict=True):
-        if failure is not None:
-            reasons.append(DOWNLOAD_FAILED)
-            continue
-        try:
-            clean_caption(caption)
-            decode_image(image)
-            reasons.append(None)
-        except Dropped as dropped:
-            reasons.append(dropped.reason)
-    return reasons, None
-
-
 def _pool_mistakes(sample: Sample, pool: Pool, recipe: Recipe) -> Iterator[str]:
-    columns, lost, selection = pool.columns, sample.dropped.total(), recipe.selection
-    if lost and lost == sample.rows:
+    columns, selection = pool.columns, recipe.selection
+    filtered = sample.dropped[FILTERED]
+    lost = sample.dropped.total() - filtered
+    if filtered and filtered == sample.rows and filtered == pool.rows:
+        yield (
+            f"pool: none of its {pool.rows:,} rows is wanted by pool.where = {recipe.pool.where!r} and pool.keep = "
+            f"{recipe.pool.keep!r}; correct them"
+        )
+    elif lost and lost + filtered == sample.rows:
         yield (
             f"pool: columns {columns.image!r} and {columns.caption!r}: expected pictures with captions, found that "
             f"{sample}; mend the files, or name other columns with pool.image and pool.caption"

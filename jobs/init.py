@@ -14,7 +14,7 @@ from curate.messages import counted
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool, read_batches
 from curate.recipe import PoolSection, Recipe, SelectionSection
-from jobs.check import Sample, sample_pool
+from jobs.sample import Sample, sample_pool
 
 UID_COLUMNS = ("uid", "key", "id")
 """By convention, as img2dataset and DataComp call them."""

@@ -22,7 +22,8 @@ from curate.embed.shard import Job, write_files
 from curate.errors import UserError
 from curate.messages import counted
 from curate.models.encoder import Encoder
-from curate.pool.shards import Columns, Pool, caption_bytes, image_bytes, row_groups
+from curate.pool.columns import Columns
+from curate.pool.shards import Pool, caption_bytes, image_bytes, row_groups
 from curate.recipe import EmbedSection, SelectionSection
 from curate.rounds.write import chosen_rows, curated_schema, write_curated
 from curate.seeds import derive_seed

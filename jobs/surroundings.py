@@ -29,7 +29,7 @@ def expand(path: str) -> str:
     Raises:
         UserError: it names a variable, or a home folder that is not there.
     """
-    from curate.recipe import expanded  # noqa: PLC0415
+    from curate.recipe_types import expanded  # noqa: PLC0415
 
     try:
         return expanded(path)

@@ -29,7 +29,7 @@ from curate.models.spec import EncoderSpec
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool, load_pool
 from curate.recipe import DedupSection, Recipe
-from curate.rounds.plan import evaluation_sets, store_reference
+from curate.rounds.plan import evaluation_sets, indices_of, store_reference
 from curate.storage import Store
 from pipelines.cluster import (
     CPUS,
@@ -135,9 +135,9 @@ def dedup_recipe(
         store = Store(recipe.root)
         store.probe()
     with gathered(mistakes):
-        pool = take_inventory(recipe.pool, progress=footers_bar)
+        pool = take_inventory(recipe.pool, progress=footers_bar, indices=indices_of(Store(recipe.root)))
     with gathered(mistakes):
-        evaluation = evaluation_sets(recipe)
+        evaluation = evaluation_sets(recipe, indices=indices_of(Store(recipe.root)))
     if mistakes and recipe.reference is not None:
         with gathered(mistakes):
             create_model(recipe.reference, role="reference", base=base, seed=recipe.seed)

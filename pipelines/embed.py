@@ -23,7 +23,8 @@ from curate.embed.files import embedding_name
 from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
 from curate.messages import counted
 from curate.models.spec import WEIGHTS_NAME, EncoderSpec
-from curate.pool.shards import Columns, Pool, Shard
+from curate.pool.columns import Columns
+from curate.pool.shards import Pool, Shard
 from curate.recipe import BadShardPolicy, EmbedSection, ResourcesSection
 from curate.storage import Store
 from pipelines import progress
@@ -293,7 +294,7 @@ class EmbedShards:
         if self.failure is not None:
             raise self.failure
         for item in batch.to_pylist():
-            shard = Shard(**item["shard"] | {"columns": Columns(**item["shard"]["columns"])})
+            shard = Shard(**item["shard"] | {"columns": Columns.from_json(item["shard"]["columns"])})
             some = None if item["wanted"] is None else self.wanted[item["wanted"]]
             scope = some.scope if some else ""
             # A block holds many shards of a large pool, and Ray gives all of them again to the actor that takes over

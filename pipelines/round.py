@@ -14,6 +14,7 @@ from curate.dedup.files import Dedup
 from curate.embed.files import DAMAGED_SHARD, damage_of
 from curate.errors import UserError
 from curate.pool.shards import load_pool
+from curate.pool.wanted import FILTERED
 from curate.recipe import Recipe
 from curate.rounds.attempts import Stopwatch, write_attempt
 from curate.rounds.manifest import CuratedFile, Manifest, commit, last_round, read_manifest
@@ -318,7 +319,7 @@ def account(round_: Round, placed: Placed, drawn: Drawn, quality: dict[str, Any]
         first_batch=parent.stop_batch if parent else 0,
         sub_batch_size=selection.sub_batch_size,
         sub_batches=taken,
-        columns=round_.pool.columns.__dict__,
+        columns=round_.pool.columns.to_json(),
         files=drawn.files,
         pool_rows=round_.pool.rows,
         tallies=(
@@ -354,10 +355,16 @@ def lineage(round_: Round, placed: Placed) -> dict[str, Any]:
 
 
 def _check_dropped(embedded: Tally, recipe: Recipe) -> None:
-    lost = embedded.rows_in - embedded.kept
-    if lost > recipe.pool.max_dropped_share * embedded.rows_in:
+    asked = embedded.rows_in - embedded.dropped.get(FILTERED, 0)
+    lost = asked - embedded.kept
+    if not asked:
         raise UserError(
-            f"pool: {lost:,} of {embedded.rows_in:,} rows cannot be used ({_reasons(embedded)}), more than the share "
+            f"pool: none of its {embedded.rows_in:,} rows is wanted by pool.where = {recipe.pool.where!r} and "
+            f"pool.keep = {recipe.pool.keep!r}; correct them"
+        )
+    if lost > recipe.pool.max_dropped_share * asked:
+        raise UserError(
+            f"pool: {lost:,} of {asked:,} rows cannot be used ({_reasons(embedded)}), more than the share "
             f"pool.max_dropped_share = {recipe.pool.max_dropped_share} allows; see to the rows, or raise it"
         )
 

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from curate.errors import DamagedError
 from curate.parts import by_destination, pack_table, read_parts, remove_parts, unpack_table, write_parts
-from curate.pool.shards import ADDED_COLUMN, Columns, Shard
+from curate.pool.columns import Columns
+from curate.pool.shards import ADDED_COLUMN, Shard
 from curate.rounds.manifest import CuratedFile
 from curate.rounds.write import chosen_rows, read_written, record_written, write_curated, written_name
 from curate.select.files import read_selected, selected_name

@@ -13,8 +13,9 @@ import torch
 from curate.embed.files import content_hash, embedding_name, embedding_schema, pair_hashes
 from curate.models.encoder import store_encoder
 from curate.models.spec import EncoderSpec
+from curate.pool.columns import Columns
 from curate.pool.inventory import take_inventory
-from curate.pool.shards import Columns, Pool, Shard, caption_bytes, image_bytes
+from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes
 from curate.recipe import EncoderSection, PoolSection
 from curate.rounds.manifest import Manifest, commit, read_manifest, round_folder
 from curate.rounds.write import chosen_rows, curated_schema, write_curated

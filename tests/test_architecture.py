@@ -17,9 +17,13 @@ ROOMS = {
     "": [
         *("errors", "messages", "seeds", "access", "storage", "sealed", "parquet", "parts", "tally"),
         *("criteria", "kernels", "logits", "jest"),
-        *("recipe", "recipe_file"),
+        *("recipe_types", "recipe", "recipe_file"),
     ],
-    "pool": ["images", "column_types", "hive", "shards", "inventory", "img2dataset", "reshard"],
+    "formats": ["parquet", "arrow", "listing", "tar", "source"],
+    "pool": [
+        *("images", "column_types", "hive", "columns", "derived", "wanted"),
+        *("shards", "inventory", "img2dataset", "reshard"),
+    ],
     "models": ["spec", "hub", "weights", "create", "crop", "causal", "encoder", "learners", "publish"],
     # the steps of a round, each after the files that it exchanges with others
     "embed": ["decode", "files", "room", "pieces", "loader", "shard", "run"],

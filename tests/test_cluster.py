@@ -8,7 +8,8 @@ import ray
 import ray.data
 
 from curate.errors import ClusterError, InputChangedError, StoreError, UserError
-from curate.pool.shards import Columns, Shard
+from curate.pool.columns import Columns
+from curate.pool.shards import Shard
 from pipelines.cluster import groups, own_errors, run_tasks
 
 pytestmark = pytest.mark.usefixtures("ray_local")

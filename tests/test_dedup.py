@@ -25,7 +25,8 @@ from curate.dedup.neighbours import Assignment, Threshold
 from curate.embed.files import embedding_name
 from curate.errors import DamagedError, UserError
 from curate.models.spec import EncoderSpec
-from curate.pool.shards import Columns, Pool, Shard
+from curate.pool.columns import Columns
+from curate.pool.shards import Pool, Shard
 from curate.recipe import DedupSection, EvaluationSet, Recipe
 from curate.storage import Store
 from jobs.dedup_sheet import write_sheet

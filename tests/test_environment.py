@@ -21,9 +21,10 @@ from ray._private.runtime_env import uv_runtime_env_hook
 import jobs.check
 from curate import access
 from curate.errors import CurateError, UserError
+from curate.formats.source import list_shards
 from curate.recipe import Recipe
 from curate.recipe_file import load_recipe
-from curate.storage import Store, list_parquet
+from curate.storage import Store
 from jobs.cli import main
 from jobs.tables import print_tables, table_of
 from pipelines import cluster, joining
@@ -377,7 +378,7 @@ def test_a_temporary_folder_that_is_none() -> None:
 @pytest.mark.parametrize("url", ["s3://bucket//curation", "s3://bucket/a//b"])
 def test_an_empty_folder_name_after_the_bucket(url: str) -> None:
     """s3fs strips it where it lists and keeps it where it reads."""
-    for look in (Store, list_parquet):
+    for look in (Store, list_shards):
         with pytest.raises(UserError, match="expected no empty folder name; found // after the bucket") as caught:
             look(url)
         assert len(caught.value.lines) == 1
@@ -394,7 +395,7 @@ def test_an_empty_folder_name_after_the_bucket(url: str) -> None:
 )
 @pytest.mark.parametrize(
     "look",
-    [lambda url: jobs.check._root(types.SimpleNamespace(root=url)), lambda url: Store(url).list(), list_parquet],
+    [lambda url: jobs.check._root(types.SimpleNamespace(root=url)), lambda url: Store(url).list(), list_shards],
     ids=["check", "root", "pool"],
 )
 def test_settings_with_a_slip(

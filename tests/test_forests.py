@@ -16,7 +16,8 @@ from curate.dedup.files import made_with, nodes_name, pairs_name, read_dropped, 
 from curate.dedup.forests import join, plant
 from curate.dedup.grouping import EVALUATION, NODE, PAIR, Nodes, Pairs, Rule, in_rank_order
 from curate.errors import DamagedError, UserError
-from curate.pool.shards import Columns, Pool, Shard
+from curate.pool.columns import Columns
+from curate.pool.shards import Pool, Shard
 from curate.sealed import seal
 from curate.storage import Store
 from pipelines import grouping

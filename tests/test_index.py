@@ -12,7 +12,8 @@ import pytest
 from curate.embed.files import content_hash, embedding_name, embedding_schema
 from curate.errors import UserError
 from curate.models.spec import EncoderSpec
-from curate.pool.shards import Columns, Pool, Shard
+from curate.pool.columns import Columns
+from curate.pool.shards import Pool, Shard
 from curate.select.index import (
     Index,
     bucket_name,

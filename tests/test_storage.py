@@ -21,9 +21,10 @@ import pytest
 
 from curate import access, storage
 from curate.errors import CommitConflictError, CommitUnknownError, UserError
+from curate.formats.source import list_shards
 from curate.pool.inventory import take_inventory
 from curate.recipe import PoolSection
-from curate.storage import Store, list_parquet, open_input
+from curate.storage import Store, open_input
 from tests.faults import FaultProxy
 
 # Child processes import storage alone: the package itself imports torch, which takes seconds.
@@ -534,7 +535,7 @@ def pool(root: str) -> str:
 
 
 def test_folder_is_listed_whole_sorted_and_says_what_it_passes_over(pool: str) -> None:
-    files, ignored = list_parquet(pool)
+    files, ignored = list_shards(pool)
     assert [file.path for file in files] == [f"{pool}/{name}" for name in sorted(NAMES)]
     assert [file.size for file in files] == [len(name.encode()) for name in sorted(NAMES)]
     passed = sorted({name.replace("/x.parquet", "").replace("/y/z.parquet", "") for name in OTHER})
@@ -542,24 +543,24 @@ def test_folder_is_listed_whole_sorted_and_says_what_it_passes_over(pool: str) -
     for file in files:
         with open_input(file.path) as opened:
             assert f"{pool}/{opened.read().decode()}" == file.path
-    assert list_parquet(pool + "/") == (files, ignored)
+    assert list_shards(pool + "/") == (files, ignored)
 
 
 def test_version_changes_with_the_content(pool: str) -> None:
-    before, _ = list_parquet(f"{pool}/a.parquet")
-    assert before == list_parquet(f"{pool}/a.parquet")[0] == list_parquet(f"{pool}/a*")[0]
+    before, _ = list_shards(f"{pool}/a.parquet")
+    assert before == list_shards(f"{pool}/a.parquet")[0] == list_shards(f"{pool}/a*")[0]
     assert before[0].version
     assert storage.file_info(f"{pool}/a.parquet") == before[0]
     with pytest.raises(FileNotFoundError):
         storage.file_info(f"{pool}/absent")
     time.sleep(0.01)
     Store(pool).put_bytes("a.parquet", b"A.parquet")
-    assert list_parquet(f"{pool}/a.parquet")[0] != before
+    assert list_shards(f"{pool}/a.parquet")[0] != before
 
 
 def test_one_file_and_globs(pool: str) -> None:
     def names(pattern: str) -> list[str]:
-        return [file.path.removeprefix(pool + "/") for file in list_parquet(f"{pool}/{pattern}")[0]]
+        return [file.path.removeprefix(pool + "/") for file in list_shards(f"{pool}/{pattern}")[0]]
 
     assert names("a.parquet.tmp") == ["a.parquet.tmp"]  # named itself: taken
     assert names("d%20#?é.parquet") == ["d%20#?é.parquet"]  # exists, so that ? is no wildcard
@@ -567,7 +568,7 @@ def test_one_file_and_globs(pool: str) -> None:
     assert names("[ab]*.parquet") == ["a.parquet", "b c.parquet"]
     assert names("**/*.parquet") == sorted(NAMES)
     assert names("d*/**") == ["deep/er/e.parquet"]
-    assert any(path.endswith("a.parquet.tmp") for path in list_parquet(f"{pool}/a*")[1])
+    assert any(path.endswith("a.parquet.tmp") for path in list_shards(f"{pool}/a*")[1])
 
 
 @pytest.mark.parametrize(
@@ -575,31 +576,31 @@ def test_one_file_and_globs(pool: str) -> None:
 )
 def test_absent_pools_are_refused(pool: str, pattern: str, found: str) -> None:
     with pytest.raises(UserError, match=found) as error:
-        list_parquet(f"{pool}/{pattern}")
+        list_shards(f"{pool}/{pattern}")
     assert pattern in str(error.value)
 
 
 def test_folder_without_parquet_is_refused(root: str) -> None:
     Store(root).put_bytes("pool/README", b"")
-    with pytest.raises(UserError, match=r"expected \*.parquet; found 1 other or hidden names, such as .*README"):
-        list_parquet(f"{root}/pool")
+    with pytest.raises(UserError, match=r"expected \*.parquet, .*; found 1 other or hidden names, such as .*README"):
+        list_shards(f"{root}/pool")
 
 
 def test_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="found nothing"):
-        list_parquet(str(tmp_path))
+        list_shards(str(tmp_path))
 
 
 def test_other_schemes_and_typing_errors(s3_root: str) -> None:
     with pytest.raises(UserError, match="expected a local path or a URL"):
-        list_parquet("nonsense://x/y")
+        list_shards("nonsense://x/y")
     with pytest.raises(UserError, match="Invalid bucket name"):
-        list_parquet("s3://test-*/x")
+        list_shards("s3://test-*/x")
     with pytest.raises(UserError):
-        list_parquet(s3_root.replace("s3://", "s3://not-"))
+        list_shards(s3_root.replace("s3://", "s3://not-"))
     fs, _ = storage.filesystem("memory://pool")
     fs.pipe_file("/pool/a.parquet", b"abc")
-    assert [(file.path, file.size) for file in list_parquet("memory://pool")[0]] == [("memory:///pool/a.parquet", 3)]
+    assert [(file.path, file.size) for file in list_shards("memory://pool")[0]] == [("memory:///pool/a.parquet", 3)]
     with open_input("memory:///pool/a.parquet") as file:
         assert file.read() == b"abc"
 
@@ -608,7 +609,7 @@ def test_folder_markers_of_s3_consoles_are_no_files(s3_root: str) -> None:
     fs, path = storage.filesystem(s3_root)
     fs.call_s3("put_object", Bucket=path.split("/")[0], Key="root/pool/", Body=b"")
     Store(s3_root).put_bytes("pool/a.parquet", b"a")
-    assert list_parquet(f"{s3_root}/pool") == (list_parquet(f"{s3_root}/pool/a.parquet")[0], [])
+    assert list_shards(f"{s3_root}/pool") == (list_shards(f"{s3_root}/pool/a.parquet")[0], [])
     assert Store(s3_root).list("pool") == ["pool/a.parquet"]
 
 
@@ -625,32 +626,32 @@ def test_symlinks_list_every_real_file_once(tmp_path: Path) -> None:
         "hub.parquet": "../blobs/0123",
     }.items():
         (tmp_path / "pool" / link).symlink_to(target)
-    files, ignored = list_parquet(str(tmp_path / "pool"))
+    files, ignored = list_shards(str(tmp_path / "pool"))
     assert [file.path for file in files] == [str(tmp_path / name) for name in ("blobs/0123", "pool/deep/a.parquet")]
     assert ignored == [str(tmp_path / "pool" / name) for name in ("0.parquet", "again", "deep/loop", "self")]
-    assert list_parquet(str(tmp_path / "pool/0.parquet"))[0] == files[1:]
+    assert list_shards(str(tmp_path / "pool/0.parquet"))[0] == files[1:]
     (tmp_path / "pool/lost.parquet").symlink_to("gone")
     with pytest.raises(UserError, match=r"lost.parquet: expected a file; found a link to nothing"):
-        list_parquet(str(tmp_path / "pool"))
+        list_shards(str(tmp_path / "pool"))
 
 
 @pytest.mark.parametrize(
     ("name", "way_out"),
     [
-        ("00000.tar", "WebDataset tars are not read: img2dataset writes Parquet with --output_format parquet"),
-        ("data-00000-of-00001.arrow", r"datasets.load_from_disk\(FOLDER\).to_parquet"),
-        ("red.JPG", "pictures alone are no pool: datasets.load_dataset"),
-        ("urls.csv", "download the pictures that it names"),
+        ("00000.tar.gz", "unpack it"),
+        ("red.JPG", "pictures alone are no pool: write a metadata.csv beside them"),
+        ("urls.csv", "name the file itself, if its rows name pictures"),
+        ("cache-1a2b.arrow", "name a single file"),
         ("notes.txt", "name a single file to take it as it is"),
     ],
 )
 def test_a_pool_in_another_format_is_told_the_way_from_there(tmp_path: Path, name: str, way_out: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=rf"expected \*.parquet; found 1 other or hidden names, such as .*; {way_out}"):
-        list_parquet(str(tmp_path))
+    with pytest.raises(UserError, match=rf"expected \*.parquet, .*; found 1 other or hidden name.*; {way_out}"):
+        list_shards(str(tmp_path))
 
 
 def test_a_tar_that_is_named_is_told_so(tmp_path: Path) -> None:
     (tmp_path / "00000.tar").write_bytes(b"x" * 1024)
-    with pytest.raises(UserError, match=r"expected a Parquet file, found a broken footer .*; WebDataset tars are not"):
+    with pytest.raises(UserError, match=r"00000.tar: expected a tar, found a broken one \(.*\); remove or replace it"):
         take_inventory(PoolSection(path=str(tmp_path / "00000.tar")))

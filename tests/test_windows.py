@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.pool.shards import Columns, Shard
+from curate.pool.columns import Columns
+from curate.pool.shards import Shard
 from curate.select.windows import (
     END,
     EpochRange,

@@ -9,7 +9,8 @@ from pydantic import Field, ValidationError
 from benchmarks.acceleration.loop import ArmSection
 from benchmarks.acceleration.sets import SetSection
 from curate.errors import UserError
-from curate.recipe import Section, TrainSection
+from curate.recipe import TrainSection
+from curate.recipe_types import Section
 
 UNIFORM = "uniform"
 

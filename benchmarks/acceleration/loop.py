@@ -24,7 +24,8 @@ from curate.errors import UserError
 from curate.models.encoder import Encoder
 from curate.models.spec import EncoderSpec
 from curate.reader.evaluate import count_rivals, recall
-from curate.recipe import Section, SelectionSection, TrainSection
+from curate.recipe import SelectionSection, TrainSection
+from curate.recipe_types import Section
 from curate.seeds import derive_seed
 from curate.select.draw import (
     Candidates,

@@ -33,7 +33,8 @@ from curate.models.encoder import Encoder
 from curate.pool.images import Dropped, clean_caption, decode_image
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import caption_bytes, image_bytes, read_batches
-from curate.recipe import PoolSection, Section
+from curate.recipe import PoolSection
+from curate.recipe_types import Section
 from jobs.drawn_pool import draw_pair
 
 WANTED = "wanted"

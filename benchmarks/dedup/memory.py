@@ -38,7 +38,8 @@ from curate.dedup.files import nodes_name, pairs_name, write_records
 from curate.dedup.grouping import NODE, PAIR
 from curate.embed.files import embedding_name, embedding_schema, pair_hashes
 from curate.models.spec import EncoderSpec
-from curate.pool.shards import Columns, Pool, Shard
+from curate.pool.columns import Columns
+from curate.pool.shards import Pool, Shard
 from curate.recipe import DedupSection
 from curate.sealed import seal
 from curate.storage import Store

@@ -6,6 +6,7 @@ by few: whoever begins in the middle of one reads it from its start.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -20,13 +21,18 @@ from torch import Tensor
 from curate.embed.decode import Crop, Decoded, Row
 from curate.embed.files import CONTENT_BYTES, pair_hashes, uid_texts
 from curate.embed.room import Room, Rooms, offsets_of
+from curate.pool.columns import Columns
+from curate.pool.derived import IMAGE_MISSING, missing
 from curate.pool.img2dataset import DOWNLOAD_FAILED, OUTCOME_COLUMNS, download_errors
-from curate.pool.shards import Columns, Shard, caption_bytes, image_bytes, read_some
+from curate.pool.shards import Shard, caption_bytes, image_bytes, read_rows, read_some
+from curate.pool.wanted import FILTERED, load_kept, wanted_rows
 
 Decode = Callable[[Sequence[Row]], Iterable[Decoded]]
 Tokenize = Callable[[Sequence[str]], Tensor]
 Rows = npt.NDArray[np.int64]
 
+FILTER_ROWS = 8192
+"""Rows that `pool.where` is asked about at a time."""
 SPLITS = 4
 """Slices of one row group at most, each of which reads it from its start: on average 2.5 times, if it is large."""
 
@@ -143,13 +149,16 @@ class Raw:
     number: int
     rows: Rows
     batch: pa.RecordBatch
+    """Of those of the rows that the recipe wants of the pool."""
+    filtered: Mapping[int, str | None] = field(default_factory=dict)
+    """Uids of the others, by place."""
 
 
 def columns_read(shard: Shard) -> list[str]:
     """Names of the columns that embedding a shard reads, where it has them."""
     columns = shard.columns
-    names = [columns.image, columns.caption, *([columns.uid] if columns.uid else []), *OUTCOME_COLUMNS]
-    return list(dict.fromkeys(names))
+    named = [name for name in (columns.paths, columns.uid) if name]
+    return list(dict.fromkeys([columns.image, columns.caption, *named, *OUTCOME_COLUMNS]))
 
 
 def cut_slices(groups: Sequence[int], rows: Rows | None, *, piece_rows: int, slice_rows: int) -> list[tuple[int, int]]:
@@ -207,23 +216,26 @@ class Reading:
             InputChangedError, ShardDamagedError, UserError, StoreError: as `read_some`.
         """
         wanted = np.arange(some.start, some.stop) if some.rows is None else some.rows
-        held: list[tuple[Rows, pa.RecordBatch]] = []
-        number, missing = some.numbers.start, min(some.piece_rows, len(wanted))
-        left = len(wanted)
-        for numbers, batch in read_some(some.shard, wanted, columns_read(some.shard), batch_rows=some.piece_rows):
-            at = 0
-            while at < len(numbers):
-                held.append((numbers[at : at + missing], batch.slice(at, missing)))
-                at += len(held[-1][0])
-                missing -= len(held[-1][0])
-                if not missing:
-                    rows, batches = zip(*held, strict=True)
-                    yield Raw(slice=some, number=number, rows=np.concatenate(rows), batch=pa.concat_batches(batches))
-                    number, held = number + 1, []
-                    left -= sum(map(len, rows))
-                    missing = min(some.piece_rows, left)
-            if not left:
-                return  # what follows in the row group is another slice's
+        # Whoever asks for some rows knows them for wanted ones.
+        filtered = _filtered(some.shard, wanted) if some.rows is None else {}
+        passed = np.array([row for row in wanted.tolist() if row not in filtered], np.int64)
+        batches = read_some(some.shard, passed, columns_read(some.shard), batch_rows=some.piece_rows)
+        held: deque[pa.RecordBatch] = deque()
+        for number in some.numbers:
+            at = number * some.piece_rows - some.start
+            rows = wanted[at : at + some.piece_rows]
+            out = {place: filtered[row] for place, row in enumerate(rows.tolist()) if row in filtered}
+            taken: list[pa.RecordBatch] = []
+            missing_rows = len(rows) - len(out)
+            while missing_rows:
+                first = held.popleft() if held else next(batches)[1]
+                taken.append(first.slice(0, missing_rows))
+                if first.num_rows > missing_rows:
+                    held.appendleft(first.slice(missing_rows))
+                missing_rows -= taken[-1].num_rows
+            batch = pa.concat_batches(taken) if taken else _none_of(some.shard)
+            yield Raw(slice=some, number=number, rows=rows, batch=batch, filtered=out)
+        # What follows in the row group is another slice's.
 
     def piece(self, raw: Raw, decode: Decode, room: Room | None = None) -> Piece:
         """Hash, decode, crop and tokenise the rows of a piece; the pixels are put into `room`, if there is one."""
@@ -231,11 +243,11 @@ class Reading:
         images = image_bytes(batch.column(columns.image)).to_pylist()
         captions = caption_bytes(batch.column(columns.caption)).to_pylist()
         hashes = [pair_hashes(image, caption) for image, caption in zip(images, captions, strict=True)]
-        failures = download_errors(batch, images)
+        uids = _uids(batch, columns, hashes)
         views = list(dict.fromkeys(self.views[encoder] for encoder in some.encoders))
         pixels = _Pixels(len(images), room)
-        decoded = [Decoded(status=DOWNLOAD_FAILED, error=failure) for failure in failures]
-        there = [place for place, failure in enumerate(failures) if failure is None]
+        decoded = before_decoding(batch, columns, images, uids)
+        there = [place for place, one in enumerate(decoded) if one.status == "ok"]
         found = decode([(images[place], captions[place]) for place in there])
         for place, one in zip(there, found, strict=True):
             pixels.add({view: one.pixels[view] for view in views if one.status == "ok"})
@@ -249,13 +261,66 @@ class Reading:
         return Piece(
             job=some.job,
             number=raw.number,
-            rows=_packed(_rows(raw.rows, _uids(batch, columns, hashes), hashes, decoded)),
+            rows=_packed(_rows(raw.rows, *_with_filtered(raw.filtered, uids, hashes, decoded))),
             ok=len(usable),
             pixels=pixels.found(),
             texts=texts,
             of=torch.tensor(of, dtype=torch.int64),
             room=room,
         )
+
+
+def _filtered(shard: Shard, rows: Rows) -> dict[int, str | None]:
+    """Of some rows of a shard those that the recipe does not want, with their uids; their pictures are not read."""
+    columns = shard.columns
+    # Without a column of uids they are hashes of contents, which `piece` asks about once they are read.
+    if columns.where is None and (columns.keep is None or columns.uid is None):
+        return {}
+    names = list(dict.fromkeys([*columns.where_columns, *([columns.uid] if columns.uid else [])]))
+    found: dict[int, str | None] = {}
+    for numbers, batch in read_some(shard, rows, names, batch_rows=FILTER_ROWS):
+        uids = uid_texts(batch.column(columns.uid)) if columns.uid else [f"{shard.name}#{row}" for row in numbers]
+        mask = wanted_rows(columns, batch, uids if columns.uid else None)
+        found |= {int(numbers[place]): uids[place] for place in np.flatnonzero(~mask)}
+    return found
+
+
+def _none_of(shard: Shard) -> pa.RecordBatch:
+    """No rows of a shard, with their columns."""
+    return pa.RecordBatch.from_pylist([], read_rows(shard, [], columns_read(shard)).schema)
+
+
+def before_decoding(
+    batch: pa.RecordBatch, columns: Columns, images: Sequence[bytes | None], uids: Sequence[str | None]
+) -> list[Decoded]:
+    """What becomes of rows before any is decoded: `ok` if nothing speaks against it."""
+    downloads, files = download_errors(batch, images), missing(batch, columns, images)
+    decoded = [Decoded(status="ok")] * len(images)
+    for place, (download, file) in enumerate(zip(downloads, files, strict=True)):
+        if download is not None:
+            decoded[place] = Decoded(status=DOWNLOAD_FAILED, error=download)
+        elif file is not None:
+            decoded[place] = Decoded(status=IMAGE_MISSING, error=file)
+    if columns.keep is not None and columns.uid is None:
+        for place in np.flatnonzero(~load_kept(columns.keep, columns.keep_sha)(uids)).tolist():
+            decoded[place] = Decoded(status=FILTERED)
+    return decoded
+
+
+def _with_filtered(
+    filtered: Mapping[int, str | None],
+    uids: Sequence[str | None],
+    hashes: Sequence[tuple[bytes, bytes]],
+    decoded: Sequence[Decoded],
+) -> tuple[list[str | None], list[tuple[bytes, bytes]], list[Decoded]]:
+    """Rows that were read and rows that were filtered out, in their order."""
+    unknown = bytes(CONTENT_BYTES)
+    read = iter(zip(uids, hashes, decoded, strict=True))
+    rows = [
+        (filtered[place], (unknown, unknown), Decoded(status=FILTERED)) if place in filtered else next(read)
+        for place in range(len(uids) + len(filtered))
+    ]
+    return [uid for uid, _, _ in rows], [digests for _, digests, _ in rows], [one for _, _, one in rows]
 
 
 class _Pixels:

@@ -126,18 +126,31 @@ def is_image(kind: pa.DataType) -> bool:
 def is_caption(kind: pa.DataType) -> bool:
     """Whether a column of this type may hold captions."""
     if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return _is_text(kind) or _is_binary(kind) or pa.types.is_null(kind)
+        return is_text(kind.value_type)
+    return is_text(kind) or _is_binary(kind) or pa.types.is_null(kind)
 
 
 def is_uid(kind: pa.DataType) -> bool:
     """Whether a column of this type may hold what identifies pairs."""
-    return _is_text(kind) or pa.types.is_integer(kind)
+    return is_text(kind) or pa.types.is_integer(kind)
+
+
+def is_list_of_texts(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds several captions for each row."""
+    of = pa.types
+    lists = (of.is_list, of.is_large_list, of.is_fixed_size_list, of.is_list_view, of.is_large_list_view)
+    return any(is_list(kind) for is_list in lists) and (is_text(kind.value_type) or of.is_null(kind.value_type))
+
+
+def is_nested_text(kind: pa.DataType) -> bool:
+    """Whether a caption may lie within values of this type: structs, or JSON as text or bytes."""
+    return pa.types.is_struct(kind) or is_caption(kind)
 
 
 def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

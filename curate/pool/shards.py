@@ -1,4 +1,4 @@
-"""The pool: an explicit, ordered, fingerprinted inventory of Parquet shards. Files are never modified."""
+"""The pool: an explicit, ordered, fingerprinted inventory of shards, and how their rows are read. Never modified."""
 
 import base64
 import contextlib
@@ -11,16 +11,17 @@ from pathlib import PurePosixPath
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from curate import access, storage
 from curate.errors import CurateError, InputChangedError, ShardDamagedError
+from curate.formats.source import Source, open_source
 from curate.messages import one_line
 from curate.pool.column_types import plain_batch
-from curate.pool.hive import with_folder_columns
+from curate.pool.columns import Columns
+from curate.pool.derived import derived_schema, made_of, with_derived
 from curate.recipe import BadShardPolicy
 from curate.sealed import seal, unseal
-from curate.storage import Store
+from curate.storage import FileInfo, Store
 
 ADDED_COLUMN = "curate"
 """The struct column that curated files carry beside the user's own."""
@@ -30,17 +31,8 @@ READ_ROWS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns:
-    """Which columns of the pool hold what."""
-
-    image: str
-    caption: str
-    uid: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One Parquet file of the pool, as it was when the inventory was made."""
+    """One file of the pool, as it was when the inventory was made."""
 
     index: int
     name: str
@@ -48,18 +40,22 @@ class Shard:
     path: str
     size: int
     version: str
-    """etag on an object store, modification time in ns on a local disk."""
+    """etag on an object store, modification time in ns on a local disk; and those of the side-car, if there is one."""
     rows: int
     columns: Columns
     schema: int = 0
     """Which of the pool's schemas the file has."""
     largest_row_group: int = 0
     """Bytes, uncompressed."""
+    side_car: str = ""
+    """Path of the Parquet file beside a tar."""
+    offsets: str = ""
+    """URL of the index of a tar: where its samples lie in it."""
 
     @property
     def key(self) -> str:
         """Names this version of this file, read by these columns, in the root: `00000-1f2e3d4c5b6a`."""
-        identity = json.dumps([self.path, self.size, self.version, asdict(self.columns)])
+        identity = json.dumps([self.path, self.size, self.version, self.columns.identity()])
         # A leading dot would hide the file from `Store.list`; a file system takes 255 bytes.
         stem = PurePosixPath(self.name).stem.lstrip(".")[:50]
         return f"{stem}-{hashlib.blake2b(identity.encode(), digest_size=6).hexdigest()}"
@@ -90,14 +86,14 @@ class Pool:
     @property
     def fingerprint(self) -> str:
         """Hash of names, sizes and versions of the shards, and of the columns used."""
-        identity = [[s.name, s.size, s.version, s.rows] for s in self.shards] + [asdict(self.columns)]
+        identity = [[s.name, s.size, s.version, s.rows] for s in self.shards] + [self.columns.identity()]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
     def to_bytes(self) -> bytes:
         """JSON for the root."""
         record = {
             "shards": [{k: v for k, v in asdict(shard).items() if k != "columns"} for shard in self.shards],
-            "columns": asdict(self.columns),
+            "columns": self.columns.to_json(),
             "schema": schema_text(self.schema),
             "schemas": [schema_text(schema) for schema in self.schemas],
             "ignored": self.ignored,
@@ -110,7 +106,7 @@ class Pool:
     def from_bytes(cls, data: bytes, name: str) -> "Pool":
         """The inverse of `to_bytes`; `name` is for messages."""
         record = unseal(data, name)
-        columns = Columns(**record["columns"])
+        columns = Columns.from_json(record["columns"])
         return cls(
             shards=tuple(Shard(columns=columns, **shard) for shard in record["shards"]),
             columns=columns,
@@ -158,23 +154,23 @@ def read_batches(shard: Shard, columns: Sequence[str] | None, *, batch_rows: int
     """
     _check_unchanged(shard)
     rows = 0
-    with _opened(shard, columns, lambda: rows) as parquet:
-        for batch in parquet.iter_batches(batch_size=batch_rows, columns=columns):
+    with _opened(shard, columns, lambda: rows) as source:
+        for batch in source.batches(None, made_of(columns, shard.columns), batch_rows):
             rows += batch.num_rows
-            yield with_folder_columns(batch, shard.path, columns)
+            yield with_derived(plain_batch(batch), shard.path, shard.columns, columns)
     if rows != shard.rows:
         raise ShardDamagedError(shard.path, shard.rows, f"{rows}")
 
 
 def row_groups(shard: Shard) -> list[int]:
-    """Rows of each row group of a shard.
+    """Rows of each part of a shard that is read whole: of a row group, a record batch, a sample of a tar.
 
     Raises:
         InputChangedError, ShardDamagedError, UserError, StoreError: as `read_batches`.
     """
     _check_unchanged(shard)
-    with _opened(shard, None) as parquet:
-        return [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
+    with _opened(shard, None) as source:
+        return [int(rows) for rows in source.groups]
 
 
 def read_some(
@@ -196,20 +192,19 @@ def read_some(
     """
     _check_unchanged(shard)
     read = 0
-    with _opened(shard, columns, lambda: read) as parquet:
-        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
-        starts = np.cumsum([0, *sizes])
+    with _opened(shard, columns, lambda: read) as source:
+        starts = np.cumsum([0, *source.groups])
         held = np.unique(np.searchsorted(starts, rows, side="right") - 1)
         numbers = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in held]) if len(held) else rows[:0]
         found = 0
-        for batch in parquet.iter_batches(batch_size=batch_rows, row_groups=held.tolist(), columns=columns):
+        for batch in source.batches(held.tolist(), made_of(columns, shard.columns), batch_rows):
             here = numbers[read : read + batch.num_rows]
             read += batch.num_rows
             wanted = np.flatnonzero(np.isin(here, rows, assume_unique=True))
             if len(wanted):
                 found += len(wanted)
                 picked = plain_batch(batch).take(pa.array(wanted))
-                yield here[wanted], with_folder_columns(picked, shard.path, columns)
+                yield here[wanted], with_derived(picked, shard.path, shard.columns, columns)
     if found != len(rows):
         raise ShardDamagedError(shard.path, shard.rows, f"{found} of {len(rows)} that are wanted")
 
@@ -221,22 +216,19 @@ def read_rows(shard: Shard, rows: Sequence[int], columns: Sequence[str]) -> pa.T
         InputChangedError, ShardDamagedError, UserError, StoreError: as `read_batches`.
     """
     found = read_some(shard, np.array(rows, np.int64), columns, batch_rows=READ_ROWS)
-    with _opened(shard, columns) as parquet:
-        none = plain_batch(pa.RecordBatch.from_pylist([], parquet.read_row_groups([], columns=list(columns)).schema))
-    return pa.Table.from_batches([none, *(batch for _, batch in found)])
+    with _opened(shard, columns) as source:
+        whole = derived_schema(source.schema, shard.path, shard.columns)
+    some = pa.schema([field for field in whole if field.name in columns])
+    none = plain_batch(pa.RecordBatch.from_pylist([], some))
+    return pa.Table.from_batches([none, *(batch.select(some.names) for _, batch in found)])
 
 
 @contextlib.contextmanager
-def _opened(
-    shard: Shard, columns: Sequence[str] | None, rows: Callable[[], int] = lambda: 0
-) -> Iterator[pq.ParquetFile]:
+def _opened(shard: Shard, columns: Sequence[str] | None, rows: Callable[[], int] = lambda: 0) -> Iterator[Source]:
     """A shard's file, of which these columns are read; `rows` says, for messages, how many were read."""
     try:
-        with (
-            access.open_input(shard.path) as file,
-            pq.ParquetFile(file, page_checksum_verification=True) as parquet,
-        ):
-            yield parquet
+        with open_source(shard.path, index=shard.offsets, side_car=shard.side_car) as source:
+            yield source
     except (CurateError, GeneratorExit):
         raise
     except Exception as error:  # a damaged file makes a reader raise whatever it likes
@@ -249,29 +241,44 @@ def _opened(
 
 def _damaged_column(shard: Shard, columns: Sequence[str] | None) -> str | None:
     """The first of some columns that cannot be read, by reading each alone; None if none is found again."""
-    with access.open_input(shard.path) as file:  # which raises, whatever is caught within, what the store did
-        for name in columns or pq.ParquetFile(file).schema_arrow.names:
+    with access.open_input(shard.path):  # which raises, whatever is caught within, what the store did
+        for name in (made_of(columns, shard.columns) if columns else None) or _names(shard):
             try:
-                with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
-                    for _ in parquet.iter_batches(batch_size=READ_ROWS, columns=[name]):
+                with open_source(shard.path, index=shard.offsets, side_car=shard.side_car) as source:
+                    for _ in source.batches(None, [name], READ_ROWS):
                         pass
             except Exception:
                 return name
     return None
 
 
+def _names(shard: Shard) -> list[str]:
+    """Of a damaged file's columns, none if not even those can be read."""
+    try:
+        with open_source(shard.path, index=shard.offsets, side_car=shard.side_car) as source:
+            return list(source.schema.names)
+    except Exception:
+        return []
+
+
+def version_of(file: FileInfo, side_car: FileInfo | None) -> str:
+    """The version of a shard: of its file, and of the one beside a tar."""
+    return file.version if side_car is None else f"{file.version}+{side_car.size}.{side_car.version}"
+
+
 def _check_unchanged(shard: Shard) -> None:
     try:
         found = storage.file_info(shard.path)
+        version = version_of(found, storage.file_info(shard.side_car) if shard.side_car else None)
     except FileNotFoundError:
         raise InputChangedError(
             f"{shard.path}: expected {shard.size} bytes, found no file; the shard was removed while the round was "
             "running: put it back, or delete the round's folder to begin it anew"
         ) from None
-    if (found.size, found.version) != (shard.size, shard.version):
+    if (found.size, version) != (shard.size, shard.version):
         raise InputChangedError(
             f"{shard.path}: expected {shard.size} bytes, version {shard.version}, found {found.size} bytes, version "
-            f"{found.version}; the shard changed while the round was running: restore it, or delete the round's folder "
+            f"{version}; the shard changed while the round was running: restore it, or delete the round's folder "
             "to begin it anew"
         )
 

@@ -1,5 +1,6 @@
 """Uniform batches straight from a pool: what a learner is trained on without curation."""
 
+import itertools
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,10 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curate.embed.files import content_hash, uid_texts
 from curate.errors import ShardDamagedError, UserError
 from curate.models.crop import Preprocess, decode_for, pixels_of
 from curate.pool.images import Dropped, clean_caption
 from curate.pool.shards import Pool, caption_bytes, image_bytes, read_batches
+from curate.pool.wanted import wanted_rows
 from curate.reader.pieces import PIECE_ROWS, Joined
 from curate.seeds import derive_seed
 
@@ -100,12 +103,20 @@ def _shuffled(pool: Pool, rng: np.random.Generator) -> Iterator[list[tuple[bytes
     Of a damaged shard, where bad ones are skipped, those before the damage.
     """
     held: list[tuple[bytes | None, bytes | None]] = []
-    columns = [pool.columns.image, pool.columns.caption]
+    columns = pool.columns
+    names = [columns.image, columns.caption, *columns.where_columns, *([columns.uid] if columns.uid else [])]
     for index in rng.permutation(len(pool.shards)):
         try:
-            for batch in read_batches(pool.shards[index], columns, batch_rows=READ_ROWS):
-                images = image_bytes(batch.column(columns[0])).to_pylist()
-                held += zip(images, caption_bytes(batch.column(columns[1])).to_pylist(), strict=True)
+            for batch in read_batches(pool.shards[index], list(dict.fromkeys(names)), batch_rows=READ_ROWS):
+                images = image_bytes(batch.column(columns.image)).to_pylist()
+                pairs = list(zip(images, caption_bytes(batch.column(columns.caption)).to_pylist(), strict=True))
+                if columns.keep is None:
+                    uids = None
+                elif columns.uid:
+                    uids = uid_texts(batch.column(columns.uid))
+                else:
+                    uids = [content_hash(*pair).hex() for pair in pairs]
+                held += itertools.compress(pairs, wanted_rows(columns, batch, uids))
                 if len(held) >= SHUFFLED_ROWS:
                     yield [held[i] for i in rng.permutation(len(held))]
                     held = []

@@ -125,9 +125,9 @@ def _make(
     pool = reference = learner = None
     evaluation: list[Pool] = []
     with gathered(mistakes):
-        pool = take_inventory(recipe.pool, progress=progress, known=known)
+        pool = take_inventory(recipe.pool, progress=progress, known=known, indices=indices_of(store))
     with gathered(mistakes):
-        evaluation = evaluation_sets(recipe)
+        evaluation = evaluation_sets(recipe, indices=indices_of(store))
     with gathered(mistakes):
         reference = store_reference(store, recipe, base=base, device_type=device_type)
     if mistakes or pool is None or reference is None:
@@ -217,8 +217,13 @@ def learner_as_scored(learner: EncoderSpec, recipe: Recipe) -> EncoderSpec:
     return learner if precision == "auto" else replace(learner, precision=precision)
 
 
-def evaluation_sets(recipe: Recipe) -> list[Pool]:
-    """Inventories of the sets that the recipe keeps out of the pool.
+def indices_of(store: Store) -> str:
+    """Where a root keeps the indices of tars, for all machines."""
+    return f"{store.url}/indices"
+
+
+def evaluation_sets(recipe: Recipe, *, indices: str | None = None) -> list[Pool]:
+    """Inventories of the sets that the recipe keeps out of the pool; `indices` as `take_inventory` has it.
 
     Raises:
         UserError: mistakes in any of them, all together.
@@ -227,7 +232,8 @@ def evaluation_sets(recipe: Recipe) -> list[Pool]:
     mistakes: list[str] = []
     for held_out in recipe.dedup.evaluation if recipe.dedup else ():
         with gathered(mistakes):
-            found.append(take_inventory(PoolSection(**held_out.model_dump()), section_name="dedup.evaluation"))
+            section = PoolSection(**held_out.model_dump())
+            found.append(take_inventory(section, section_name="dedup.evaluation", indices=indices))
     if mistakes:
         raise UserError(*mistakes)
     return found

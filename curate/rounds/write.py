@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 from curate.embed.files import content_hash, uid_texts
 from curate.errors import InputChangedError
 from curate.parquet import CHECKED
-from curate.pool.shards import ADDED_COLUMN, Columns, Pool, Shard, caption_bytes, image_bytes, read_some
+from curate.pool.columns import Columns
+from curate.pool.shards import ADDED_COLUMN, Pool, Shard, caption_bytes, image_bytes, read_some
 from curate.rounds.manifest import CuratedFile
 from curate.sealed import seal, unseal
 from curate.storage import Store

@@ -1,0 +1,255 @@
+"""WebDataset tars, as img2dataset and DataComp leave them: groups are samples, so that no neighbour is read with one.
+
+Consecutive members that share a name up to its first dot are one sample, a row:
+
+    key      string         that name
+    image    binary         the first member that is a picture by its suffix
+    txt      string         a column for each other suffix; text if the suffix is one of text, else binary
+    json     string         as it is: `pool.caption = "json.caption"` takes a caption out of it
+
+Of a tar with img2dataset's Parquet file of the same name beside it, that file's rows are the rows, in its order, and
+its columns come first: it tells of what was not downloaded, too.
+
+A tar has no index. Where its members begin is looked up once, header by header, and kept in a file (`index_url`).
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curate import access
+from curate.storage import Store
+
+TAR = ".tar"
+KEY, IMAGE = "key", "image"
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "jxl", "ppm")
+"""Suffixes of members that are pictures, whether or not they can be decoded: those that cannot are rows as well."""
+TEXTS = ("txt", "text", "caption", "cls", "json", "url")
+GAP_BYTES = 2**16
+"""That are read and thrown away between two members rather than sought over."""
+RUN_BYTES = 2**25
+"""That are read at once, at most, but for one member that is larger."""
+HELD_INDICES = 32
+END_BYTES = 2**20
+"""Of zeros at the end of a tar, at most, in which something else is looked for."""
+
+Ints = npt.NDArray[np.int64]
+
+
+def index_url(folder: str, path: str, size: int, version: str) -> str:
+    """Where the index of a tar, as it and its side-car are now, is kept in a folder of indices."""
+    identity = hashlib.blake2b(json.dumps([path, size, version]).encode(), digest_size=12).hexdigest()
+    return f"{folder}/{identity}.parquet"
+
+
+class TarSource:
+    """A `Source` of an opened tar.
+
+    Args:
+        file: the tar.
+        index: of `make_index`.
+        beside: the rows of the side-car.
+
+    Raises:
+        ValueError: the side-car and the tar are not of one another.
+    """
+
+    def __init__(self, file: io.BufferedIOBase, index: pa.Table, beside: pa.Table | None) -> None:
+        self._file = file
+        members = [name.removeprefix("offset:") for name in index.schema.names if name.startswith("offset:")]
+        order = np.arange(len(index)) if beside is None else _placed(index[KEY], beside)
+        # One more at the end of each, for the rows whose place is -1.
+        self._where = {
+            name: tuple(np.append(index[f"{part}:{name}"].to_numpy(), -1)[order] for part in ("offset", "size"))
+            for name in members
+        }
+        """Offset and size of each row's member, by column; -1 where it has none."""
+        self._beside = index.select([KEY]) if beside is None else beside
+        self._own = [name for name in members if name not in self._beside.schema.names]
+        fields = [pa.field(name, _type_of(name)) for name in self._own]
+        self.schema: pa.Schema = pa.schema([*self._beside.schema, *fields])
+        self.groups: Ints = np.ones(len(order), np.int64)
+        sizes = sum((np.maximum(size, 0) for _, size in self._where.values()), np.zeros(len(order), np.int64))
+        self.largest_group: int = int(sizes.max(initial=0))
+
+    def batches(
+        self, groups: Sequence[int] | None, columns: Sequence[str] | None, batch_rows: int
+    ) -> Iterator[pa.RecordBatch]:
+        """As `Source` has it."""
+        rows = np.arange(len(self.groups)) if groups is None else np.asarray(groups, np.int64)
+        schema = pa.schema([field for field in self.schema if columns is None or field.name in columns])
+        beside = self._beside.select([name for name in schema.names if name not in self._own])
+        for start in range(0, len(rows), batch_rows):
+            some = rows[start : start + batch_rows]
+            yield self._batch(some, beside.take(pa.array(some)).combine_chunks(), schema)
+
+    def _batch(self, rows: Ints, beside: pa.Table, schema: pa.Schema) -> pa.RecordBatch:
+        own = [name for name in schema.names if name in self._own]
+        extents = [(*self._where[name], name) for name in own]
+        wanted = [
+            (int(offsets[row]), int(sizes[row]), name, place)
+            for place, row in enumerate(rows.tolist())
+            for offsets, sizes, name in extents
+            if offsets[row] >= 0
+        ]
+        found: dict[str, list[bytes | None]] = {name: [None] * len(rows) for name in own}
+        for run in _runs(sorted(wanted)):
+            begin = run[0][0]
+            self._file.seek(begin)
+            data = self._file.read(max(offset + size for offset, size, _, _ in run) - begin)
+            for offset, size, name, place in run:
+                found[name][place] = data[offset - begin : offset - begin + size]
+        arrays = [
+            _array(found[field.name], field.type) if field.name in found else beside[field.name].combine_chunks()
+            for field in schema
+        ]
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+@contextlib.contextmanager
+def open_tar(path: str, *, index: str = "", side_car: str = "") -> Iterator[TarSource]:
+    """Open a tar.
+
+    Args:
+        path: of the tar.
+        index: where its index is, or will be looked for; it is made anew where it is not there.
+        side_car: its Parquet file, if it has one.
+
+    Raises:
+        ValueError, tarfile.TarError, OSError: it is no tar, or is cut off, or is not what its side-car tells of.
+    """
+    with access.open_input(path) as file:
+        yield TarSource(file, _index(path, index), _side_car(side_car, index) if side_car else None)
+
+
+@functools.lru_cache(HELD_INDICES)
+def _index(path: str, url: str) -> pa.Table:
+    """The index of a tar, from its file, else made; held by this process."""
+    if url:
+        folder, _, name = url.rpartition("/")
+        with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):
+            return pq.read_table(pa.BufferReader(Store(folder).read_bytes(name)))
+    return make_index(path)
+
+
+def keep_index(path: str, url: str, near: str) -> None:
+    """Make the index of a tar, if it is not there yet, and keep it for others.
+
+    Args:
+        path: of the tar.
+        url: where it is kept.
+        near: the folder of this machine's user, where `curate check` may have left it.
+    """
+    folder, _, name = url.rpartition("/")
+    store = Store(folder)
+    if not store.exists(name):
+        sink = pa.BufferOutputStream()
+        pq.write_table(_index(path, f"{near}/{name}"), sink, compression="zstd", use_dictionary=False)
+        store.put_bytes(name, sink.getvalue().to_pybytes())
+
+
+@functools.lru_cache(HELD_INDICES)
+def _side_car(path: str, _version: str) -> pa.Table:
+    """Its rows; held by this process, for a version of the two."""
+    with access.open_input(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+        table = parquet.read()
+    if KEY not in table.schema.names:
+        raise ValueError(f"the Parquet file beside it, {path}, has no column {KEY!r}")
+    return table
+
+
+def make_index(path: str) -> pa.Table:
+    """Where the members of a tar are: a row for each sample, `key` and, for each column, offset and size, -1 if none.
+
+    Raises:
+        ValueError, tarfile.TarError: it is no tar, or is cut off; members of one name.
+    """
+    keys: list[str] = []
+    places: dict[str, dict[int, tuple[int, int]]] = {}
+    with access.open_input(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        members = ((_split(member.name), member) for member in _members(tar))
+        named = ((key, suffix, member) for (key, suffix), member in members if suffix)
+        for key, sample in itertools.groupby(named, key=lambda found: found[0]):
+            for _, suffix, member in sample:
+                column = IMAGE if suffix in PICTURES else suffix
+                there = places.setdefault(column, {})
+                if len(keys) in there and column != IMAGE:
+                    raise ValueError(f"the sample {key!r} has two members .{suffix}")
+                there.setdefault(len(keys), (member.offset_data, member.size))
+            keys.append(key)
+        # To tarfile a header that is damaged, or cut off, is the end like any other.
+        file.seek(tar.offset)
+        if file.read(END_BYTES).strip(b"\0"):
+            raise ValueError(f"a damaged header at byte {tar.offset}, or more after the end, after {len(keys)} samples")
+    columns: dict[str, pa.Array] = {KEY: pa.array(keys, pa.string())}
+    for column in sorted(places, key=lambda name: (name != IMAGE, name)):
+        extents = np.full((len(keys), 2), -1, np.int64)
+        extents[list(places[column])] = list(places[column].values())
+        columns |= {f"offset:{column}": pa.array(extents[:, 0]), f"size:{column}": pa.array(extents[:, 1])}
+    return pa.table(columns)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Plain files, one after the other; tarfile would hold all that it has passed."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]
+        if member.isreg():
+            yield member
+
+
+def _split(name: str) -> tuple[str, str]:
+    """A member's sample and suffix; no suffix for what webdataset passes over, and the droppings of macOS.
+
+    >>> _split("./a.b/000.seg.PNG")
+    ('a.b/000', 'seg.png')
+    """
+    path = PurePosixPath(name)
+    stem, _, suffix = path.name.partition(".")
+    if not stem or "__MACOSX" in path.parts or (stem.startswith("__") and path.name.endswith("__")):
+        return "", ""
+    return str(path.with_name(stem)), suffix.lower()
+
+
+def _type_of(column: str) -> pa.DataType:
+    return pa.string() if column.rpartition(".")[2] in TEXTS else pa.binary()
+
+
+def _placed(keys: pa.ChunkedArray, beside: pa.Table) -> Ints:
+    """For each row of the side-car the sample of its key, -1 if the tar has none."""
+    samples = {key: number for number, key in enumerate(keys.to_pylist())}
+    # img2dataset's keys are the names of members; DataComp's tars lie in a folder each.
+    names = {str(PurePosixPath(key).name): number for key, number in samples.items()}
+    asked = [str(key) for key in beside[KEY].to_pylist()]
+    order = np.array([samples.get(key, names.get(key, -1)) for key in asked], np.int64)
+    if unnamed := len(samples) - len(np.unique(order[order >= 0])):
+        raise ValueError(f"the Parquet file beside it has no row for {unnamed} of its {len(samples)} samples")
+    return order
+
+
+def _runs(wanted: Sequence[tuple[int, int, str, int]]) -> Iterator[list[tuple[int, int, str, int]]]:
+    """Extents in the order of the file, those together that are read at once."""
+    run: list[tuple[int, int, str, int]] = []
+    for extent in wanted:
+        if run and (extent[0] - (run[-1][0] + run[-1][1]) > GAP_BYTES or extent[0] + extent[1] - run[0][0] > RUN_BYTES):
+            yield run
+            run = []
+        run.append(extent)
+    if run:
+        yield run
+
+
+def _array(values: list[bytes | None], kind: pa.DataType) -> pa.Array:
+    """Bytes as a column; as text without a check, or one invalid caption would take its whole tar with it."""
+    array = pa.array(values, pa.binary())
+    return array if kind == pa.binary() else array.view(kind)
