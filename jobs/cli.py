@@ -13,28 +13,43 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from curate.errors import CurateError, UserError
 from curate.messages import counted
-from jobs.surroundings import expand, expand_path, of_the_disk, printable
-from jobs.tables import dedup_tables, print_tables, round_tables, table_of
+from jobs.root_verbs import JsonOption, export, gc, report, search, show
+from jobs.surroundings import expand, expand_path, in_a_folder, of_the_disk, printable
+from jobs.tables import dedup_tables, print_tables, round_tables
 from pipelines import progress
 
 if TYPE_CHECKING:
     from curate.recipe import Recipe
 
-app = typer.Typer(
-    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
-)
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 RecipeArgument = Annotated[Path, typer.Argument(help="TOML file", metavar="RECIPE")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="section.field=value, overrides the recipe; may be repeated")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version  # noqa: PLC0415
+
+        print(f"curate {version('curate-clip')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -47,7 +62,7 @@ def init(
     """Write a commented recipe for a pool, from what lies there."""
     from jobs.init import write_recipe  # noqa: PLC0415
 
-    for line in write_recipe(expand(pool), _in_a_folder("--to", to), image=image, caption=caption):
+    for line in write_recipe(expand(pool), in_a_folder("--to", to), image=image, caption=caption):
         print(printable(line))
 
 
@@ -116,7 +131,7 @@ def dedup(
 ) -> None:
     """Find the pool's near-duplicates as a round would, and say what leaves; the next round finds it done."""
     loaded = _load(recipe, overrides)
-    sheet = sheet and _in_a_folder("--sheet", sheet)
+    sheet = sheet and in_a_folder("--sheet", sheet)
     from pipelines.dedup import dedup_recipe  # noqa: PLC0415
 
     store, pool, found = dedup_recipe(loaded, base=recipe.parent, say=_note)
@@ -186,79 +201,8 @@ def rounds(
     scheduler.schedule_rounds(Store(loaded.root), loaded.schedule, run, _say)
 
 
-@app.command()
-def show(
-    root: Annotated[str, typer.Argument(help="root of a curation")],
-    what: Annotated[
-        list[str] | None, typer.Argument(help="rounds | round N | uid U | diff A B | orphans", metavar="[WHAT]")
-    ] = None,
-    picture: Annotated[Path | None, typer.Option(help="with uid U: also save its picture here", metavar="FILE")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show what was chosen, what was dropped, and why."""
-    from curate.storage import Store  # noqa: PLC0415
-    from jobs import show as showing  # noqa: PLC0415
-
-    store, asked = Store(expand(root)), what or ["rounds"]
-    if picture is not None and asked[0] != "uid":
-        raise UserError(f"--picture {picture}: expected with uid U, found show {' '.join(asked)}; name a uid")
-    found, shown = showing.show(store, asked)
-    if as_json:
-        print(json.dumps(found, indent=1))
-    else:
-        print_tables(shown)
-    if picture is not None:
-        showing.save_picture(store, asked[1], _in_a_folder("--picture", picture))
-
-
-@app.command()
-def search(
-    root: Annotated[str, typer.Argument(help="root of a curation")],
-    words: Annotated[str | None, typer.Argument(help="what to look for", metavar="[WORDS]")] = None,
-    image: Annotated[Path | None, typer.Option(help="look for this picture", metavar="FILE")] = None,
-    uid: Annotated[str | None, typer.Option(help="look for this pair of the pool", metavar="U")] = None,
-    captions: Annotated[bool, typer.Option("--captions", help="compare with captions in place of pictures")] = False,
-    k: Annotated[int, typer.Option("-k", help="how many pairs", min=1)] = 10,
-    sheet: Annotated[
-        Path | None, typer.Option(help="also show them as pictures, in this HTML file", metavar="FILE")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Find the pairs of the pool that are nearest to words, a picture or another pair, to the reference."""
-    from curate.storage import Store  # noqa: PLC0415
-    from jobs.search import search as run  # noqa: PLC0415
-
-    found = run(
-        Store(expand(root)),
-        words=words,
-        image=image and expand_path(image),
-        uid=uid,
-        among="captions" if captions else "pictures",
-        k=k,
-        sheet=sheet and _in_a_folder("--sheet", sheet),
-    )
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    print_tables([table_of("the nearest pairs", found)])
-
-
-@app.command()
-def report(
-    root: Annotated[str, typer.Argument(help="root of a curation")],
-    number: Annotated[int | None, typer.Option("--round", help="the newest if not given", min=0)] = None,
-    to: Annotated[Path | None, typer.Option("-o", "--to", help="report-rN.html if not given", metavar="FILE")] = None,
-) -> None:
-    """Show a round as pictures and plots in one HTML file: chosen, left, unusable, duplicates, and how rounds go."""
-    from curate.rounds.committed import newest_round  # noqa: PLC0415
-    from curate.storage import Store  # noqa: PLC0415
-    from jobs.report import write_report  # noqa: PLC0415
-
-    store = Store(expand(root))
-    number = newest_round(store).round if number is None else number
-    path = _in_a_folder("--to", to or Path(f"report-r{number:06d}.html"))
-    write_report(store, number, path)
-    print(path)
+for _verb in (show, search, report, export):
+    app.command()(_verb)
 
 
 @app.command()
@@ -292,46 +236,7 @@ def reshard(
         print(path)
 
 
-@app.command()
-def gc(
-    root: Annotated[str, typer.Argument(help="root of a curation")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would go, and remove nothing")] = False,
-    grace: Annotated[float, typer.Option(help="hours: what is younger stays", min=0)] = 24.0,
-    keep_rounds: Annotated[
-        int | None,
-        typer.Option(
-            help="remove the rows, not the manifest, of all rounds but the newest, if the newest learner has seen them",
-            min=1,
-        ),
-    ] = None,
-    keep_learners: Annotated[
-        int | None, typer.Option(help="remove the models of all learners but the first and the newest", min=1)
-    ] = None,
-) -> None:
-    """Remove what nobody needs any more: what killed steps left, and embeddings by learners of earlier rounds."""
-    from curate.rounds.gc import find_garbage, remove_garbage  # noqa: PLC0415
-    from curate.storage import Store  # noqa: PLC0415
-
-    store = Store(expand(root))
-    in_use: list[str] = []
-    if keep_learners is not None:
-        from jobs.checkpoint import checkpoints, load_checkpoint  # noqa: PLC0415 imports torch
-
-        in_use = [load_checkpoint(store, name)[0].start.model for name in checkpoints(store)]
-    garbage = find_garbage(
-        store, grace_s=3600 * grace, keep_rounds=keep_rounds, keep_learners=keep_learners, in_use=in_use
-    )
-    rows: dict[str, dict[str, Any]] = {}
-    for found in garbage:
-        row = rows.setdefault(found.kind, {"what": found.kind, "files": 0, "MiB": 0.0})
-        row["files"] += 1
-        row["MiB"] += found.size / 2**20
-        if not dry_run:
-            remove_garbage(store, found)
-    if not rows:
-        print(f"{store.url}: nothing that can go is older than {grace:g} hours")
-        return
-    print_tables([table_of("would be removed" if dry_run else "removed", list(rows.values()))])
+app.command()(gc)
 
 
 @app.command()
@@ -428,20 +333,6 @@ def _stoppable() -> Iterator[list[int]]:
     finally:
         for number, how in before.items():
             signal.signal(number, how)
-
-
-def _in_a_folder(option: str, path: Path) -> Path:
-    """The path of a file that is to be written.
-
-    Raises:
-        UserError: there is no folder for it.
-    """
-    path = expand_path(path)
-    if not path.absolute().parent.is_dir():
-        raise UserError(
-            f"{option} {path}: expected it in a folder, found no {path.absolute().parent}; make it, or correct it"
-        )
-    return path
 
 
 def _say(line: str) -> None:

@@ -59,11 +59,15 @@ def main() -> None:
         duplicate_share=0.05,
         **drawn,
     )
-    say("a small reference model, trained on other pairs that are all clean")
-    curate("train", f"{RECIPES}/demo-reference.toml", "--save-to", str(FOLDER / "reference-model"))
-    say("a learner that is past its start, trained on uniform batches of the pool")
-    start = {"pool.path": FOLDER / "pool", "root": FOLDER / "start", "train.steps": 1000}
-    curate("train", f"{RECIPES}/demo-reference.toml", *_sets(start), "--save-to", str(FOLDER / "start-model"))
+    say("a small reference model, trained on other pairs that are all clean; a learner, trained on the pool as it is")
+    start = {"pool.path": FOLDER / "pool", "root": FOLDER / "start", "train.steps": 900}
+    train = ("train", f"{RECIPES}/demo-reference.toml")
+    side_by_side(
+        {
+            "reference": (*train, "--save-to", str(FOLDER / "reference-model")),
+            "learner": (*train, *_sets(start), "--save-to", str(FOLDER / "start-model")),
+        }
+    )
     say("curation and trainer, two processes that meet in files alone: each round is chosen for the newest learner")
     side_by_side({"curation": ("rounds", f"{RECIPES}/demo.toml"), "trainer": ("train", f"{RECIPES}/demo.toml")})
     say("the same start and as many steps on uniform batches, to compare with")

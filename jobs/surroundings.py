@@ -56,3 +56,17 @@ def of_the_disk(error: BaseException | None) -> str | None:
         where = name or f"root, or TMPDIR = {os.environ.get('TMPDIR', '/tmp')}"
         return f"{where}: {os.strerror(number)}; {DISK[number]}, and run the same command again"
     return None
+
+
+def in_a_folder(option: str, path: Path) -> Path:
+    """The path of a file that is to be written.
+
+    Raises:
+        UserError: there is no folder for it.
+    """
+    path = expand_path(path)
+    if not path.absolute().parent.is_dir():
+        raise UserError(
+            f"{option} {path}: expected it in a folder, found no {path.absolute().parent}; make it, or correct it"
+        )
+    return path

@@ -1,0 +1,215 @@
+"""Committed rounds in the formats of other libraries: tars of webdataset, uids of DataComp, a data set of `datasets`.
+
+Exports are made of published files alone and are the same bytes whenever they are made: one that was interrupted goes
+on where it stopped.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from curate.errors import UserError
+from curate.parquet import open_table
+from curate.pool.shards import ADDED_COLUMN, caption_bytes, image_bytes
+from curate.pool.wanted import HALVES, halves_of
+from curate.rounds.manifest import CuratedFile, Manifest, is_expired, round_folder
+from curate.rounds.write import row_group_rows
+from curate.storage import Store
+
+SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
+"""By Pillow's name of a format, the member's suffix; of those alone that a round holds."""
+CARD = "README.md"
+SIZES = "sizes.json"
+
+
+def to_webdataset(store: Store, rounds: Sequence[Manifest], target: Store) -> Iterator[int]:
+    """Write one tar for each sub-batch, `00000000.tar` and so on, numbered from round 0, and `sizes.json`.
+
+    Samples lie in the order drawn; their keys have no dots. A sample is the picture (`.jpg`, `.png`, …), the caption
+    (`.txt`) and a `.json` of the user's columns and ours. `sizes.json` holds the samples of each tar, as open_clip
+    reads it; it comes last.
+
+    Yields:
+        The number of each sub-batch that is in place.
+
+    Raises:
+        UserError: a round's rows are gone.
+    """
+    sizes: dict[str, int] = {}
+    for manifest in rounds:
+        for file in _files(store, manifest):
+            numbers = range(manifest.first_batch + file.first_sub_batch, manifest.first_batch + _stop(file))
+            names = {number: f"{number:08d}.tar" for number in numbers}
+            sizes |= dict.fromkeys(names.values(), manifest.sub_batch_size)
+            missing = {number for number, name in names.items() if not target.exists(name)}
+            if missing:
+                for number, table in zip(numbers, _sub_batches(store, manifest, file), strict=True):
+                    if number in missing:
+                        target.put_bytes(names[number], _tar(table, manifest, number))
+            yield from numbers
+    target.put_bytes(SIZES, json.dumps(sizes, indent=1).encode())
+
+
+def _tar(table: pa.Table, manifest: Manifest, number: int) -> bytes:
+    """A sub-batch as a tar; the same bytes whoever makes it."""
+    image, caption = str(manifest.columns["image"]), str(manifest.columns["caption"])
+    images = image_bytes(table[image].combine_chunks()).to_pylist()
+    captions = caption_bytes(table[caption].combine_chunks()).to_pylist()
+    others = table.drop_columns([image]).to_pylist()
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for place, (picture, text, row) in enumerate(zip(images, captions, others, strict=True)):
+            key = f"{number:08d}-{place:06d}"
+            said = json.dumps(row | row.pop(ADDED_COLUMN), default=_as_text, ensure_ascii=False)
+            for suffix, data in ((_suffix(picture), picture), ("txt", text), ("json", said.encode())):
+                member = tarfile.TarInfo(f"{key}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return out.getvalue()
+
+
+def _suffix(picture: bytes) -> str:
+    with Image.open(io.BytesIO(picture)) as opened:
+        return SUFFIXES.get(str(opened.format), "jpg")
+
+
+def _as_text(value: Any) -> str:
+    """What JSON has no words for: dates, decimals, bytes."""
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def to_uids(store: Store, rounds: Sequence[Manifest], path: Path) -> int:
+    """Write the uids of all chosen rows, each once and sorted, as a NumPy file: `pool.keep` of another recipe.
+
+    Uids of 32 hexadecimal digits, as hashes of contents are, become DataComp's `u8,u8`; others texts. All uids are held
+    in memory, 16 bytes each.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        UserError: a round's rows are gone.
+    """
+    uids: set[str] = set()
+    for manifest in rounds:
+        for file in _files(store, manifest):
+            with open_table(store, f"{round_folder(manifest.round)}/{file.name}") as parquet:
+                column = parquet.read(columns=[f"{ADDED_COLUMN}.uid"])[ADDED_COLUMN].combine_chunks()
+            uids.update(column.field("uid").to_pylist())
+    halves = [halves_of(uid) for uid in uids]
+    array = np.array(sorted(uids)) if None in halves else np.sort(np.array(halves, HALVES))
+    with path.open("wb") as out:  # np.save adds a suffix to a name that has none
+        np.save(out, array)
+    return len(array)
+
+
+def to_datasets(store: Store, rounds: Sequence[Manifest], target: Store) -> Iterator[int]:
+    """Write a folder that `datasets.load_dataset` opens, with pictures as pictures and a card that says what made it.
+
+    Files are Parquet, `data/train-<round>-<sub-batch>.parquet`, their rows in the order drawn: rows
+    `b·n` to `b·(n + 1)` are batch n.
+
+    Yields:
+        The number of each sub-batch that is in place.
+
+    Raises:
+        UserError: a round's rows are gone.
+    """
+    for manifest in rounds:
+        for file in _files(store, manifest):
+            name = f"data/train-{manifest.round:06d}-{file.first_sub_batch:06d}.parquet"
+            if not target.exists(name):
+                with target.local_scratch() as scratch:
+                    path = scratch / "rows.parquet"
+                    _write_for_datasets(store, manifest, file, path)
+                    target.put_file(path, name)
+            yield from range(manifest.first_batch + file.first_sub_batch, manifest.first_batch + _stop(file))
+    target.put_bytes(CARD, _card(store, rounds).encode())
+
+
+def _write_for_datasets(store: Store, manifest: Manifest, file: CuratedFile, path: Path) -> None:
+    image = str(manifest.columns["image"])
+    writer = None
+    rows = row_group_rows(manifest.sub_batch_size)
+    for found in _sub_batches(store, manifest, file):
+        column = found[image].combine_chunks()
+        if not pa.types.is_struct(column.type):
+            names = pa.nulls(len(column), pa.string())
+            column = pa.StructArray.from_arrays([column.cast(pa.binary()), names], names=["bytes", "path"])
+        table = found.set_column(found.schema.get_field_index(image), image, column)
+        said = json.dumps({"info": {"features": {image: {"_type": "Image"}}}})
+        schema = table.schema.with_metadata({"huggingface": said})
+        writer = writer or pq.ParquetWriter(path, schema, compression={f"{image}.bytes": "none"})
+        writer.write_table(table.cast(schema), row_group_size=rows)
+    assert writer is not None  # a curated file holds a sub-batch at least
+    writer.close()
+
+
+def _card(store: Store, rounds: Sequence[Manifest]) -> str:
+    """What people and the hub are told of a data set."""
+    last = rounds[-1]
+    lineage = last.lineage
+    selection = lineage["recipe"]["selection"]
+    learner = lineage["learner"]["source"] if lineage["learner"] else "not looked at"
+    rows = sum(file.rows for manifest in rounds for file in manifest.files)
+    return f"""\
+---
+task_categories: [image-to-text, text-to-image]
+configs:
+- config_name: default
+  data_files: data/train-*.parquet
+---
+
+# {PurePosixPath(store.url).name}
+
+{rows:,} image-text pairs in {rows // last.sub_batch_size:,} batches of {last.sub_batch_size:,}, chosen in rounds
+{rounds[0].round} to {last.round} from a pool of {last.pool_rows:,} by joint example selection (arXiv 2406.17711). Each
+batch was chosen as a whole: rows `{last.sub_batch_size} * n` to `{last.sub_batch_size} * (n + 1)` are batch n. Do not
+shuffle rows.
+
+- selection of the last round: {selection["method"]} {selection["criterion"]}, filter ratio {selection["filter_ratio"]}
+- reference: {lineage["reference"]["source"]}
+- learner: {learner}
+- pool: {lineage["pool"]["shards"]:,} shards, fingerprint `{lineage["pool"]["fingerprint"]}`
+- manifest of the last round: `{round_folder(last.round)}`, chain of parents up to `{rounds[0].parent or "round 0"}`
+
+The column `{ADDED_COLUMN}` says of each row its round, sub-batch, place, score, losses, uid and source.
+"""
+
+
+def _files(store: Store, manifest: Manifest) -> list[CuratedFile]:
+    """A round's files, in order.
+
+    Raises:
+        UserError: they are gone.
+    """
+    if is_expired(store, manifest.round):
+        raise UserError(
+            f"{store.url}: the rows of round {manifest.round} were removed by curate gc --keep-rounds; begin with a "
+            "later one, --first N"
+        )
+    return sorted(manifest.files, key=lambda file: file.first_sub_batch)
+
+
+def _stop(file: CuratedFile) -> int:
+    return file.first_sub_batch + file.sub_batches
+
+
+def _sub_batches(store: Store, manifest: Manifest, file: CuratedFile) -> Iterator[pa.Table]:
+    """The sub-batches of a file, in order; one is held at a time."""
+    b = manifest.sub_batch_size
+    with open_table(store, f"{round_folder(manifest.round)}/{file.name}") as parquet:
+        held: list[pa.RecordBatch] = []
+        for batch in parquet.iter_batches(batch_size=row_group_rows(b)):
+            held.append(batch)
+            if sum(one.num_rows for one in held) == b:
+                yield pa.Table.from_batches(held)
+                held = []
