@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import webdataset
 from typer.testing import CliRunner
 
 from curate import CuratedReader
@@ -103,14 +104,15 @@ def test_what_is_exported_is_a_pool_of_its_own(root: Path, tmp_path: Path, monke
     assert captions == [row["caption"] for row in committed(root)]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves files open
 def test_webdataset_reads_it(root: Path, tmp_path: Path) -> None:
-    wds = pytest.importorskip("webdataset")
     export(root, "--to", "webdataset", tmp_path / "out")
-    found = list(wds.WebDataset(f"{tmp_path}/out/{{00000000..00000003}}.tar", shardshuffle=False).decode("pil"))
+    found = list(webdataset.WebDataset(f"{tmp_path}/out/{{00000000..00000003}}.tar", shardshuffle=False).decode("pil"))
     assert [sample["txt"] for sample in found] == [row["caption"] for row in committed(root)]
     assert found[0]["jpg"].size == (32, 32)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_datasets_shows_pictures_at_once(root: Path, tmp_path: Path) -> None:
     said = export(root, "--to", "datasets", tmp_path / "set")
     assert said.endswith(f'in place: datasets.load_dataset("{tmp_path}/set", split="train")\n')
