@@ -177,6 +177,25 @@ def train(
         print(f"learner {trained.learner.number}: nothing to do, {way_out}")
 
 
+@app.command("open-clip")
+def open_clip(
+    root: Annotated[str, typer.Argument(help="root of a curation")],
+    arguments: Annotated[list[str], typer.Argument(help="of open_clip_train", metavar="-- ARGUMENTS")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="wait for rounds to come; needs open_clip's --epochs")
+    ] = False,
+    augment: Annotated[bool, typer.Option("--augment", help="open_clip's augmentation, not the pixels scored")] = False,
+    publish: Annotated[bool, typer.Option(help="publish a learner after each round")] = True,
+) -> None:
+    """Train with open_clip's own trainer: an epoch is a round, every batch a sub-batch, whole.
+
+    On N GPUs: torchrun --nproc-per-node N -m jobs.cli open-clip ROOT -- --model ViT-B-16 --siglip
+    """
+    from jobs.open_clip_trainer import train as run  # noqa: PLC0415
+
+    run(expand(root), arguments, follow=follow, augment=augment, publish=publish, say=_say)
+
+
 @app.command()
 def rounds(
     recipe: RecipeArgument,

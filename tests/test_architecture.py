@@ -214,7 +214,9 @@ def test_the_command_line_has_these_verbs() -> None:
     from jobs.cli import app
 
     functions = {command.name or command.callback.__name__: command.callback for command in app.registered_commands}
-    assert " ".join(functions) == ("init check round dedup train rounds show search report export reshard gc submit")
+    assert " ".join(functions) == (
+        "init check round dedup train open-clip rounds show search report export reshard gc submit"
+    )
     assert all(function.__doc__ for function in functions.values())
 
 
