@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 .PHONY: demo docs test test-all test-gpu lint types lock bench bench-gpu bench-acceleration clean
 
 demo: $(READY)  ## the whole loop on a small drawn pool: four rounds beside a trainer, and uniform batches to compare with
-	$(BIN)/python -m jobs.demo
+	$(BIN)/python -m curate.jobs.demo
 
 test: $(READY)  ## what CI runs: lint, types, tests; eight minutes on 2 cores
 	$(BIN)/ruff check .

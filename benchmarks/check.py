@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from jobs.drawn_pool import draw_pool
+from curate.jobs.drawn_pool import draw_pool
 
 RECIPES = Path(__file__).parents[1] / "jobs/recipes"
 TINY = """
@@ -77,7 +77,7 @@ def run(verb: str, recipe: Path) -> tuple[str, float]:
     """What a command says, and how long it takes."""
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", verb, recipe], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "curate.jobs.cli", verb, recipe], check=True, stdout=subprocess.PIPE, text=True
     )
     return done.stdout, time.perf_counter() - begun
 

@@ -37,10 +37,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from curate.jobs.drawn_pool import draw_pair
 from curate.models.crop import Crop, decode_for
 from curate.models.encoder import normalize_pixels, split_transform
 from curate.pool.images import Dropped, decode_image, decode_pixels
-from jobs.drawn_pool import draw_pair
 
 SIZES = (256, 512, 1024)
 MOST = 64

@@ -31,12 +31,12 @@ from benchmarks.gpu import GFLOPS, Where, matmul_tflops
 from curate.access import filesystem
 from curate.embed.decode import decode_row
 from curate.embed.run import Embedder
+from curate.jobs.drawn_pool import draw_pool
 from curate.models.encoder import Encoder, load_encoder, store_encoder
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool
 from curate.recipe import EmbedSection, EncoderSection, PoolSection
 from curate.storage import Store
-from jobs.drawn_pool import draw_pool
 
 TINY = {
     "embed_dim": 512,

@@ -493,10 +493,10 @@ def run(where: Where) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     from curate.embed.run import Embedder
+    from curate.jobs.drawn_pool import draw_pool
     from curate.pool.inventory import take_inventory
     from curate.recipe import EmbedSection, PoolSection
     from curate.storage import Store
-    from jobs.drawn_pool import draw_pool
 
     rows, copies, batch = (32, 3, 8) if where.small else (2_048, 24, 512)
     loaders = 0 if where.small else max(1, (os.cpu_count() or 1) - 2)
@@ -553,10 +553,10 @@ def run(where: Where) -> Iterator[Row]:
 
 
 def trainee_of(where: Where, name: str, micro_batch: int, *, compiled: bool = False) -> Any:
+    from curate.jobs.optimize import Trainee, make_optimizer
+    from curate.jobs.ranks import Ranks
     from curate.models.encoder import normalize_pixels, split_transform
     from curate.recipe import TrainSection
-    from jobs.optimize import Trainee, make_optimizer
-    from jobs.ranks import Ranks
 
     model = model_of(where, name)
     forward = torch.compile(model) if compiled else model
@@ -574,7 +574,7 @@ def trainee_of(where: Where, name: str, micro_batch: int, *, compiled: bool = Fa
 
 
 def train(where: Where) -> Iterator[Row]:
-    from jobs.optimize import take_step
+    from curate.jobs.optimize import take_step
 
     rate = matmul_tflops(where)
     b = 64 if where.small else 32_768
@@ -608,10 +608,10 @@ def train(where: Where) -> Iterator[Row]:
 
 
 def resume(where: Where) -> Iterator[Row]:
+    from curate.jobs.checkpoint import Progress, checkpoints, load_checkpoint, restore, save_checkpoint
+    from curate.jobs.optimize import take_step
     from curate.models.spec import EncoderSpec
     from curate.storage import Store
-    from jobs.checkpoint import Progress, checkpoints, load_checkpoint, restore, save_checkpoint
-    from jobs.optimize import take_step
 
     name, b, micro_batch = "ViT-B-32", 16 if where.small else 1024, 4 if where.small else 256
     spec = EncoderSpec(model="random", source="random", weights_sha256="", embed_dim=0, logit_scale=1.0, logit_bias=0.0)

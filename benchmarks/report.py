@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.drawn_pool import draw_pool
+from curate.jobs.drawn_pool import draw_pool
 
 RECIPES = Path(__file__).parents[1] / "jobs" / "recipes"
 SCREENS: dict[str, dict[str, Any]] = {
@@ -59,13 +59,13 @@ def main() -> None:
 
 def curate(*arguments: object) -> None:
     print("$ curate", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "jobs.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "curate.jobs.cli", *map(str, arguments)], check=True)
 
 
 def measure(root: Path, page: Path) -> dict[str, Any]:
     """Write the report in a process of its own."""
     begun = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "jobs.cli", "report", str(root), "--to", str(page)])
+    process = subprocess.Popen([sys.executable, "-m", "curate.jobs.cli", "report", str(root), "--to", str(page)])
     _, status, usage = _wait(process)
     assert status == 0, status
     seconds = time.monotonic() - begun

@@ -42,13 +42,13 @@ from PIL import Image
 
 from curate import access
 from curate.embed.files import embedding_name, embedding_schema, pair_hashes
+from curate.jobs.cli import silence_open_clip
 from curate.parquet import CHECKED
+from curate.pipelines.round import run_round
 from curate.pool.inventory import take_inventory
 from curate.recipe import Recipe
 from curate.rounds.plan import store_reference
 from curate.storage import Store
-from jobs.cli import silence_open_clip
-from pipelines.round import run_round
 
 ROWS, SHARDS, SIZES = 512, 64, (1, 4, 16, 64)
 """Rows of a shard; shards at 1 ×."""

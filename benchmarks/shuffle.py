@@ -24,8 +24,8 @@ import ray
 
 from benchmarks.scale import MIB, Watch
 from curate.parts import read_part, write_parts
+from curate.pipelines.cluster import run_tasks
 from curate.storage import Store
-from pipelines.cluster import run_tasks
 
 ROW_BYTES = 2048
 PART_ROWS = 2

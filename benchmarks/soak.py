@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from curate.jobs.cli import silence_open_clip
+from curate.jobs.drawn_pool import draw_pool
+from curate.jobs.rounds import in_own_ray, schedule_rounds
+from curate.jobs.train import train
 from curate.recipe import Recipe
 from curate.rounds.gc import find_garbage, remove_garbage
 from curate.storage import Store
-from jobs.cli import silence_open_clip
-from jobs.drawn_pool import draw_pool
-from jobs.rounds import in_own_ray, schedule_rounds
-from jobs.train import train
 
 MIB = 1 << 20
 KEPT_ROUNDS = 5

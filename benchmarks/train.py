@@ -5,7 +5,7 @@
 
 Each step runs in a process of its own. Seconds are those of the clock on a GPU, of one processor's work on a CPU.
 Memory is what it grows by over a step of two pairs: of the process on a CPU, of what torch allocated on a GPU. A step
-that would hold more than `--limit-gb`, as `jobs.memory` tells, is left out.
+that would hold more than `--limit-gb`, as `curate.jobs.memory` tells, is left out.
 """
 
 import argparse
@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from curate.jobs.memory import trainer_memory
+from curate.jobs.optimize import Trainee, make_optimizer, take_step
+from curate.jobs.ranks import Ranks
 from curate.models.create import create_model
 from curate.models.encoder import normalize_pixels, split_transform
 from curate.recipe import EncoderSection, TrainSection
-from jobs.memory import trainer_memory
-from jobs.optimize import Trainee, make_optimizer, take_step
-from jobs.ranks import Ranks
 
 SIZES = (2048, 8192, 32_768)
 TINY = {

@@ -41,11 +41,11 @@ PR_SET_CHILD_SUBREAPER = 36
 def ours(root: Path, pool: Path, actors: int) -> None:
     """The step of a round."""
     from curate.models.spec import EncoderSpec
+    from curate.pipelines.cluster import CPUS, connect
+    from curate.pipelines.embed import embed_pool
     from curate.pool.inventory import take_inventory
     from curate.recipe import EmbedSection, PoolSection, ResourcesSection
     from curate.storage import Store
-    from pipelines.cluster import CPUS, connect
-    from pipelines.embed import embed_pool
 
     connect("local")
     spec = EncoderSpec(**json.loads((root / "spec.json").read_text()))
@@ -208,10 +208,10 @@ def _folder(root: Path) -> str:
 def make_site(scratch: Path, rows: int, shards: int, actors: int) -> None:
     """Pictures, a few of them apart, and a model."""
     from benchmarks.embed import TINY
+    from curate.jobs.drawn_pool import draw_pool
     from curate.models.encoder import store_encoder
     from curate.recipe import EncoderSection
     from curate.storage import Store
-    from jobs.drawn_pool import draw_pool
 
     draw_pool(scratch / "whole", rows=rows, shards=shards, seed=0, image_size=256)
     draw_pool(scratch / "start", rows=2 * actors, shards=actors, seed=0, image_size=256)

@@ -30,8 +30,11 @@ import torch
 
 from curate.embed.files import contents, embedding_name, read_embeddings, vectors
 from curate.jest import Embeddings, diagonal_losses, jointly_sample_batch
+from curate.jobs.cli import silence_open_clip
+from curate.jobs.train import train
 from curate.models.learners import newest_learner
 from curate.models.spec import EncoderSpec
+from curate.pipelines.round import run_round
 from curate.pool.columns import Columns
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Shard
@@ -39,9 +42,6 @@ from curate.recipe import Recipe
 from curate.seeds import derive_seed
 from curate.select.windows import key_order, keyed_rows, windows_of
 from curate.storage import Store
-from jobs.cli import silence_open_clip
-from jobs.train import train
-from pipelines.round import run_round
 
 SHARD_ROWS, B, SUB_BATCH, EPOCHS = 64, 128, 16, 20
 SIZES = (2, 4, 8, 16, 32)

@@ -308,7 +308,7 @@ class TrainSection(Section):
     weight_decay: float = Field(1e-4, ge=0, description="AdamW's")
     beta2: float = Field(0.95, gt=0, lt=1, description="AdamW's; 0.999 spikes at high filter ratios (paper, A.2)")
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    # Of ViT-B/16 in bf16 that is 20 GB of activations, or 3 with grad_checkpointing, as `jobs.memory` computes them;
+    # Of ViT-B/16 in bf16 that is 20 GB of activations, or 3 with grad_checkpointing, as `jobs/memory.py` computes them;
     # `curate check` says what yours hold.
     micro_batch: int = Field(
         256,

@@ -16,11 +16,17 @@ from typing import Any
 import torch
 
 from curate.errors import InputChangedError, UserError
+from curate.jobs.changes import changes_since
+from curate.jobs.checkpoint import checkpoints, load_checkpoint
+from curate.jobs.memory import TrainerMemory, stated_ranks, trainer_memory
+from curate.jobs.sample import Sample, sample_pool
+from curate.jobs.train import check_kind, check_trainable
 from curate.messages import counted, gathered, one_line
 from curate.models.create import create_model
 from curate.models.encoder import check_storable, load_model
 from curate.models.learners import newest_learner, record_learner
 from curate.models.publish import first_learner
+from curate.pipelines import progress
 from curate.pool.hive import folder_columns
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool
@@ -42,12 +48,6 @@ from curate.select.draw import needs_learner
 from curate.select.topics import likeness, sample_captions
 from curate.select.windows import EpochRange, stretches, windows_of
 from curate.storage import Store
-from jobs.changes import changes_since
-from jobs.checkpoint import checkpoints, load_checkpoint
-from jobs.memory import TrainerMemory, stated_ranks, trainer_memory
-from jobs.sample import Sample, sample_pool
-from jobs.train import check_kind, check_trainable
-from pipelines import progress
 
 TOPIC_SHARDS = 16
 """Spread over the pool: captions of a few rows of each tell whether it is sorted by topic."""
@@ -214,7 +214,7 @@ def _cost(store: Store, recipe: Recipe, found: _Found, base: Path, imports_s: fl
     sample = found.sample
     try:
         # Here, because it imports Ray, and only who measures has seconds to spare.
-        from jobs.cost import cost_of  # noqa: PLC0415
+        from curate.jobs.cost import cost_of  # noqa: PLC0415
 
         yield from cost_of(
             store,

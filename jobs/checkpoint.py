@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 
 from curate.errors import UserError
+from curate.jobs.sharding import laid_out, whole_on_cpu
 from curate.messages import one_line
 from curate.models.spec import EncoderSpec
 from curate.storage import Store
-from jobs.sharding import laid_out, whole_on_cpu
 
 FOLDER = "trainer"
 KEPT = 2

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from curate.errors import CurateError, UserError
+from curate.jobs.root_verbs import JsonOption, export, gc, report, search, show
+from curate.jobs.surroundings import expand, expand_path, in_a_folder, of_the_disk, printable
+from curate.jobs.tables import dedup_tables, print_tables, round_tables
 from curate.messages import counted
-from jobs.root_verbs import JsonOption, export, gc, report, search, show
-from jobs.surroundings import expand, expand_path, in_a_folder, of_the_disk, printable
-from jobs.tables import dedup_tables, print_tables, round_tables
-from pipelines import progress
+from curate.pipelines import progress
 
 if TYPE_CHECKING:
     from curate.recipe import Recipe
@@ -60,7 +60,7 @@ def init(
     caption: Annotated[str | None, typer.Option(help="caption column; likewise")] = None,
 ) -> None:
     """Write a commented recipe for a pool, from what lies there."""
-    from jobs.init import write_recipe  # noqa: PLC0415
+    from curate.jobs.init import write_recipe  # noqa: PLC0415
 
     for line in write_recipe(expand(pool), in_a_folder("--to", to), image=image, caption=caption):
         print(printable(line))
@@ -77,7 +77,7 @@ def check(
     """Say what a round would do and what is wrong, without doing it: every mistake in one pass, and what it costs."""
     loaded = _load(recipe, overrides)
     begun = time.perf_counter()
-    from jobs.check import check_recipe  # noqa: PLC0415
+    from curate.jobs.check import check_recipe  # noqa: PLC0415
 
     imports_s = time.perf_counter() - begun  # a worker of a round has the same to import
     for line in check_recipe(loaded, base=recipe.parent, measure=measure, imports_s=imports_s):
@@ -100,12 +100,12 @@ def round_(
     something starts the command again by itself, give it --round N, or let curate rounds do it.
     """
     loaded = _load(recipe, overrides)
+    from curate.jobs.round_log import try_to_log  # noqa: PLC0415
+    from curate.pipelines.round import run_round  # noqa: PLC0415
     from curate.rounds.explain import describe_round  # noqa: PLC0415
     from curate.rounds.manifest import last_round, manifest_name, round_folder  # noqa: PLC0415
     from curate.rounds.plan import plan_name  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
-    from jobs.round_log import try_to_log  # noqa: PLC0415
-    from pipelines.round import run_round  # noqa: PLC0415
 
     store = Store(loaded.root)
     if number is None and (number := last_round(store) + 1) and not store.exists(plan_name(number)):
@@ -132,7 +132,7 @@ def dedup(
     """Find the pool's near-duplicates as a round would, and say what leaves; the next round finds it done."""
     loaded = _load(recipe, overrides)
     sheet = sheet and in_a_folder("--sheet", sheet)
-    from pipelines.dedup import dedup_recipe  # noqa: PLC0415
+    from curate.pipelines.dedup import dedup_recipe  # noqa: PLC0415
 
     store, pool, found = dedup_recipe(loaded, base=recipe.parent, say=_note)
     if as_json:
@@ -140,7 +140,7 @@ def dedup(
     else:
         print_tables(dedup_tables(found, pool))
     if sheet is not None:
-        from jobs.dedup_sheet import write_sheet  # noqa: PLC0415
+        from curate.jobs.dedup_sheet import write_sheet  # noqa: PLC0415
 
         drawn = write_sheet(store, pool, found, sheet, groups=groups, seed=loaded.seed)
         print(f"{sheet}: {counted(drawn, 'group')}", file=sys.stderr)
@@ -156,13 +156,14 @@ def train(
 ) -> None:
     """Train the learner on committed rounds, or on uniform batches of the pool, and publish it.
 
-    Goes on from the newest checkpoint in the root. On N GPUs: torchrun --nproc-per-node N -m jobs.cli train RECIPE
+    Goes on from the newest checkpoint in the root. On N GPUs:
+    torchrun --nproc-per-node N -m curate.jobs.cli train RECIPE
     """
     loaded = _load(recipe, overrides)
     save_to = save_to and expand_path(save_to)
+    from curate.jobs.train import train as run  # noqa: PLC0415
     from curate.models.encoder import fetch_model  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
-    from jobs.train import train as run  # noqa: PLC0415
 
     trained = run(loaded, base=recipe.parent, say=_say)
     if not trained.first:
@@ -189,9 +190,9 @@ def open_clip(
 ) -> None:
     """Train with open_clip's own trainer: an epoch is a round, every batch a sub-batch, whole.
 
-    On N GPUs: torchrun --nproc-per-node N -m jobs.cli open-clip ROOT -- --model ViT-B-16 --siglip
+    On N GPUs: torchrun --nproc-per-node N -m curate.jobs.cli open-clip ROOT -- --model ViT-B-16 --siglip
     """
-    from jobs.open_clip_trainer import train as run  # noqa: PLC0415
+    from curate.jobs.open_clip_trainer import train as run  # noqa: PLC0415
 
     run(expand(root), arguments, follow=follow, augment=augment, publish=publish, say=_say)
 
@@ -209,8 +210,8 @@ def rounds(
     loaded = _load(recipe, overrides)
     if image and not address:
         raise UserError("--image: rounds run here without --address; give both, or none")
+    from curate.jobs import rounds as scheduler  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
-    from jobs import rounds as scheduler  # noqa: PLC0415
 
     run = (
         scheduler.as_jobs(recipe, overrides or [], address, image)
@@ -236,8 +237,8 @@ def reshard(
 ) -> None:
     """Cut a Parquet file into shards with small row groups, row by row the same; or shuffle a whole pool."""
     if shuffle:
+        from curate.pipelines.reshard import shuffle_pool  # noqa: PLC0415
         from curate.recipe import PoolSection  # noqa: PLC0415
-        from pipelines.reshard import shuffle_pool  # noqa: PLC0415
 
         shuffle_pool(
             PoolSection(path=expand(shard)),
@@ -280,7 +281,7 @@ def submit(
     overrides: SetOption = None,
 ) -> None:
     """Run a verb as a job of a Ray cluster; the same work is not run twice at a time."""
-    from jobs.submit import submit as run  # noqa: PLC0415
+    from curate.jobs.submit import submit as run  # noqa: PLC0415
 
     status = run(
         recipe,

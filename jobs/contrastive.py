@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from curate.criteria import Loss
-from jobs.ranks import Ranks
+from curate.jobs.ranks import Ranks
 
 TILE_LOGITS = 2**22
 """Of one tile, t × b: 16 MiB of float32. At most three such tensors are held at once."""

@@ -12,20 +12,20 @@ import torch
 
 from curate.dedup.neighbours import BORDERS, ITERATIONS, cell_count, sample_share
 from curate.errors import UserError
+from curate.jobs.rates import Rates, measure
+from curate.jobs.work import REFERENCE, Pass, Work, encoders_of, work_of
 from curate.messages import counted
 from curate.models.create import CONFIG_NAME
 from curate.models.encoder import Encoder, load_encoder
 from curate.models.spec import EncoderSpec
+from curate.pipelines.cluster import free_of
+from curate.pipelines.embed import loaders_of, workers_of
+from curate.pipelines.neighbours import ROWS_PER_TASK
+from curate.pipelines.write import GROUP_BYTES
 from curate.pool.shards import Pool
 from curate.recipe import Recipe, ResourcesSection
 from curate.rounds.plan import foreseen_selection
 from curate.storage import Store
-from jobs.rates import Rates, measure
-from jobs.work import REFERENCE, Pass, Work, encoders_of, work_of
-from pipelines.cluster import free_of
-from pipelines.embed import loaders_of, workers_of
-from pipelines.neighbours import ROWS_PER_TASK
-from pipelines.write import GROUP_BYTES
 
 ROUND_STARTS, ACTOR_STARTS = 2.4, 1.15
 """What a round waits for beside its work, in times of what this process took to import: once for the imports of its

@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curate.dedup.files import DROPPED_SCHEMA, Dedup, compared_shards, dropped_files, dropped_name
+from curate.jobs.page import Figure, Gallery, Pair, Place, picture, read_pairs, write_page
 from curate.messages import counted
 from curate.parquet import read_table
 from curate.pool.shards import Pool, Shard
 from curate.storage import Store
-from jobs.page import Figure, Gallery, Pair, Place, picture, read_pairs, write_page
 
 SURE = ["duplicate_exact", "duplicate_image"]
 """Reasons that nobody need look at."""

@@ -19,15 +19,15 @@ import pyarrow.parquet as pq
 
 from curate.embed.files import embedding_name, read_embeddings
 from curate.errors import CurateError
+from curate.jobs import cli
+from curate.jobs.drawn_pool import PoolTruth, draw_pool
 from curate.models.spec import EncoderSpec
 from curate.pool.shards import load_pool
 from curate.rounds.manifest import last_round, read_manifest, round_folder
 from curate.storage import Store
-from jobs import cli
-from jobs.drawn_pool import PoolTruth, draw_pool
 
 FOLDER = Path("demo")
-RECIPES = os.path.relpath(Path(__file__).parent / "recipes")
+RECIPES = os.path.relpath(Path(__file__).resolve().parent / "recipes")
 ROOT, UNIFORM = FOLDER / "root", FOLDER / "uniform"
 BAR_WIDTH = 50
 
@@ -113,7 +113,10 @@ def side_by_side(commands: dict[str, tuple[str, ...]]) -> None:
     for name, arguments in commands.items():
         print(f"$ curate {shlex.join(arguments)}", flush=True)
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [sys.executable, "-m", "curate.jobs.cli", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         processes[name] = process
         readers.append(threading.Thread(target=_pass_on, args=(process, f"{name:>{width}} │ "), daemon=True))

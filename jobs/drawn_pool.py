@@ -1,6 +1,6 @@
 """Draw an image-text pool whose truth is known: coloured shapes, and sentences that say what is to be seen.
 
-    python -m jobs.drawn_pool OUT --rows 20000 --shards 10 --swapped-share 0.5      # 4 s on one core
+    python -m curate.jobs.drawn_pool OUT --rows 20000 --shards 10 --swapped-share 0.5      # 4 s on one core
 
 Files, keys and columns are those of img2dataset (one Parquet file per shard), plus the truth that a real pool never
 tells: `swapped`, `broken`, `duplicate_of`. Whether a curator is any good can then be counted.
@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
+from curate.pipelines import progress
 from curate.pool.images import DropReason
-from pipelines import progress
 
 T = TypeVar("T")
 Point = tuple[float, float]
@@ -297,7 +297,7 @@ def _draw(things: list[Thing], circles: list[Circle], ground: str, image_size: i
 
 def main() -> None:
     """Draw a pool from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.drawn_pool", description="Draw an image-text pool.")
+    parser = argparse.ArgumentParser(prog="python -m curate.jobs.drawn_pool", description="Draw an image-text pool.")
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder for the shards")
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--shards", type=int, default=1)

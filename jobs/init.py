@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from curate.errors import UserError
+from curate.jobs.sample import Sample, sample_pool
 from curate.messages import counted
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool, read_batches
 from curate.recipe import PoolSection, Recipe, SelectionSection
-from jobs.sample import Sample, sample_pool
 
 UID_COLUMNS = ("uid", "key", "id")
 """By convention, as img2dataset and DataComp call them."""

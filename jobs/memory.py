@@ -12,12 +12,12 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from curate.jobs.contrastive import TILE_LOGITS, TILES_HELD
+from curate.jobs.sharding import blocks_of
 from curate.messages import counted
 from curate.models.encoder import image_size_of
 from curate.reader.pieces import PIECE_ROWS
 from curate.recipe import DeviceType, TrainSection
-from jobs.contrastive import TILE_LOGITS, TILES_HELD
-from jobs.sharding import blocks_of
 
 PREFETCHED = 2
 """Pieces that each of a loader's processes holds ahead: torch's default."""

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from curate.criteria import Loss
 from curate.errors import UserError
+from curate.jobs.contrastive import contrastive_loss
+from curate.jobs.ranks import Ranks
+from curate.jobs.sharding import by_layout, clip_gradient
 from curate.recipe import TrainSection
-from jobs.contrastive import contrastive_loss
-from jobs.ranks import Ranks
-from jobs.sharding import by_layout, clip_gradient
 
 LARGEST_LOG_SCALE = math.log(100)
 """Where CLIP stops its temperature (arXiv 2103.00020, 2.5)."""

@@ -11,8 +11,8 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
+from curate.jobs.surroundings import printable
 from curate.pool.shards import Shard, caption_bytes, image_bytes, read_rows
-from jobs.surroundings import printable
 
 Place = tuple[int, int]
 """Shard, by its number among those that were given, and row."""

@@ -17,17 +17,17 @@ from markupsafe import Markup
 
 from curate.embed.files import DAMAGED_SHARD, embedding_name, read_embeddings
 from curate.errors import InputChangedError, StoreError, UserError
+from curate.jobs.page import Figure, Gallery, Pair, Place, linked, picture, read_pairs, write_page
+from curate.jobs.plots import curves, histograms, matrices
+from curate.jobs.tables import round_facts
 from curate.messages import counted, one_line
+from curate.pipelines import progress
 from curate.pool.shards import Shard, caption_bytes, read_rows
 from curate.rounds.attempts import read_attempts
 from curate.rounds.committed import open_rounds
 from curate.rounds.explain import describe_round, read_committed, summarize_rounds
 from curate.rounds.look import Group, Look, Repeat, Unusable, look_at
 from curate.storage import Store
-from jobs.page import Figure, Gallery, Pair, Place, linked, picture, read_pairs, write_page
-from jobs.plots import curves, histograms, matrices
-from jobs.tables import round_facts
-from pipelines import progress
 
 SHOWN = 18
 """Figures of a gallery."""

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from curate.errors import UserError
+from curate.jobs.surroundings import expand, expand_path, in_a_folder
+from curate.jobs.tables import print_tables, table_of
 from curate.messages import counted
-from jobs.surroundings import expand, expand_path, in_a_folder
-from jobs.tables import print_tables, table_of
-from pipelines import progress
+from curate.pipelines import progress
 
 RootArgument = Annotated[str, typer.Argument(help="root of a curation")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -26,8 +26,8 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show what was chosen, what was dropped, and why."""
+    from curate.jobs import show as showing  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
-    from jobs import show as showing  # noqa: PLC0415
 
     store, asked = Store(expand(root)), what or ["rounds"]
     if picture is not None and asked[0] != "uid":
@@ -54,8 +54,8 @@ def search(
     as_json: JsonOption = False,
 ) -> None:
     """Find the pairs of the pool that are nearest to words, a picture or another pair, to the reference."""
+    from curate.jobs.search import search as run  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
-    from jobs.search import search as run  # noqa: PLC0415
 
     found = run(
         Store(expand(root)),
@@ -78,9 +78,9 @@ def report(
     to: Annotated[Path | None, typer.Option("-o", "--to", help="report-rN.html if not given", metavar="FILE")] = None,
 ) -> None:
     """Show a round as pictures and plots in one HTML file: chosen, left, unusable, duplicates, and how rounds go."""
+    from curate.jobs.report import write_report  # noqa: PLC0415
     from curate.rounds.committed import newest_round  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
-    from jobs.report import write_report  # noqa: PLC0415
 
     store = Store(expand(root))
     number = newest_round(store).round if number is None else number
@@ -160,7 +160,7 @@ def gc(
     store = Store(expand(root))
     in_use: list[str] = []
     if keep_learners is not None:
-        from jobs.checkpoint import checkpoints, load_checkpoint  # noqa: PLC0415 imports torch
+        from curate.jobs.checkpoint import checkpoints, load_checkpoint  # noqa: PLC0415 imports torch
 
         in_use = [load_checkpoint(store, name)[0].start.model for name in checkpoints(store)]
     garbage = find_garbage(

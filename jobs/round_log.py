@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from curate.jobs.train_log import log_folder
 from curate.rounds.attempts import read_attempts
 from curate.rounds.explain import mean_of, read_committed
 from curate.storage import Store
-from jobs.train_log import log_folder
 
 
 def try_to_log(store: Store, logs: str | None, number: int, say: Callable[[str], None]) -> None:

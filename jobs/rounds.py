@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from curate.errors import ClusterError, CommitConflictError, CurateError, InputChangedError, UserError
+from curate.jobs.job_client import JobClient
+from curate.jobs.submit import submit
 from curate.messages import counted, one_line
 from curate.models.learners import newest_learner
 from curate.recipe import Recipe, ScheduleSection
@@ -21,8 +23,6 @@ from curate.rounds.manifest import Manifest, last_round, manifest_name, read_man
 from curate.rounds.plan import plan_name
 from curate.rounds.stream import end_stream, stream_end
 from curate.storage import Store
-from jobs.job_client import JobClient
-from jobs.submit import submit
 
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 15.0
@@ -124,8 +124,8 @@ def in_own_ray(recipe: Recipe, base: Path, say: Callable[[str], None]) -> Runner
     # Not at the top: a scheduler of jobs needs neither torch nor a Ray of its own.
     import ray  # noqa: PLC0415
 
-    from jobs.round_log import try_to_log  # noqa: PLC0415
-    from pipelines.round import run_round  # noqa: PLC0415
+    from curate.jobs.round_log import try_to_log  # noqa: PLC0415
+    from curate.pipelines.round import run_round  # noqa: PLC0415
 
     def run(number: int) -> None:
         try:

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import InputChangedError, UserError
+from curate.jobs.page import Figure, Gallery, picture, read_pairs, write_page
 from curate.messages import counted
+from curate.pipelines import progress
 from curate.rounds.search import TOWERS, open_pool
 from curate.storage import Store
-from jobs.page import Figure, Gallery, picture, read_pairs, write_page
-from pipelines import progress
 
 
 def search(

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from jobs.ranks import Ranks
+from curate.jobs.ranks import Ranks
 
 
 def shard_weights(model: Any, ranks: Ranks) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import InputChangedError, UserError
+from curate.jobs.page import read_pairs
+from curate.jobs.tables import Shown, round_tables, rounds_table, story_of, table_of
 from curate.messages import counted
 from curate.rounds import explain
 from curate.rounds.compare import compare_rounds
 from curate.rounds.gc import GRACE_S, find_garbage
 from curate.rounds.trace import explain_uid, find_uid
 from curate.storage import Store
-from jobs.page import read_pairs
-from jobs.tables import Shown, round_tables, rounds_table, story_of, table_of
 
 WHAT = "rounds, round N, uid U, diff A B or orphans"
 

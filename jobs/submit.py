@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from curate.errors import UserError
+from curate.jobs.job_client import LIVE, Attempt, JobClient
 from curate.recipe import Recipe
 from curate.recipe_file import load_recipe
-from jobs.job_client import LIVE, Attempt, JobClient
 
 VERBS = ("check", "round", "dedup", "rounds", "train")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz")
@@ -65,7 +65,7 @@ def submit(
     else:
         in_job = os.path.relpath(recipe_path.resolve(), (working_dir or recipe_path.parent).resolve())
         sets = [part for override in overrides for part in ("--set", override)]
-        entrypoint = shlex.join(["python", "-m", "jobs.cli", command[0], in_job, *command[1:], *sets])
+        entrypoint = shlex.join(["python", "-m", "curate.jobs.cli", command[0], in_job, *command[1:], *sets])
         runtime_env: dict[str, Any] = {"env_vars": dict(text.split("=", 1) for text in env)}
         if requirements:
             runtime_env["uv"] = str(requirements)

@@ -8,8 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from curate.jobs.surroundings import printable
 from curate.messages import counted
-from jobs.surroundings import printable
 
 if TYPE_CHECKING:
     from curate.dedup.files import Dedup

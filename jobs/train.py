@@ -1,7 +1,7 @@
 """The trainer: an open_clip model, open_clip's loss, committed rounds or uniform batches, published learners.
 
     curate train RECIPE
-    torchrun --nproc-per-node 8 -m jobs.cli train RECIPE
+    torchrun --nproc-per-node 8 -m curate.jobs.cli train RECIPE
 
 It meets the curation in files alone: it reads committed rounds and publishes learners, and either can be killed and
 started again at any time. Its own state is a checkpoint in the root; from it a run goes on exactly, on any number of
@@ -23,6 +23,12 @@ import torch
 from torch import Tensor
 
 from curate.errors import CommitConflictError, UserError
+from curate.jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
+from curate.jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
+from curate.jobs.ranks import Ranks, join_ranks
+from curate.jobs.sharding import compile_model, encoding, is_sharded, shard_weights, whole_model
+from curate.jobs.stretch import Stretch, committed_stretch, starved_stretch
+from curate.jobs.train_log import TrainingLog, log_folder
 from curate.models.create import create_model
 from curate.models.encoder import (
     is_two_towers,
@@ -39,6 +45,7 @@ from curate.models.learners import (
     record_learner,
 )
 from curate.models.publish import first_learner
+from curate.pipelines.progress import bar
 from curate.pool.inventory import take_inventory
 from curate.reader.curated import Batch, CuratedReader
 from curate.reader.evaluate import HeldOut, evaluate, load_held_out
@@ -47,13 +54,6 @@ from curate.reader.uniform import UniformBatch, uniform_batches
 from curate.recipe import DeviceType, Recipe
 from curate.seeds import derive_seed
 from curate.storage import Store
-from jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
-from jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
-from jobs.ranks import Ranks, join_ranks
-from jobs.sharding import compile_model, encoding, is_sharded, shard_weights, whole_model
-from jobs.stretch import Stretch, committed_stretch, starved_stretch
-from jobs.train_log import TrainingLog, log_folder
-from pipelines.progress import bar
 
 VISIBLE_S = 300.0
 """What one rank has seen of a shared file system every other sees within this time."""

@@ -11,6 +11,9 @@ from curate.models.create import CONFIG_NAME
 from curate.models.encoder import store_encoder
 from curate.models.learners import newest_learner
 from curate.models.spec import EncoderSpec
+from curate.pipelines.embed import missing_shards
+from curate.pipelines.records import one_pass_pays
+from curate.pipelines.wanted import fixed_sample
 from curate.pool.shards import Pool, Shard, row_groups
 from curate.recipe import DeviceType, EncoderSection, Recipe
 from curate.rounds.manifest import last_round, read_manifest
@@ -19,9 +22,6 @@ from curate.select.draw import needs_learner
 from curate.select.index import Index, index_folder, read_index
 from curate.select.windows import Stretch, cut_name, next_windows, read_cut, stretches, window_scope
 from curate.storage import Store
-from pipelines.embed import missing_shards
-from pipelines.records import one_pass_pays
-from pipelines.wanted import fixed_sample
 
 REFERENCE, LEARNER = "reference", "learner"
 

@@ -17,12 +17,12 @@ from ray.autoscaler.sdk import request_resources
 
 from curate.errors import DamagedError, UserError
 from curate.messages import counted
+from curate.pipelines import progress
+from curate.pipelines.joining import join, meant, start
+from curate.pipelines.ray_errors import told_plainly
 from curate.recipe import DeviceType, ResourcesSection
 from curate.select.index import made_with
 from curate.storage import Store
-from pipelines import progress
-from pipelines.joining import join, meant, start
-from pipelines.ray_errors import told_plainly
 
 if TYPE_CHECKING:
     import torch

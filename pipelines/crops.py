@@ -14,7 +14,7 @@ import torch
 from curate.embed.decode import Apart, Watched
 from curate.embed.loader import Queued, put, take
 from curate.embed.pieces import Failed, Piece, Reading, Slice
-from pipelines.cluster import CPU_SHARE, RETRIES, restarted
+from curate.pipelines.cluster import CPU_SHARE, RETRIES, restarted
 
 AHEAD = 2
 """Finished pieces of each actor that wait in the object store."""

@@ -26,12 +26,7 @@ from curate.dedup.neighbours import Threshold
 from curate.errors import UserError
 from curate.messages import gathered
 from curate.models.spec import EncoderSpec
-from curate.pool.inventory import take_inventory
-from curate.pool.shards import Pool, load_pool
-from curate.recipe import DedupSection, Recipe
-from curate.rounds.plan import evaluation_sets, indices_of, store_reference
-from curate.storage import Store
-from pipelines.cluster import (
+from curate.pipelines.cluster import (
     CPUS,
     Devices,
     connect,
@@ -40,9 +35,14 @@ from pipelines.cluster import (
     run_tasks,
     take_devices,
 )
-from pipelines.embed import embed_pool
-from pipelines.grouping import LargestGroup, forget_grouping, group_pairs
-from pipelines.neighbours import Compared, find_pairs, load_images
+from curate.pipelines.embed import embed_pool
+from curate.pipelines.grouping import LargestGroup, forget_grouping, group_pairs
+from curate.pipelines.neighbours import Compared, find_pairs, load_images
+from curate.pool.inventory import take_inventory
+from curate.pool.shards import Pool, load_pool
+from curate.recipe import DedupSection, Recipe
+from curate.rounds.plan import evaluation_sets, indices_of, store_reference
+from curate.storage import Store
 
 
 def dedup_pool(

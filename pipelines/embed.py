@@ -23,12 +23,8 @@ from curate.embed.files import embedding_name
 from curate.errors import ClusterError, CurateError, ShardDamagedError, UserError
 from curate.messages import counted
 from curate.models.spec import WEIGHTS_NAME, EncoderSpec
-from curate.pool.columns import Columns
-from curate.pool.shards import Pool, Shard
-from curate.recipe import BadShardPolicy, EmbedSection, ResourcesSection
-from curate.storage import Store
-from pipelines import progress
-from pipelines.cluster import (
+from curate.pipelines import progress
+from curate.pipelines.cluster import (
     CPU_SHARE,
     RETRIES,
     Devices,
@@ -40,7 +36,11 @@ from pipelines.cluster import (
     require_memory,
     restarted,
 )
-from pipelines.wanted import Wanted
+from curate.pipelines.wanted import Wanted
+from curate.pool.columns import Columns
+from curate.pool.shards import Pool, Shard
+from curate.recipe import BadShardPolicy, EmbedSection, ResourcesSection
+from curate.storage import Store
 
 # A shard is one task. A slow CPU may spend hours on one, so Ray's guard of 30 minutes would stop healthy work.
 NO_PROGRESS_S = 6 * 3600
@@ -275,7 +275,7 @@ class EmbedShards:
         self.encoders = {spec.sha: load_encoder(self.store, spec, where, compile_for=compile_for) for spec in encoders}
         reading, loader = reading_for(self.encoders), None
         if resources.crop_actors:
-            from pipelines.crops import Croppers  # noqa: PLC0415
+            from curate.pipelines.crops import Croppers  # noqa: PLC0415
 
             loader = Croppers(reading, resources.crop_actors, pin=gpu)
         self.embedder = Embedder(

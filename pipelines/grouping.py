@@ -57,11 +57,11 @@ from curate.parts import (
     unpack_arrays,
     write_parts,
 )
+from curate.pipelines.cluster import groups, run_tasks
+from curate.pipelines.neighbours import Compared
 from curate.pool.shards import load_pool
 from curate.sealed import seal, unseal
 from curate.storage import Store
-from pipelines.cluster import groups, run_tasks
-from pipelines.neighbours import Compared
 
 TASK_PAIRS = 2**20
 """Pairs that one task holds. A file of pairs that has more is read whole; a group of rows that has more is decided

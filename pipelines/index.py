@@ -27,6 +27,7 @@ from curate.parts import (
     unpack_arrays,
     write_parts,
 )
+from curate.pipelines.cluster import groups, run_tasks
 from curate.pool.shards import Pool, Shard
 from curate.sealed import seal, unseal
 from curate.select.index import (
@@ -50,7 +51,6 @@ from curate.select.index import (
     write_entries,
 )
 from curate.storage import Store
-from pipelines.cluster import groups, run_tasks
 
 LEAST_ROWS, MOST_GROUPS = 65_536, 1024
 """Rows of the shards that one task reads, where the pool has no more groups than that: parts grow with the pool."""

@@ -48,11 +48,11 @@ from curate.errors import UserError
 from curate.models.spec import EncoderSpec
 from curate.parquet import open_table
 from curate.parts import pack_arrays, read_parts, remove_parts, unpack_arrays, write_parts
+from curate.pipelines.cluster import Devices, device, groups, run_tasks
 from curate.pool.shards import Shard
 from curate.seeds import derive_seed
 from curate.select.windows import END, row_keys
 from curate.storage import Store
-from pipelines.cluster import Devices, device, groups, run_tasks
 
 GROUP_ROWS = 65_536
 """Rows of the shards that one task reads."""

@@ -169,7 +169,7 @@ def _metrics() -> ModuleType | None:
     """Ray's metrics, in a process that has loaded Ray; others answer at once, and have nobody to tell."""
     if "ray" not in sys.modules:
         return None
-    from pipelines import metrics  # noqa: PLC0415
+    from curate.pipelines import metrics  # noqa: PLC0415
 
     return metrics
 

@@ -8,6 +8,9 @@ import numpy as np
 
 from curate.jest import diagonal_losses
 from curate.models.learners import read_learner
+from curate.pipelines.cluster import run_tasks
+from curate.pipelines.records import Placed, Round, Site
+from curate.pipelines.standing import Sample, load_sample
 from curate.rounds.manifest import Manifest, read_manifest, steps_folder
 from curate.rounds.quality import (
     DIGITS,
@@ -23,9 +26,6 @@ from curate.rounds.quality import (
 from curate.select.draw import measure_standing
 from curate.select.files import read_selected, selected_name
 from curate.storage import Store
-from pipelines.cluster import run_tasks
-from pipelines.records import Placed, Round, Site
-from pipelines.standing import Sample, load_sample
 
 BLOCK_ROWS = 1_000_000
 """Chosen rows whose contents one task reads."""

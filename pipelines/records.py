@@ -7,6 +7,7 @@ from typing import Any
 
 from curate.dedup.files import Dedup
 from curate.models.spec import EncoderSpec
+from curate.pipelines.cluster import Devices
 from curate.pool.shards import Pool
 from curate.recipe import Recipe, SelectionSection
 from curate.rounds.attempts import Stopwatch
@@ -19,7 +20,6 @@ from curate.select.standing import Standing, as_decided
 from curate.select.windows import EpochRange, Window
 from curate.storage import Store
 from curate.tally import Tally
-from pipelines.cluster import Devices
 
 NOWHERE = EpochRange(epoch=0, start=0, super_batches=0)
 

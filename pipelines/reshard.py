@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from curate.errors import CommitConflictError, InputChangedError, UserError
 from curate.parquet import CHECKED
 from curate.parts import by_destination, pack_table, read_parts, remove_parts, unpack_table, write_parts
+from curate.pipelines.cluster import connect, footers_bar, groups, run_tasks
 from curate.pool.column_types import plain_batch
 from curate.pool.inventory import take_inventory
 from curate.pool.reshard import ROW_GROUP_ROWS, pieces
@@ -26,7 +27,6 @@ from curate.recipe import PoolSection
 from curate.sealed import seal
 from curate.select.windows import row_keys
 from curate.storage import Store
-from pipelines.cluster import connect, footers_bar, groups, run_tasks
 
 GROUP_BYTES = 2**28
 """Of the shards that one task reads."""

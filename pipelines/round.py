@@ -13,6 +13,17 @@ from typing import Any, TypeVar
 from curate.dedup.files import Dedup
 from curate.embed.files import DAMAGED_SHARD, damage_of
 from curate.errors import UserError
+from curate.pipelines.cluster import all_cpus, connect, footers_bar, free_cpus, remaking, take_devices
+from curate.pipelines.dedup import dedup_pool
+from curate.pipelines.embed import embed_pool, embed_some, workers_of
+from curate.pipelines.index import index_pool
+from curate.pipelines.quality import measure_round
+from curate.pipelines.records import Drawn, Placed, Round, Site
+from curate.pipelines.select import Selection, select_window
+from curate.pipelines.standing import decide
+from curate.pipelines.wanted import Wanted, WindowRows, fixed_sample
+from curate.pipelines.windows import cut_window
+from curate.pipelines.write import Writing, write_window
 from curate.pool.shards import load_pool
 from curate.pool.wanted import FILTERED
 from curate.recipe import Recipe
@@ -34,17 +45,6 @@ from curate.select.windows import (
 )
 from curate.storage import Store
 from curate.tally import Tally
-from pipelines.cluster import all_cpus, connect, footers_bar, free_cpus, remaking, take_devices
-from pipelines.dedup import dedup_pool
-from pipelines.embed import embed_pool, embed_some, workers_of
-from pipelines.index import index_pool
-from pipelines.quality import measure_round
-from pipelines.records import Drawn, Placed, Round, Site
-from pipelines.select import Selection, select_window
-from pipelines.standing import decide
-from pipelines.wanted import Wanted, WindowRows, fixed_sample
-from pipelines.windows import cut_window
-from pipelines.write import Writing, write_window
 
 R = TypeVar("R")
 

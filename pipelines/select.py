@@ -11,6 +11,7 @@ import numpy as np
 
 from curate.models.spec import EncoderSpec
 from curate.parts import by_destination, pack_arrays, read_parts, remove_parts, unpack_arrays, write_parts
+from curate.pipelines.cluster import Devices, device, groups, run_tasks
 from curate.pool.shards import Shard
 from curate.recipe import SelectionSection
 from curate.select.draw import Candidates, Scale, select_sub_batch
@@ -19,7 +20,6 @@ from curate.select.index import Index, candidate_rows
 from curate.select.load import load_vectors
 from curate.select.windows import super_batch_of
 from curate.storage import Store
-from pipelines.cluster import Devices, device, groups, run_tasks
 
 GROUP_BYTES = 2**28
 """Vectors that one task reads, and parts by super-batch, which takes as much twice more."""

@@ -8,15 +8,15 @@ import numpy as np
 from curate.embed.files import contents, embedding_name, read_embeddings
 from curate.errors import CommitConflictError, UserError
 from curate.jest import Embeddings
+from curate.pipelines.cluster import device
+from curate.pipelines.embed import embed_some
+from curate.pipelines.records import Round, Site
+from curate.pipelines.wanted import fixed_sample
 from curate.sealed import seal, unseal
 from curate.select.draw import Candidates, Scale, embeddings_of, measure_standing
 from curate.select.load import load_vectors
 from curate.select.standing import Standing
 from curate.select.windows import Rows, keyed_rows
-from pipelines.cluster import device
-from pipelines.embed import embed_some
-from pipelines.records import Round, Site
-from pipelines.wanted import fixed_sample
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

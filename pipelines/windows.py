@@ -17,11 +17,11 @@ from curate.parts import (
     unpack_arrays,
     write_parts,
 )
+from curate.pipelines.cluster import groups, run_tasks
 from curate.pool.shards import Pool, Shard
 from curate.select.index import Index, candidate_rows
 from curate.select.windows import END, Window, cut_name, read_cut, write_cut
 from curate.storage import Store
-from pipelines.cluster import groups, run_tasks
 
 GROUP_ROWS = 262_144
 """Rows of the shards that one task reads: their keys and contents alone."""

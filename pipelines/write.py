@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 
 from curate.errors import DamagedError
 from curate.parts import by_destination, pack_table, read_parts, remove_parts, unpack_table, write_parts
+from curate.pipelines.cluster import groups, run_tasks
 from curate.pool.columns import Columns
 from curate.pool.shards import ADDED_COLUMN, Shard
 from curate.rounds.manifest import CuratedFile
 from curate.rounds.write import chosen_rows, read_written, record_written, write_curated, written_name
 from curate.select.files import read_selected, selected_name
 from curate.storage import Store
-from pipelines.cluster import groups, run_tasks
 
 GROUP_BYTES = 2**29
 """Of the shards that one task reads, were all of their rows chosen."""

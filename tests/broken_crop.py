@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 
 from curate.embed.decode import Row
-from jobs.drawn_pool import draw_pair
+from curate.jobs.drawn_pool import draw_pair
 
 
 def crop(image: PIL.Image.Image) -> np.ndarray:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import torch
 
 from curate.embed.files import content_hash, embedding_name, embedding_schema, pair_hashes
+from curate.jobs.drawn_pool import draw_pool
 from curate.models.encoder import store_encoder
 from curate.models.spec import EncoderSpec
 from curate.pool.columns import Columns
@@ -22,7 +23,6 @@ from curate.rounds.write import chosen_rows, curated_schema, write_curated
 from curate.select.files import SELECTED_SCHEMA
 from curate.storage import Store
 from curate.tally import Tally
-from jobs.drawn_pool import draw_pool
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from jobs.cli import main
+from curate.jobs.cli import main
 
 whole = torch.nn.parallel.DistributedDataParallel
 

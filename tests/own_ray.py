@@ -17,10 +17,10 @@ from ray.cluster_utils import Cluster
 from curate.embed.run import Embedder, embed_shard, reading_for
 from curate.errors import ClusterError, UserError
 from curate.models.encoder import load_encoder
+from curate.pipelines.cluster import CPUS, Devices, connect, device, run_tasks, take_devices
+from curate.pipelines.crops import Croppers
 from curate.recipe import EmbedSection, ResourcesSection
 from curate.storage import Store
-from pipelines.cluster import CPUS, Devices, connect, device, run_tasks, take_devices
-from pipelines.crops import Croppers
 from tests.helpers import drawn_pool, tiny_encoder
 
 

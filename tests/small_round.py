@@ -14,13 +14,13 @@ import boto3
 import pytest
 
 from curate.errors import CurateError
+from curate.jobs.drawn_pool import draw_pool
+from curate.jobs.surroundings import of_the_disk
+from curate.jobs.train import train
+from curate.pipelines.dedup import dedup_recipe
+from curate.pipelines.round import run_round
 from curate.recipe import Recipe
 from curate.storage import Store
-from jobs.drawn_pool import draw_pool
-from jobs.surroundings import of_the_disk
-from jobs.train import train
-from pipelines.dedup import dedup_recipe
-from pipelines.round import run_round
 from tests.faults import FaultProxy
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray

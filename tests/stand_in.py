@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-import pipelines.cluster
-import pipelines.embed
-import pipelines.neighbours
-import pipelines.select
-import pipelines.standing
+import curate.pipelines.cluster
+import curate.pipelines.embed
+import curate.pipelines.neighbours
+import curate.pipelines.select
+import curate.pipelines.standing
 
 CPU = torch.device("cpu")
 
@@ -110,8 +110,13 @@ class StandIn:
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds run in this process."""
-    for module in (pipelines.cluster, pipelines.embed):
+    for module in (curate.pipelines.cluster, curate.pipelines.embed):
         monkeypatch.setattr(module, "ray", StandIn)
-    monkeypatch.setattr(pipelines.embed, "restarted", lambda: False)
-    for module in (pipelines.embed, pipelines.neighbours, pipelines.select, pipelines.standing):
+    monkeypatch.setattr(curate.pipelines.embed, "restarted", lambda: False)
+    for module in (
+        curate.pipelines.embed,
+        curate.pipelines.neighbours,
+        curate.pipelines.select,
+        curate.pipelines.standing,
+    ):
         monkeypatch.setattr(module, "device", lambda: CPU)

@@ -22,18 +22,18 @@ from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
 from benchmarks.acceleration.paid import saved, table
 from benchmarks.acceleration.report import interval, ratio_text, reached, smoothed, summarise
 from benchmarks.acceleration.sets import WANTED, SetSection, load_pairs, make_set
+from curate.jobs.drawn_pool import COLOURS, SHAPES, draw_pair
+from curate.jobs.train import train
 from curate.models.create import create_model
 from curate.models.encoder import load_encoder
 from curate.models.learners import read_learner
 from curate.models.spec import EncoderSpec
+from curate.pipelines.round import run_round
 from curate.reader.curated import CuratedReader
 from curate.recipe import EncoderSection, Recipe
 from curate.rounds.manifest import read_manifest
 from curate.select.draw import Scale
 from curate.storage import Store
-from jobs.drawn_pool import COLOURS, SHAPES, draw_pair
-from jobs.train import train
-from pipelines.round import run_round
 from tests.helpers import CPU, write_tiny
 
 torch.set_num_threads(1)

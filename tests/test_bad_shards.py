@@ -10,13 +10,13 @@ import pytest
 
 from curate.embed.files import DAMAGED_SHARD
 from curate.errors import ShardDamagedError, UserError
+from curate.jobs.drawn_pool import draw_pool
+from curate.pipelines.round import run_round
 from curate.recipe import Recipe
 from curate.rounds.explain import describe_round
 from curate.rounds.manifest import Manifest, manifest_name
 from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from jobs.drawn_pool import draw_pool
-from pipelines.round import run_round
 from tests.helpers import damage_page, write_tiny
 from tests.stand_in import without_ray
 

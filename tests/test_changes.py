@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from curate.jobs.changes import changes_since
 from curate.recipe import Recipe
 from curate.recipe_file import flat
-from jobs.changes import changes_since
 from tests.test_manifest import manifest
 
 FIELDS: dict[str, Any] = {

@@ -13,6 +13,9 @@ import torch
 from PIL import Image
 
 from curate.errors import UserError
+from curate.jobs.check import check_recipe
+from curate.jobs.drawn_pool import draw_pair
+from curate.jobs.train import train
 from curate.models.create import create_model
 from curate.models.encoder import store_encoder
 from curate.models.learners import record_learner
@@ -21,9 +24,6 @@ from curate.recipe_file import load_recipe
 from curate.rounds.plan import pin_plan
 from curate.rounds.stream import end_stream
 from curate.storage import Store
-from jobs.check import check_recipe
-from jobs.drawn_pool import draw_pair
-from jobs.train import train
 from tests.helpers import damage_page, tiny_config, write_tiny
 
 PAIRS = [draw_pair(0, row, image_size=32) for row in range(80)]

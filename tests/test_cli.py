@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curate.jobs.cli import main
+from curate.jobs.drawn_pool import draw_pair
 from curate.pool.inventory import take_inventory
 from curate.recipe_file import load_recipe
 from curate.rounds.manifest import Manifest, read_manifest
 from curate.rounds.plan import plan_name
 from curate.storage import Store
-from jobs.cli import main
-from jobs.drawn_pool import draw_pair
 from tests.helpers import commit_round
 
 HOUSE = Path(__file__).parents[1]
@@ -89,7 +89,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_help_is_quick_because_it_loads_nothing() -> None:
     began = time.monotonic()
-    command = [sys.executable, "-m", "jobs.cli", "--help"]
+    command = [sys.executable, "-m", "curate.jobs.cli", "--help"]
     ended = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, check=False)
     elapsed_s = time.monotonic() - began
     assert ended.returncode == 0
@@ -97,7 +97,7 @@ def test_help_is_quick_because_it_loads_nothing() -> None:
         assert f"\n  {verb} " in ended.stdout
     assert elapsed_s < 30  # half a second on a machine of its own; what it loads is looked at below
 
-    program = "import sys, jobs.cli; print(*sorted({'torch', 'ray', 'open_clip', 'pyarrow'} & set(sys.modules)))"
+    program = "import sys, curate.jobs.cli; print(*sorted({'torch', 'ray', 'open_clip', 'pyarrow'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=HOUSE, capture_output=True, text=True, check=True)
     assert loaded.stdout.split() == []
 
@@ -215,7 +215,7 @@ def test_check_says_the_precision(curate: Curate, recipe: Path, sets: list[str],
 UNIGNORED = """
 import signal  # a shell has its jobs in the background ignore Ctrl-C, and so do their children
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from jobs import cli
+from curate.jobs import cli
 """
 WAITING = """
 import time
@@ -339,8 +339,8 @@ def test_a_round_that_was_committed_by_a_command_that_was_killed(
         assert found is not None
         return found[0]
 
-    monkeypatch.setattr("pipelines.round.run_round", run_round)
-    monkeypatch.setattr("jobs.cli.round_tables", lambda _: [])
+    monkeypatch.setattr("curate.pipelines.round.run_round", run_round)
+    monkeypatch.setattr("curate.jobs.cli.round_tables", lambda _: [])
     ended = curate("round", recipe)
     where = f"{store.url}/rounds/r000000: its files; look at them: curate report {store.url}\n"
     begins = "round 0 is committed (--round 0 shows it); this begins round 1\n"

@@ -8,9 +8,9 @@ import ray
 import ray.data
 
 from curate.errors import ClusterError, InputChangedError, StoreError, UserError
+from curate.pipelines.cluster import groups, own_errors, run_tasks
 from curate.pool.columns import Columns
 from curate.pool.shards import Shard
-from pipelines.cluster import groups, own_errors, run_tasks
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

@@ -9,23 +9,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import jobs.cost
+import curate.jobs.cost
 from curate.embed.files import embedding_name
 from curate.errors import UserError
+from curate.jobs.check import check_recipe
+from curate.jobs.cost import Hands, Stage, Supply, described, hands_of, stages_of, supply_of
+from curate.jobs.drawn_pool import draw_pool
+from curate.jobs.rates import FileBytes, Rates, measure
+from curate.jobs.work import LEARNER, REFERENCE, Pass, Work, encoders_of, work_of
 from curate.models.encoder import Encoder
 from curate.models.spec import EncoderSpec
+from curate.pipelines.round import run_round
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool
 from curate.recipe import EmbedSection, Recipe, ResourcesSection, SelectionSection
 from curate.rounds.manifest import manifest_name
 from curate.rounds.plan import evaluation_sets
 from curate.storage import Store
-from jobs.check import check_recipe
-from jobs.cost import Hands, Stage, Supply, described, hands_of, stages_of, supply_of
-from jobs.drawn_pool import draw_pool
-from jobs.rates import FileBytes, Rates, measure
-from jobs.work import LEARNER, REFERENCE, Pass, Work, encoders_of, work_of
-from pipelines.round import run_round
 from tests.helpers import write_pool, write_tiny
 from tests.stand_in import without_ray
 
@@ -98,7 +98,7 @@ def test_what_is_said_is_what_a_round_does(world: Path, tmp_path: Path, without_
     before, _, encoders = found(recipe, world, tmp_path / "a", 0)
     with pytest.MonkeyPatch.context() as patch:
         kept: list[Stage] = []
-        patch.setattr(jobs.cost, "stages_of", lambda *args, **how: kept.extend(stages_of(*args, **how)) or kept)
+        patch.setattr(curate.jobs.cost, "stages_of", lambda *args, **how: kept.extend(stages_of(*args, **how)) or kept)
         assert list(check_recipe(recipe, base=world))[-1].startswith("short: ")
     assert not (tmp_path / "root").exists()
 
@@ -265,7 +265,7 @@ def test_a_table_of_80_columns_and_a_price() -> None:
 
 def test_hands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(jobs.cost.loky, "cpu_count", lambda: 18)
+    monkeypatch.setattr(curate.jobs.cost.loky, "cpu_count", lambda: 18)
     assert hands_of(ResourcesSection(device="cpu")) == Hands(
         workers=16, gpus=0, threads=1, loaders=0, cores=18, here=True
     )
@@ -284,7 +284,7 @@ def test_what_cannot_be_measured_is_a_line(world: Path, tmp_path: Path, monkeypa
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(jobs.cost, "measure", fail)
+    monkeypatch.setattr(curate.jobs.cost, "measure", fail)
     assert list(check_recipe(recipe, base=world))[-1] == "measured: nothing: CUDA out of memory. Tried to allocate"
     if not torch.cuda.is_available():
         lines = list(check_recipe(recipe_of(world, tmp_path / "root", resources={"device": "cuda"}), base=world))

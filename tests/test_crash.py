@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 
 from curate import access
+from curate.jobs.checkpoint import checkpoints, load_checkpoint
 from curate.storage import Store
-from jobs.checkpoint import checkpoints, load_checkpoint
 from tests.small_round import (
     STAGES,
     Killed,

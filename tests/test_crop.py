@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision.transforms import Compose
 
 from curate.embed.decode import decode_row
+from curate.jobs.drawn_pool import draw_pool
 from curate.models.crop import Crop, decode_for, pixels_of
 from curate.models.encoder import load_encoder
 from curate.models.spec import EncoderSpec
@@ -25,7 +26,6 @@ from curate.pool.images import Dropped, decode_image, decode_pixels
 from curate.recipe import Recipe
 from curate.rounds.plan import Plan, pin_plan
 from curate.storage import Store
-from jobs.drawn_pool import draw_pool
 from tests.helpers import tiny_config
 from tests.test_images import encoded, noisy
 

@@ -18,13 +18,13 @@ from curate.embed.pieces import Piece, Slice
 from curate.embed.run import Embedder, embed_shard, reading_for
 from curate.errors import ShardDamagedError, UserError
 from curate.models.encoder import Encoder
+from curate.pipelines.cluster import CPUS
+from curate.pipelines.crops import Croppers
+from curate.pipelines.embed import embed_pool
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool
 from curate.recipe import EmbedSection, PoolSection, ResourcesSection
 from curate.storage import Store
-from pipelines.cluster import CPUS
-from pipelines.crops import Croppers
-from pipelines.embed import embed_pool
 from tests.helpers import damage_page, drawn_pool
 from tests.hostile import Hostile
 from tests.test_loader import with_sizes

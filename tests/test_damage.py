@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from curate.errors import CurateError, UserError
+from curate.jobs.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
 from curate.models.spec import EncoderSpec
+from curate.pipelines.round import run_round
 from curate.storage import Store
-from jobs.checkpoint import Progress, checkpoints, load_checkpoint, save_checkpoint
-from pipelines.round import run_round
 from tests.small_round import published, recipe, world
 from tests.stand_in import without_ray
 

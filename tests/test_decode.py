@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.embed.decode import DECODE_TIMEOUT, WORKER_CRASH, Apart, Decoded, Watched
+from curate.jobs.drawn_pool import draw_pool
 from curate.rounds.manifest import read_manifest
 from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from jobs.drawn_pool import draw_pool
 from tests.broken_crop import crop, row
 from tests.helpers import write_tiny
 
@@ -114,7 +114,7 @@ def test_a_round_goes_on_without_them(tmp_path: Path) -> None:
 
     def run(root: str, **env: str) -> tuple[float, str]:
         began = time.monotonic()
-        command = [sys.executable, "-m", "jobs.cli", "round", "recipe.toml", "--set", f"root={root}"]
+        command = [sys.executable, "-m", "curate.jobs.cli", "round", "recipe.toml", "--set", f"root={root}"]
         done = subprocess.run(
             command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=400, check=False
         )

@@ -24,17 +24,17 @@ from curate.dedup.grouping import NODE, decide
 from curate.dedup.neighbours import Assignment, Threshold
 from curate.embed.files import embedding_name
 from curate.errors import DamagedError, UserError
+from curate.jobs.dedup_sheet import write_sheet
+from curate.jobs.drawn_pool import draw_pair, draw_pool
+from curate.jobs.tables import dedup_tables
 from curate.models.spec import EncoderSpec
+from curate.pipelines import grouping
+from curate.pipelines import neighbours as pipeline
+from curate.pipelines.dedup import dedup_pool, dedup_recipe
 from curate.pool.columns import Columns
 from curate.pool.shards import Pool, Shard
 from curate.recipe import DedupSection, EvaluationSet, Recipe
 from curate.storage import Store
-from jobs.dedup_sheet import write_sheet
-from jobs.drawn_pool import draw_pair, draw_pool
-from jobs.tables import dedup_tables
-from pipelines import grouping
-from pipelines import neighbours as pipeline
-from pipelines.dedup import dedup_pool, dedup_recipe
 from tests.helpers import embedded_pool, write_pool, write_tiny
 from tests.stand_in import without_ray
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from jobs.demo import BAR_WIDTH, curves
-from jobs.train_log import TrainingLog
+from curate.jobs.demo import BAR_WIDTH, curves
+from curate.jobs.train_log import TrainingLog
 
 
 def test_curves_stand_side_by_side(tmp_path: Path) -> None:

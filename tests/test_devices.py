@@ -14,11 +14,11 @@ import torch
 
 from curate.errors import UserError
 from curate.jest import Embeddings, jointly_sample_batch
+from curate.pipelines import cluster
+from curate.pipelines.cluster import Devices, run_tasks
+from curate.pipelines.embed import ACTOR_BYTES, _workers
 from curate.recipe import EncoderSection, ResourcesSection
 from curate.select.draw import Scale, embeddings_of
-from pipelines import cluster
-from pipelines.cluster import Devices, run_tasks
-from pipelines.embed import ACTOR_BYTES, _workers
 from tests import own_ray
 
 

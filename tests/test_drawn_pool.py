@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from curate.jobs.drawn_pool import BACKGROUNDS, COLOURS, DAMAGES, SCHEMA, SHAPES, draw_pair, draw_pool
 from curate.pool.images import Dropped, clean_caption, decode_image
-from jobs.drawn_pool import BACKGROUNDS, COLOURS, DAMAGES, SCHEMA, SHAPES, draw_pair, draw_pool
 
 THING = re.compile(rf"a (small|large) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})")
 SHARES = {"swapped_share": 0.2, "broken_share": 0.1, "duplicate_share": 0.15}
@@ -243,7 +243,7 @@ def test_a_folder_with_other_shards_is_refused(tmp_path):
 
 
 def test_the_command(tmp_path):
-    command = [sys.executable, "-m", "jobs.drawn_pool", str(tmp_path / "out"), "--rows", "20", "--shards", "2"]
+    command = [sys.executable, "-m", "curate.jobs.drawn_pool", str(tmp_path / "out"), "--rows", "20", "--shards", "2"]
     done = subprocess.run([*command, "--duplicate-share", "0.5"], capture_output=True, text=True, check=True)
     assert "duplicates=10" in done.stdout
     assert done.stderr == ""  # progress is for terminals

@@ -26,13 +26,13 @@ from curate.embed.files import (
 from curate.embed.run import embed_shard
 from curate.embed.shard import embed_damaged
 from curate.errors import InputChangedError, ShardDamagedError, UserError
+from curate.jobs.drawn_pool import draw_pair
 from curate.models.encoder import Encoder, load_encoder
 from curate.models.spec import WEIGHTS_NAME
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool
 from curate.recipe import EmbedSection, PoolSection, ResourcesSection
 from curate.storage import Store
-from jobs.drawn_pool import draw_pair
 from tests.helpers import CPU, damage_page, drawn_pool, tiny_encoder, write_pool
 
 torch.set_num_threads(1)
@@ -404,7 +404,7 @@ def test_a_row_spoilt_for_one_encoder_is_whole_for_another(store: Store, pool: P
 @pytest.mark.usefixtures("ray_local")
 def test_an_actor_that_cannot_load_its_model_says_so_when_it_is_asked(tmp_path: Path, store: Store):
     """Of what a constructor raises Ray passes on a traceback alone."""
-    from pipelines.embed import EmbedShards
+    from curate.pipelines.embed import EmbedShards
 
     pool = drawn_pool(tmp_path / "pool", rows=2)
     spec = tiny_encoder(store, tmp_path)
@@ -417,7 +417,7 @@ def test_an_actor_that_cannot_load_its_model_says_so_when_it_is_asked(tmp_path: 
 
 @pytest.mark.usefixtures("ray_local")
 def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(tmp_path: Path, store: Store):
-    from pipelines.embed import EmbedShards
+    from curate.pipelines.embed import EmbedShards
 
     pool = drawn_pool(tmp_path / "pool", rows=60, shards=3)
     spec = tiny_encoder(store, tmp_path)

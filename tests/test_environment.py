@@ -18,16 +18,16 @@ import pytest
 import ray
 from ray._private.runtime_env import uv_runtime_env_hook
 
-import jobs.check
+import curate.jobs.check
 from curate import access
 from curate.errors import CurateError, UserError
 from curate.formats.source import list_shards
+from curate.jobs.cli import main
+from curate.jobs.tables import print_tables, table_of
+from curate.pipelines import cluster, joining
 from curate.recipe import Recipe
 from curate.recipe_file import load_recipe
 from curate.storage import Store
-from jobs.cli import main
-from jobs.tables import print_tables, table_of
-from pipelines import cluster, joining
 
 HOUSE = Path(__file__).parents[1]
 RECIPE = """
@@ -148,7 +148,7 @@ def test_a_disk_is_told_in_a_line(
         raise ray.exceptions.RayTaskError("task", "Traceback: of a worker", error).as_instanceof_cause()
 
     monkeypatch.setenv("TMPDIR", "/scratch")
-    monkeypatch.setattr(jobs.check, "check_recipe", fail)
+    monkeypatch.setattr(curate.jobs.check, "check_recipe", fail)
     status, out, err = run("check", recipe)
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert err.startswith(expected)
@@ -160,14 +160,14 @@ def test_other_errors_keep_their_traceback(recipe: Path, monkeypatch: pytest.Mon
     def fail(*_: Any, **__: Any) -> Iterator[str]:
         raise error
 
-    monkeypatch.setattr(jobs.check, "check_recipe", fail)
+    monkeypatch.setattr(curate.jobs.check, "check_recipe", fail)
     monkeypatch.setattr(sys, "argv", ["curate", "check", str(recipe)])
     with pytest.raises(type(error)):
         main()
 
 
 def test_a_terminal_shows_what_it_can_and_obeys_nothing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.check, "check_recipe", lambda *_, **__: ["café \x1b[2J\r\u202e→"])
+    monkeypatch.setattr(curate.jobs.check, "check_recipe", lambda *_, **__: ["café \x1b[2J\r\u202e→"])
     monkeypatch.setattr(sys, "argv", ["curate", "check", str(recipe)])
     monkeypatch.setattr(sys, "stdout", written := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     with pytest.raises(SystemExit) as ended:
@@ -366,7 +366,7 @@ def test_a_batch_system(tmp_path: Path) -> None:
 
 
 def test_a_temporary_folder_that_is_none() -> None:
-    code = "from pipelines.cluster import connect; connect('local')"
+    code = "from curate.pipelines.cluster import connect; connect('local')"
     done = connecting(code, RAY_TMPDIR=f"/proc/{os.getpid()}")
     assert (done.returncode, done.stdout) == (1, "")
     assert "CurateError: Ray does not start on this machine, with its files in /proc/" in done.stderr
@@ -395,7 +395,7 @@ def test_an_empty_folder_name_after_the_bucket(url: str) -> None:
 )
 @pytest.mark.parametrize(
     "look",
-    [lambda url: jobs.check._root(types.SimpleNamespace(root=url)), lambda url: Store(url).list(), list_shards],
+    [lambda url: curate.jobs.check._root(types.SimpleNamespace(root=url)), lambda url: Store(url).list(), list_shards],
     ids=["check", "root", "pool"],
 )
 def test_settings_with_a_slip(

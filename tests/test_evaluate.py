@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from curate.errors import UserError
+from curate.jobs.drawn_pool import COLOURS, draw_pool
 from curate.models.create import create_model
 from curate.models.encoder import eval_transform
 from curate.pool.images import Dropped, clean_caption, decode_image
 from curate.reader import evaluate as module
 from curate.reader.evaluate import NEVER, HeldOut, count_rivals, evaluate, load_held_out, recall
-from jobs.drawn_pool import COLOURS, draw_pool
 from tests.helpers import CPU, write_tiny
 
 ROWS = 120

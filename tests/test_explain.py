@@ -9,6 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.embed.files import EMBEDDING_NONFINITE
+from curate.jobs.drawn_pool import draw_pool
+from curate.pipelines.round import run_round
 from curate.recipe import Recipe
 from curate.rounds.committed import open_rounds
 from curate.rounds.explain import committed_rounds
@@ -16,8 +18,6 @@ from curate.rounds.manifest import steps_folder
 from curate.rounds.trace import _not_selected, explain_uid
 from curate.select.files import read_selected, selected_name
 from curate.storage import Store
-from jobs.drawn_pool import draw_pool
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 

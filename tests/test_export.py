@@ -14,14 +14,14 @@ import webdataset
 from typer.testing import CliRunner
 
 from curate import CuratedReader
+from curate.jobs.cli import app
+from curate.jobs.drawn_pool import draw_pool
+from curate.pipelines.round import run_round
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import read_batches
 from curate.recipe import PoolSection
 from curate.rounds.manifest import read_manifest
 from curate.storage import Store
-from jobs.cli import app
-from jobs.drawn_pool import draw_pool
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 from tests.test_wanted import recipe

@@ -12,9 +12,9 @@ import pytest
 
 from curate import access
 from curate.errors import StoreError, UserError
+from curate.pipelines.round import run_round
 from curate.pool.inventory import take_inventory
 from curate.reader.curated import CuratedReader
-from pipelines.round import run_round
 from tests.small_round import OnS3, Stage, left, on_s3, recipe, run_stage, s3_stages, stages, told, world
 from tests.stand_in import Blocks, without_ray
 

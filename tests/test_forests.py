@@ -16,13 +16,13 @@ from curate.dedup.files import made_with, nodes_name, pairs_name, read_dropped, 
 from curate.dedup.forests import join, plant
 from curate.dedup.grouping import EVALUATION, NODE, PAIR, Nodes, Pairs, Rule, in_rank_order
 from curate.errors import DamagedError, UserError
+from curate.pipelines import grouping
+from curate.pipelines.grouping import forget_grouping, group_pairs
+from curate.pipelines.neighbours import Compared
 from curate.pool.columns import Columns
 from curate.pool.shards import Pool, Shard
 from curate.sealed import seal
 from curate.storage import Store
-from pipelines import grouping
-from pipelines.grouping import forget_grouping, group_pairs
-from pipelines.neighbours import Compared
 from tests.stand_in import without_ray
 from tests.test_grouping import Graph, connected, literal_kept
 

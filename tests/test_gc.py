@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from curate.errors import UserError
+from curate.jobs.train import train
+from curate.pipelines.round import run_round
 from curate.reader.curated import CuratedReader
 from curate.rounds.explain import describe_round
 from curate.rounds.gc import PARTS, find_garbage, remove_garbage
 from curate.rounds.manifest import read_manifest
 from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from jobs.train import train
-from pipelines.round import run_round
 from tests.small_round import Killed, published, recipe, world
 from tests.stand_in import without_ray
 
@@ -153,7 +153,7 @@ def test_a_round_in_progress_keeps_all_that_it_made(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.write._write_file", killed)
+        patch.setattr("curate.pipelines.write._write_file", killed)
         with pytest.raises(Killed):
             run_round(recipe(world, str(root)), base=world)
     steps = {path.name for path in (root / "rounds/r000002").rglob("*") if path.is_file()}

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from curate import CuratedReader
+from curate.jobs.contrastive import contrastive_loss
+from curate.jobs.drawn_pool import draw_pool
+from curate.jobs.ranks import Ranks
 from curate.models.encoder import load_encoder
 from curate.models.learners import newest_learner
 from curate.rounds.manifest import read_manifest
 from curate.storage import Store
-from jobs.contrastive import contrastive_loss
-from jobs.drawn_pool import draw_pool
-from jobs.ranks import Ranks
 from tests.helpers import CPU, commit_rounds, drawn_pool, tiny_encoder, write_tiny
 from tests.test_train_step import batch_of, gradients, leaves, literal, trainee_of
 
@@ -43,7 +43,7 @@ device = "cuda"
 
 def curate(folder: Path, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "curate.jobs.cli", *arguments], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

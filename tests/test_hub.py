@@ -17,14 +17,14 @@ from huggingface_hub import constants
 
 from benchmarks.registry import make_hub, outcome, shallow, shallow_timm, snapshot
 from curate.errors import UserError
+from curate.jobs.cli import app
+from curate.jobs.drawn_pool import draw_pool
 from curate.models import hub as the_hub
 from curate.models.create import create_model
 from curate.models.encoder import load_encoder, store_encoder
 from curate.models.hub import hub_if_it_answers, without_hub
 from curate.recipe import EncoderSection
 from curate.storage import Store
-from jobs.cli import app
-from jobs.drawn_pool import draw_pool
 from tests.helpers import CPU, tiny_config, tiny_encoder
 from tests.stand_in import without_ray
 
@@ -189,7 +189,7 @@ def test_the_hub_is_asked_for_nothing_that_is_here(
 CURATE = """
 import sys, open_clip
 open_clip.add_model_config(sys.argv.pop(1))
-from jobs.cli import app, silence_open_clip
+from curate.jobs.cli import app, silence_open_clip
 silence_open_clip()
 for command in sys.argv.pop(1).split(";"):
     app(command.split(), standalone_mode=False)

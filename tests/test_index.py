@@ -12,6 +12,11 @@ import pytest
 from curate.embed.files import content_hash, embedding_name, embedding_schema
 from curate.errors import UserError
 from curate.models.spec import EncoderSpec
+from curate.pipelines import index as index_step
+from curate.pipelines import windows as windows_step
+from curate.pipelines.index import index_pool
+from curate.pipelines.records import Placed
+from curate.pipelines.windows import cut_window
 from curate.pool.columns import Columns
 from curate.pool.shards import Pool, Shard
 from curate.select.index import (
@@ -26,11 +31,6 @@ from curate.select.index import (
 )
 from curate.select.windows import END, Window, row_keys, super_batch_of
 from curate.storage import Store
-from pipelines import index as index_step
-from pipelines import windows as windows_step
-from pipelines.index import index_pool
-from pipelines.records import Placed
-from pipelines.windows import cut_window
 from tests.stand_in import without_ray
 
 __all__ = ["without_ray"]

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.errors import UserError
+from curate.jobs.check import check_recipe
+from curate.jobs.cli import app
+from curate.jobs.drawn_pool import draw_pool
+from curate.jobs.init import FILTER_RATIO, batch_for, write_recipe
 from curate.recipe_file import load_recipe
-from jobs.check import check_recipe
-from jobs.cli import app
-from jobs.drawn_pool import draw_pool
-from jobs.init import FILTER_RATIO, batch_for, write_recipe
 from tests.helpers import write_tiny
 
 

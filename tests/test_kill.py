@@ -17,7 +17,7 @@ import boto3
 import pytest
 from ray.cluster_utils import Cluster
 
-from jobs.drawn_pool import draw_pool
+from curate.jobs.drawn_pool import draw_pool
 from tests.helpers import write_tiny
 
 SHARDS = 8
@@ -92,7 +92,7 @@ def command(
 ) -> list[str]:
     recipe = world / name
     recipe.write_text(RECIPE.format(root=root, pool=world / "pool", workers=workers, address=address) + more)
-    return [sys.executable, "-m", "jobs.cli", verb, str(recipe)]
+    return [sys.executable, "-m", "curate.jobs.cli", verb, str(recipe)]
 
 
 def kill_when(arguments: list[str], reached: Callable[[], bool], finished: Callable[[], bool]) -> None:

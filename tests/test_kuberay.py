@@ -20,7 +20,7 @@ import typer
 import yaml
 from packaging.requirements import Requirement
 
-from jobs.cli import app
+from curate.jobs.cli import app
 
 HOUSE = Path(__file__).parents[1]
 FOLDER = HOUSE / "jobs/kuberay"
@@ -115,7 +115,7 @@ def commands(manifest: Manifest) -> Iterator[list[str]]:
 def parse(command: list[str]) -> None:
     """Parse one of our command lines without running it; an AssertionError or typer's own error if it is none."""
     if command[0] == "torchrun":
-        assert command[3:5] == ["-m", "jobs.cli"], command
+        assert command[3:5] == ["-m", "curate.jobs.cli"], command
         command = ["curate", *command[5:]]
     assert command[0] == "curate", command
     group = typer.main.get_command(app)
@@ -321,7 +321,7 @@ def test_every_command_is_one_of_ours(name: str) -> None:
         ("curate rnud recipe.toml", "no such verb"),
         ("curate train recipe.toml --sett a=b", "No such option: --sett"),
         ("curate round", "Missing parameter: recipe"),
-        ("torchrun --nproc-per-node 8 -m jobs.train train recipe.toml", "jobs.train"),
+        ("torchrun --nproc-per-node 8 -m curate.jobs.train train recipe.toml", "curate.jobs.train"),
         ("ray start --head", "'ray', 'start'"),
     ],
 )

@@ -13,14 +13,14 @@ from curate.dedup.files import read_dropped
 from curate.embed.files import embedding_name, read_embeddings
 from curate.errors import UserError
 from curate.jest import Embeddings, diagonal_losses, sub_batch_loss
+from curate.jobs.drawn_pool import draw_pool
+from curate.pipelines.round import run_round
 from curate.recipe import Recipe
 from curate.rounds import look as looking
 from curate.rounds.committed import Committed, newest_round, open_rounds
 from curate.rounds.look import Look, look_at, pair_losses
 from curate.select.files import read_selected, selected_name
 from curate.storage import Store
-from jobs.drawn_pool import draw_pool
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 

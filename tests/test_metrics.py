@@ -11,7 +11,7 @@ import pytest
 PROGRAM = """
 import time, urllib.request
 import ray
-from pipelines import progress
+from curate.pipelines import progress
 
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="critical",
          _system_config={"metrics_report_interval_ms": 200})

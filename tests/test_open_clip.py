@@ -13,13 +13,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from curate import CuratedReader
 from curate.errors import UserError
+from curate.jobs.open_clip_trainer import RoundLoader, train
+from curate.jobs.train import train as train_ours
 from curate.models.encoder import fetch_model
 from curate.models.learners import newest_learner, read_learner
 from curate.recipe import TrainSection
 from curate.rounds.manifest import read_manifest
 from curate.storage import Store
-from jobs.open_clip_trainer import RoundLoader, train
-from jobs.train import train as train_ours
 from tests.test_export import root
 from tests.test_wanted import recipe
 

@@ -581,7 +581,7 @@ def test_the_command_that_a_huge_row_group_is_answered_with_works(folder: Path, 
     verb, *arguments = shlex.split(line.partition("run: curate ")[2])
     assert verb == "reshard"
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "jobs.cli", verb, *arguments, "--rows", "15"]
+    command = [sys.executable, "-m", "curate.jobs.cli", verb, *arguments, "--rows", "15"]
     command[command.index("FOLDER")] = str(out)
     ended = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, check=True)
     pool = inventory(out, max_row_group_bytes=2**20)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import progress
-from pipelines.progress import Bar, bar, over
+from curate.pipelines import progress
+from curate.pipelines.progress import Bar, bar, over
 
 
 def test_the_time_that_is_left_is_that_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_short_work_and_none_say_nothing(monkeypatch: pytest.MonkeyPatch, capsys
 
 WORK = """
 import sys, threading, time
-from pipelines import progress
+from curate.pipelines import progress
 
 def work(title):
     with progress.bar(title, 40) as one:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from curate.errors import UserError
 from curate.models.spec import EncoderSpec
+from curate.pipelines.wanted import SAMPLE_ROWS, SAMPLE_SHARDS, fixed_sample
 from curate.pool.shards import Pool
 from curate.rounds import quality
 from curate.rounds.manifest import read_manifest
@@ -24,7 +25,6 @@ from curate.rounds.quality import (
     write_seen,
 )
 from curate.storage import Store
-from pipelines.wanted import SAMPLE_ROWS, SAMPLE_SHARDS, fixed_sample
 from tests.helpers import commit_rounds, drawn_pool
 
 SPEC = EncoderSpec(model="m", source="s", weights_sha256="w", embed_dim=4, logit_scale=10.0, logit_bias=0.0)

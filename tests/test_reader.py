@@ -25,13 +25,13 @@ import curate.reader.curated
 import curate.rounds.stream
 from curate import CuratedReader
 from curate.errors import StreamStalledError, UserError
+from curate.jobs.drawn_pool import draw_pair
 from curate.pool.shards import Pool
 from curate.reader.curated import Batch
 from curate.reader.pieces import Joined
 from curate.rounds.manifest import Manifest, manifest_name, read_manifest, round_folder
 from curate.rounds.stream import end_stream, stream_end
 from curate.storage import Store
-from jobs.drawn_pool import draw_pair
 from tests.helpers import commit_round, commit_rounds, drawn_pool, write_pool
 
 torch.set_num_threads(1)

@@ -239,7 +239,7 @@ def test_five_mistakes_are_five_lines(load: Load, tmp_path: Path) -> None:
 def test_five_mistakes_are_five_lines_of_the_command_line_too(tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     path.write_text(FIVE_MISTAKES)
-    command = [sys.executable, "-m", "jobs.cli", "check", str(path)]
+    command = [sys.executable, "-m", "curate.jobs.cli", "check", str(path)]
     ended = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, check=False)
     assert ended.stdout == ""
     assert ended.returncode == 2

@@ -15,18 +15,18 @@ import pytest
 from PIL import Image
 
 from curate.errors import UserError
+from curate.jobs.cli import app
+from curate.jobs.drawn_pool import draw_pool
+from curate.jobs.page import Figure, Gallery, linked, picture
+from curate.jobs.plots import histograms
+from curate.jobs.report import Counted, _captions, _counts, write_report
+from curate.pipelines.round import run_round
 from curate.recipe import Recipe
 from curate.rounds.attempts import read_attempts
 from curate.rounds.committed import newest_round, open_rounds
 from curate.rounds.look import look_at
 from curate.rounds.manifest import expire
 from curate.storage import Store
-from jobs.cli import app
-from jobs.drawn_pool import draw_pool
-from jobs.page import Figure, Gallery, linked, picture
-from jobs.plots import histograms
-from jobs.report import Counted, _captions, _counts, write_report
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 

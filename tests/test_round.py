@@ -18,8 +18,11 @@ import pytest
 from curate.dedup.files import read_dropped
 from curate.embed.files import embedding_name, read_embeddings
 from curate.errors import UserError
+from curate.jobs.drawn_pool import draw_pool
+from curate.jobs.train import train
 from curate.models.learners import newest_learner
 from curate.models.spec import EncoderSpec
+from curate.pipelines.round import run_round
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import load_pool
 from curate.reader.curated import CuratedReader
@@ -29,9 +32,6 @@ from curate.rounds.manifest import Manifest, manifest_name, round_folder
 from curate.rounds.plan import pin_plan
 from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from jobs.drawn_pool import draw_pool
-from jobs.train import train
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 

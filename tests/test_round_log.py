@@ -4,9 +4,9 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from curate.jobs.round_log import log_round
 from curate.rounds.explain import describe_round
 from curate.storage import Store
-from jobs.round_log import log_round
 from tests.helpers import commit_rounds, drawn_pool
 
 

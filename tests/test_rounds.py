@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-import jobs.rounds
+import curate.jobs.rounds
 from curate.errors import CommitConflictError, InputChangedError, UserError
+from curate.jobs.rounds import Decision, RoundFailedError, decide, schedule_rounds
 from curate.models.learners import record_learner
 from curate.models.spec import EncoderSpec
 from curate.pool.shards import Pool
@@ -18,7 +19,6 @@ from curate.rounds.manifest import last_round, manifest_name
 from curate.rounds.plan import plan_name
 from curate.rounds.stream import end_stream, stream_end
 from curate.storage import Store
-from jobs.rounds import Decision, RoundFailedError, decide, schedule_rounds
 from tests.helpers import commit_round, drawn_pool
 
 NOW = 1e9
@@ -135,8 +135,8 @@ def test_enough_rounds_or_an_end(store: Store, committed):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.rounds, "FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(jobs.rounds, "LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(curate.jobs.rounds, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(curate.jobs.rounds, "LONGEST_WAIT_S", 0.01)
 
 
 def scheduled(store: Store, run: Callable[[int], object], **schedule: Any) -> tuple[int, list[str]]:
@@ -231,8 +231,8 @@ def test_a_round_that_is_said_to_be_made_and_is_not(store: Store):
 
 
 def test_an_ended_stream_takes_no_round(store: Store, committed, tmp_path: Path):
+    from curate.pipelines.round import run_round
     from curate.recipe import Recipe
-    from pipelines.round import run_round
 
     committed()
     end_stream(store)

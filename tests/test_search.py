@@ -12,13 +12,13 @@ from torch.nn.functional import normalize
 
 from curate.embed.files import embedding_name, read_embeddings, vectors
 from curate.errors import UserError
+from curate.jobs.cli import app
+from curate.jobs.drawn_pool import draw_pool
+from curate.pipelines.round import run_round
 from curate.recipe import Recipe
 from curate.rounds import search as searching
 from curate.rounds.search import Near, Searched, open_pool
 from curate.storage import Store
-from jobs.cli import app
-from jobs.drawn_pool import draw_pool
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from curate.jobs.checkpoint import Progress, checkpoints, load_checkpoint, restore, save_checkpoint
+from curate.jobs.memory import stated_ranks, trainer_memory
+from curate.jobs.optimize import Trainee, take_step
+from curate.jobs.ranks import Ranks
+from curate.jobs.sharding import blocks_of, compile_model, encoding, is_sharded, scalars_of, whole_on_cpu
 from curate.models.spec import EncoderSpec
 from curate.recipe import TrainSection
 from curate.storage import Store
-from jobs.checkpoint import Progress, checkpoints, load_checkpoint, restore, save_checkpoint
-from jobs.memory import stated_ranks, trainer_memory
-from jobs.optimize import Trainee, take_step
-from jobs.ranks import Ranks
-from jobs.sharding import blocks_of, compile_model, encoding, is_sharded, scalars_of, whole_on_cpu
 from tests.test_train_step import ALONE, LOSSES, batch_of, on_ranks, trainee_of
 
 torch.set_num_threads(1)

@@ -11,15 +11,15 @@ import pytest
 from rich.cells import cell_len
 
 from curate.errors import UserError
+from curate.jobs import tables
+from curate.jobs.cli import app
+from curate.jobs.drawn_pool import draw_pool
+from curate.pipelines.round import run_round
 from curate.recipe import Recipe
 from curate.rounds import compare
 from curate.rounds.compare import compare_rounds
 from curate.rounds.manifest import expire
 from curate.storage import Store
-from jobs import tables
-from jobs.cli import app
-from jobs.drawn_pool import draw_pool
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 

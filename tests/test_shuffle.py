@@ -8,11 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import pipelines.reshard
+import curate.pipelines.reshard
 from curate.errors import UserError
+from curate.pipelines.reshard import shuffle_pool
 from curate.recipe import PoolSection
 from curate.storage import Store
-from pipelines.reshard import shuffle_pool
 from tests.stand_in import without_ray
 
 __all__ = ["without_ray"]
@@ -51,7 +51,7 @@ def shuffled(pool: Path, to: str, **how: Any) -> list[pa.Table]:
 
 
 def test_each_row_is_there_once_and_topics_are_mixed(pool: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipelines.reshard, "GROUP_BYTES", 3000)  # several groups
+    monkeypatch.setattr(curate.pipelines.reshard, "GROUP_BYTES", 3000)  # several groups
     tables = shuffled(pool, root)
     assert len(tables) == 6
     rows = [row for table in tables for row in table.to_pylist()]
@@ -74,7 +74,7 @@ def test_the_seed_decides_the_bytes_and_groups_do_not(
     pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = shuffled(pool, str(tmp_path / "a"))
-    monkeypatch.setattr(pipelines.reshard, "GROUP_BYTES", 3000)
+    monkeypatch.setattr(curate.pipelines.reshard, "GROUP_BYTES", 3000)
     assert shuffled(pool, str(tmp_path / "b")) == first
     assert shuffled(pool, str(tmp_path / "c"), seed=1) != first
     for path in sorted((tmp_path / "a").glob("*.parquet")):
@@ -83,7 +83,7 @@ def test_the_seed_decides_the_bytes_and_groups_do_not(
 
 def test_one_that_was_killed_goes_on(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = shuffled(pool, str(tmp_path / "a"))
-    whole = pipelines.reshard._write_shard
+    whole = curate.pipelines.reshard._write_shard
 
     def killed(number: int, shuffle: Any) -> None:
         if number == 4:
@@ -91,7 +91,7 @@ def test_one_that_was_killed_goes_on(pool: Path, tmp_path: Path, monkeypatch: py
         whole(number, shuffle)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipelines.reshard, "_write_shard", killed)
+        patch.setattr(curate.pipelines.reshard, "_write_shard", killed)
         with pytest.raises(KeyboardInterrupt):
             shuffled(pool, str(tmp_path / "b"))
     assert (tmp_path / "b" / "000003.parquet").exists()

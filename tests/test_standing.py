@@ -12,6 +12,10 @@ from torch.nn.functional import normalize
 
 from curate.errors import UserError
 from curate.jest import Embeddings
+from curate.jobs.check import check_recipe
+from curate.jobs.drawn_pool import draw_pool
+from curate.jobs.tables import print_tables, round_tables
+from curate.pipelines.round import run_round
 from curate.recipe import Recipe
 from curate.rounds.explain import describe_round, summarize_rounds
 from curate.rounds.manifest import Manifest, round_folder
@@ -20,10 +24,6 @@ from curate.rounds.trace import explain_uid
 from curate.select.draw import measure_standing, needs_learner
 from curate.select.standing import Standing, as_decided
 from curate.storage import Store
-from jobs.check import check_recipe
-from jobs.drawn_pool import draw_pool
-from jobs.tables import print_tables, round_tables
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 
@@ -122,7 +122,7 @@ def recipe(world: Path, root: Path, **selection: Any) -> Recipe:
 
 def foreign(monkeypatch: pytest.MonkeyPatch, found: Standing) -> None:
     """Models of random weights stand nowhere in particular."""
-    monkeypatch.setattr("pipelines.standing.measure_standing", lambda learner, reference: found)
+    monkeypatch.setattr("curate.pipelines.standing.measure_standing", lambda learner, reference: found)
 
 
 STANDINGS = {
@@ -171,7 +171,7 @@ def test_a_round_that_is_finished_later_decides_as_it_was_begun(
     made = recipe(world, tmp_path / "root")
     foreign(monkeypatch, STANDINGS["easy_reference"])
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.round.place_round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("curate.pipelines.round.place_round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_round(made, base=world)
     foreign(monkeypatch, STANDINGS["learnability"])
@@ -192,7 +192,7 @@ def test_what_of_the_sample_is_gone_is_made_again(world: Path, tmp_path: Path, m
     made = recipe(world, tmp_path / "root")
     foreign(monkeypatch, STANDINGS["easy_reference"])
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.round.measure_round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("curate.pipelines.round.measure_round", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_round(made, base=world)
     (sample,) = (tmp_path / "root/embeddings").glob("*/sample-*")
@@ -217,7 +217,7 @@ def test_auto_and_uniform_batches_are_uniform_batches(world: Path, tmp_path: Pat
 
 @pytest.mark.usefixtures("without_ray")
 def test_a_learner_without_a_sound_vector_is_told(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.standing.Candidates.finite_rows", lambda _: np.arange(0))
+    monkeypatch.setattr("curate.pipelines.standing.Candidates.finite_rows", lambda _: np.arange(0))
     with pytest.raises(UserError, match=r"round 0: expected finite embeddings of \d+ sampled pairs, found none"):
         run_round(recipe(world, tmp_path / "root"), base=world)
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from curate.errors import UserError
+from curate.jobs.drawn_pool import draw_pool
+from curate.pipelines.round import run_round
 from curate.recipe import Recipe
-from jobs.drawn_pool import draw_pool
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 

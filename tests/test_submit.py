@@ -24,10 +24,10 @@ import pytest
 from ray.job_submission import JobSubmissionClient
 
 from curate.errors import UserError
+from curate.jobs.drawn_pool import draw_pool
+from curate.jobs.job_client import JobClient
+from curate.jobs.submit import _with_files, submit
 from curate.recipe_file import load_recipe
-from jobs.drawn_pool import draw_pool
-from jobs.job_client import JobClient
-from jobs.submit import _with_files, submit
 from tests.helpers import write_tiny
 
 HOUSE = Path(__file__).parents[1]
@@ -36,12 +36,12 @@ NOBODY = "http://127.0.0.1:9"
 ENDED_S = 240
 START = """
 import sys
-from jobs.job_client import JobClient
+from curate.jobs.job_client import JobClient
 JobClient(sys.argv[1]).start(sys.argv[2], 1, sys.argv[3], {})
 """
 FOLLOW = """
 import sys
-from jobs.job_client import JobClient
+from curate.jobs.job_client import JobClient
 ended = JobClient(sys.argv[1]).follow(sys.argv[2], lambda text: print(text, end="", flush=True))
 print("ended", ended.status, ended.exit_status)
 """
@@ -91,7 +91,9 @@ class Cluster:
         )
 
     def submit(self, recipe: Path, *arguments: str | Path, address: str = "", **env: str) -> "subprocess.Popen[str]":
-        return self.start("-m", "jobs.cli", "submit", recipe, "--address", address or self.address, *arguments, **env)
+        return self.start(
+            "-m", "curate.jobs.cli", "submit", recipe, "--address", address or self.address, *arguments, **env
+        )
 
     def drivers(self, *words: str) -> list[int]:
         """Processes of jobs whose command has these words one after the other."""
@@ -239,7 +241,7 @@ def test_the_status_of_a_job_is_the_status_of_the_command(cluster: Cluster, worl
     recipe, name = recipe_of(world, "wrong", folder=below, pool="no pool")  # of the uploaded folder
     status, out, err = ended(cluster.submit(recipe, "--working-dir", world, "--env", "A=b=c", "--", "check"))
     assert status == 2
-    assert "python -m jobs.cli check recipes/wrong.toml" in out
+    assert "python -m curate.jobs.cli check recipes/wrong.toml" in out
     assert out.count("no pool: expected a file, folder or glob") == 1
     assert out.splitlines()[-1].startswith("no pool: expected")
     assert err.startswith(f"job {name}-check-a1 failed with status 2: ")
@@ -253,18 +255,18 @@ def test_rounds_as_jobs_each_made_once_whoever_is_killed(cluster: Cluster, world
     jobs = [f"{name}-round-r000000-a{attempt}" for attempt in (1, 2)]
 
     def scheduler() -> "subprocess.Popen[str]":
-        return cluster.start("-m", "jobs.cli", "rounds", recipe, "--address", cluster.address)
+        return cluster.start("-m", "curate.jobs.cli", "rounds", recipe, "--address", cluster.address)
 
     def status_of(job: str) -> str:
         return {found.submission_id: str(found.status) for found in cluster.client.list_jobs()}.get(job, "")
 
     killed = scheduler()
-    wait_until(lambda: bool(cluster.drivers("jobs.cli", "round")))
+    wait_until(lambda: bool(cluster.drivers("curate.jobs.cli", "round")))
     # Submitted again by somebody else: followed, not run twice.
     second = cluster.submit(recipe, "--", "round", "--round", "0")
     assert second.stderr is not None
     assert next(iter(second.stderr)).startswith(f"job {jobs[0]} is there already")
-    for driver in cluster.drivers("jobs.cli", "round"):
+    for driver in cluster.drivers("curate.jobs.cli", "round"):
         os.kill(driver, signal.SIGKILL)
     status, _, err = ended(second)
     assert status == 137

@@ -14,9 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import curate.jobs.train
 import curate.rounds.stream
-import jobs.train
 from curate.errors import CommitConflictError, InputChangedError, ShardDamagedError, StreamStalledError, UserError
+from curate.jobs.checkpoint import checkpoints, restore
+from curate.jobs.optimize import learning_rate
+from curate.jobs.train import Trained, train
 from curate.models.encoder import load_model
 from curate.models.learners import LearnerCheckpoint, newest_learner, read_learner, record_learner
 from curate.pool.inventory import take_inventory
@@ -26,9 +29,6 @@ from curate.recipe import PoolSection, Recipe, TrainSection
 from curate.rounds.manifest import manifest_name
 from curate.rounds.stream import end_stream
 from curate.storage import Store
-from jobs.checkpoint import checkpoints, restore
-from jobs.optimize import learning_rate
-from jobs.train import Trained, train
 from tests.helpers import CPU, commit_round, damage_page, drawn_pool, write_tiny
 
 torch.set_num_threads(1)
@@ -117,8 +117,8 @@ def test_micro_batches_are_the_same_training(tmp_path: Path, pool: Pool, how: di
 
 def test_the_published_weights_are_the_trained_ones(tmp_path: Path, pool: Pool, monkeypatch):
     models = []
-    load = jobs.train.load_model
-    monkeypatch.setattr(jobs.train, "load_model", lambda *args: models.append(load(*args)) or models[-1])
+    load = curate.jobs.train.load_model
+    monkeypatch.setattr(curate.jobs.train, "load_model", lambda *args: models.append(load(*args)) or models[-1])
     made = recipe(tmp_path, pool, data="pool", steps=3)
     trained(made, tmp_path)
     found = weights(made)
@@ -227,7 +227,7 @@ def test_a_round_that_comes_while_a_learner_is_published(tmp_path: Path, pool: P
     made = recipe(tmp_path, pool, b=8, follow="wait", max_wait_s=5)
     store = Store(made.root)
     commit_round(store, pool, sub_batches(0, 2), number=0)
-    record = jobs.train.record_learner
+    record = curate.jobs.train.record_learner
 
     def slow(*args: Any, **how: Any) -> Any:
         if how["number"] == 1:
@@ -236,7 +236,7 @@ def test_a_round_that_comes_while_a_learner_is_published(tmp_path: Path, pool: P
             end_stream(store)
         return record(*args, **how)
 
-    monkeypatch.setattr(jobs.train, "record_learner", slow)
+    monkeypatch.setattr(curate.jobs.train, "record_learner", slow)
     trained(made, tmp_path)
     assert seen(made) == expected(0, 6)
 
@@ -331,7 +331,7 @@ class Killed(BaseException):
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, call: int, *, after: bool) -> None:
     """Let the trainer die at the `call`-th call of one of its functions, before or after it has done its work."""
-    real = getattr(jobs.train, where)
+    real = getattr(curate.jobs.train, where)
     calls = iter(range(1, 1000))
 
     def dying(*args: Any, **how: Any) -> Any:
@@ -343,7 +343,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, call: int, *, after: 
             raise Killed
         return result
 
-    monkeypatch.setattr(jobs.train, where, dying)
+    monkeypatch.setattr(curate.jobs.train, where, dying)
 
 
 # Of 7 steps in rounds of 4 and 3, checkpoints after 2, 4, 6 and 7, learners after 4 and 7.

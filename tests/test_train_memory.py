@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from curate.jobs.memory import trainer_memory
+from curate.jobs.optimize import take_step
+from curate.jobs.ranks import join_ranks
 from curate.models.encoder import load_model
 from curate.models.spec import EncoderSpec
 from curate.recipe import TrainSection
 from curate.storage import Store
-from jobs.memory import trainer_memory
-from jobs.optimize import take_step
-from jobs.ranks import join_ranks
 from tests.helpers import CPU, tiny_encoder
 from tests.test_train_step import trainee_of
 

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
+from curate.jobs.train import train
 from curate.models.encoder import load_model, normalize_pixels, split_transform
 from curate.models.learners import newest_learner, read_learner
 from curate.pool.shards import Pool
 from curate.reader.evaluate import evaluate, load_held_out
 from curate.recipe import EvaluateSection, Recipe
 from curate.storage import Store
-from jobs.train import train
 from tests.helpers import CPU, commit_rounds, drawn_pool, write_tiny
 
 torch.set_num_threads(1)
@@ -137,7 +137,7 @@ def test_torchrun_starts_ranks(alone: Alone, pool: Pool) -> None:
         train = {{learning_rate = 1e-3, warmup_steps = 4, log_every = 1}}
         """
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "jobs.cli", "train"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "curate.jobs.cli", "train"]
     done = subprocess.run(
         [*command, str(path), "--set", "train.steps=2"], capture_output=True, text=True, timeout=200, check=False
     )

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from curate.errors import UserError
+from curate.jobs.contrastive import contrastive_loss
+from curate.jobs.optimize import Trainee, make_optimizer, take_step
+from curate.jobs.ranks import Ranks, join_ranks
+from curate.jobs.sharding import shard_weights
 from curate.models.encoder import load_model, normalize_pixels, split_transform
 from curate.recipe import TrainSection
 from curate.storage import Store
-from jobs.contrastive import contrastive_loss
-from jobs.optimize import Trainee, make_optimizer, take_step
-from jobs.ranks import Ranks, join_ranks
-from jobs.sharding import shard_weights
 from tests.helpers import CPU, tiny_encoder
 
 torch.set_num_threads(1)

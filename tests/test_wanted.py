@@ -14,7 +14,10 @@ import pytest
 
 from curate.embed.files import embedding_name, read_embeddings
 from curate.errors import UserError
+from curate.jobs.check import check_recipe
+from curate.jobs.drawn_pool import draw_pool
 from curate.models.spec import EncoderSpec
+from curate.pipelines.round import run_round
 from curate.pool.shards import load_pool
 from curate.pool.wanted import FILTERED, HALVES, Kept, fulfils, halves_of
 from curate.recipe import Recipe
@@ -22,9 +25,6 @@ from curate.recipe_file import load_recipe
 from curate.rounds.manifest import Manifest, read_manifest
 from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from jobs.check import check_recipe
-from jobs.drawn_pool import draw_pool
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 

@@ -10,13 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate import access
+from curate.jobs.drawn_pool import draw_pool
+from curate.pipelines.round import run_round
 from curate.pool.shards import load_pool
 from curate.recipe import Recipe
 from curate.rounds.manifest import Manifest
 from curate.rounds.trace import explain_uid
 from curate.storage import Store
-from jobs.drawn_pool import draw_pool
-from pipelines.round import run_round
 from tests.helpers import write_tiny
 from tests.stand_in import without_ray
 
@@ -143,13 +143,13 @@ def test_a_round_of_several_windows_is_the_same_after_a_kill_and_by_another_cut(
     assert [file.first_sub_batch for file in manifest.files] == sorted(f.first_sub_batch for f in manifest.files)
     assert sum(file.sub_batches for file in manifest.files) == manifest.sub_batches
 
-    import pipelines.select
-    import pipelines.write
+    import curate.pipelines.select
+    import curate.pipelines.write
 
-    monkeypatch.setattr(pipelines.select, "GROUP_BYTES", 4096)
-    monkeypatch.setattr(pipelines.write, "GROUP_BYTES", 100_000)
-    monkeypatch.setattr(pipelines.write, "BLOCK_ROWS", 20)
-    whole = pipelines.write._write_file
+    monkeypatch.setattr(curate.pipelines.select, "GROUP_BYTES", 4096)
+    monkeypatch.setattr(curate.pipelines.write, "GROUP_BYTES", 100_000)
+    monkeypatch.setattr(curate.pipelines.write, "BLOCK_ROWS", 20)
+    whole = curate.pipelines.write._write_file
 
     def killed(item: Any, writing: Any) -> None:
         if writing.first:
@@ -157,7 +157,7 @@ def test_a_round_of_several_windows_is_the_same_after_a_kill_and_by_another_cut(
         whole(item, writing)
 
     with monkeypatch.context() as inner:
-        inner.setattr(pipelines.write, "_write_file", killed)
+        inner.setattr(curate.pipelines.write, "_write_file", killed)
         with pytest.raises(KeyboardInterrupt):
             rounds(world, embedded, tmp_path / "other", 1, window_rows=192)
     rounds(world, embedded, tmp_path / "other", 1, window_rows=192)

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from curate.errors import InputChangedError
+from curate.jobs.drawn_pool import draw_pair
 from curate.pool.shards import ADDED_COLUMN, Pool, Shard
 from curate.rounds.manifest import CuratedFile
 from curate.rounds.write import (
@@ -29,7 +30,6 @@ from curate.rounds.write import (
     written_name,
 )
 from curate.storage import Store
-from jobs.drawn_pool import draw_pair
 from tests.helpers import drawn_pool, picks_of, pieces_of, pool_table, write_pool
 
 FOLDER = "rounds/r000000"

@@ -7,7 +7,7 @@ from math import cos, pi, sin
 import numpy as np
 from PIL import Image, ImageDraw
 
-from jobs.drawn_pool import BACKGROUNDS, COLOURS, JPEG, SUPERSAMPLE
+from curate.jobs.drawn_pool import BACKGROUNDS, COLOURS, JPEG, SUPERSAMPLE
 
 BOILERPLATE = (
     "image {n}.jpg", "click to enlarge", "photo {n}", "free shipping on all orders", "picture {n} of 60",

@@ -21,8 +21,11 @@ from torch import Tensor
 from benchmarks.acceleration.sets import Pairs
 from benchmarks.acceleration.variants import draw_by_scores, super_batch_losses
 from curate.errors import UserError
+from curate.jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
+from curate.jobs.ranks import Ranks
 from curate.models.encoder import Encoder
 from curate.models.spec import EncoderSpec
+from curate.pipelines.wanted import SAMPLE_ROWS
 from curate.reader.evaluate import count_rivals, recall
 from curate.recipe import SelectionSection, TrainSection
 from curate.recipe_types import Section
@@ -38,9 +41,6 @@ from curate.select.draw import (
 )
 from curate.select.standing import as_decided
 from curate.select.windows import EpochRange, Rows, key_order, keyed_rows, next_range
-from jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
-from jobs.ranks import Ranks
-from pipelines.wanted import SAMPLE_ROWS
 
 EMBED_BATCH = 256
 CARRIED = ("walk", "account", "step", "selection", "own", "scale")

@@ -29,13 +29,13 @@ from tqdm import tqdm
 from benchmarks.acceleration.domains import DRAWN_OTHERS, boilerplate, near_duplicate
 from curate.embed.files import content_hash, halves
 from curate.errors import UserError
+from curate.jobs.drawn_pool import draw_pair
 from curate.models.encoder import Encoder
 from curate.pool.images import Dropped, clean_caption, decode_image
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import caption_bytes, image_bytes, read_batches
 from curate.recipe import PoolSection
 from curate.recipe_types import Section
-from jobs.drawn_pool import draw_pair
 
 WANTED = "wanted"
 SHARD_ROWS = 10_000

@@ -38,14 +38,14 @@ from curate.dedup.files import nodes_name, pairs_name, write_records
 from curate.dedup.grouping import NODE, PAIR
 from curate.embed.files import embedding_name, embedding_schema, pair_hashes
 from curate.models.spec import EncoderSpec
+from curate.pipelines import grouping
+from curate.pipelines.dedup import dedup_pool
+from curate.pipelines.neighbours import MOST_TASKS, ROWS_PER_TASK, Compared
 from curate.pool.columns import Columns
 from curate.pool.shards import Pool, Shard
 from curate.recipe import DedupSection
 from curate.sealed import seal
 from curate.storage import Store
-from pipelines import grouping
-from pipelines.dedup import dedup_pool
-from pipelines.neighbours import MOST_TASKS, ROWS_PER_TASK, Compared
 
 SHARD_ROWS, THRESHOLD, STORE_BYTES = 10_000, 0.95, 2**30
 SPEC = EncoderSpec(

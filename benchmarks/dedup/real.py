@@ -77,7 +77,7 @@ def curate(out: Path, name: str, verb: list[str], **fields: Any) -> str:
     recipe = out / f"{name}.toml"
     fields = {"steps": STEPS, "threshold": 0.95} | fields
     recipe.write_text(RECIPE.format(root=out / "roots" / name, **fields))
-    command = [sys.executable, "-m", "jobs.cli", verb[0], str(recipe), *verb[1:]]
+    command = [sys.executable, "-m", "curate.jobs.cli", verb[0], str(recipe), *verb[1:]]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 

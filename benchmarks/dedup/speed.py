@@ -37,9 +37,9 @@ from scipy.sparse.csgraph import connected_components
 from benchmarks.dedup.planted import COPIES, D, planted
 from curate.dedup.grouping import NODE, decide
 from curate.dedup.neighbours import Threshold, cell_count, near_pairs, sample_share, train_cells
+from curate.pipelines.neighbours import Compared, Rows, search_cells
 from curate.pool.columns import Columns
 from curate.pool.shards import Shard
-from pipelines.neighbours import Compared, Rows, search_cells
 
 ROWS, THRESHOLD, TILE = 100_000, 0.95, 2048
 CELLS = 316

@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import trange
 
 from curate.errors import UserError
-from jobs.contrastive import contrastive_loss
-from jobs.ranks import Ranks
+from curate.jobs.contrastive import contrastive_loss
+from curate.jobs.ranks import Ranks
 
 SETS = ("emoji-en", "openstax-dev", "openstax-physics-ml")
 SIZE, VIEWS = 32, 4

@@ -19,9 +19,9 @@ from benchmarks.heads.draws import Terms, draw_jointly
 from benchmarks.heads.worlds import WIDTH, Pairs
 from curate.criteria import Criterion, Decided, Loss
 from curate.jest import Embeddings, jointly_sample_batch
+from curate.pipelines.wanted import SAMPLE_ROWS
 from curate.seeds import derive_seed
 from curate.select.draw import measure_standing
-from pipelines.wanted import SAMPLE_ROWS
 
 HIDDEN, D = 256, 32
 START_STEPS, START_BATCH, START_RATE = 3000, 64, 1e-3
