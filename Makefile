@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo docs test test-all test-gpu lint types lock bench bench-gpu bench-acceleration clean
+.PHONY: demo docs test test-all test-gpu wheels sbom lint types lock bench bench-gpu bench-acceleration clean
 
 demo: $(READY)  ## the whole loop on a small drawn pool: four rounds beside a trainer, and uniform batches to compare with
 	$(BIN)/python -m curate.jobs.demo
@@ -32,6 +32,14 @@ bench-gpu: $(READY)  ## what this machine's card makes of it all: embedding, sel
 
 bench-acceleration: $(READY)  ## do learners learn faster from batches that were chosen jointly? within 30 minutes on 2 cores
 	$(BIN)/python -m benchmarks.heads --primary --seeds 3 --report out/heads/report
+
+wheels: $(READY)  ## sdist and wheel, each extra in an empty environment on each Python, and what it brings used
+	rm -rf out/wheels
+	$(BIN)/python tests/wheel.py out/wheels
+
+sbom: $(READY)  ## what the image holds, for whoever must know: CycloneDX, from the lock
+	mkdir -p out
+	$(BIN)/uv tool run --from cyclonedx-bom cyclonedx-py requirements requirements.lock --output-file out/sbom.json
 
 lock: $(READY)  ## pin pyproject.toml's dependencies for every supported platform
 	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-emit-index-url --no-header \

@@ -13,20 +13,30 @@ from io import BufferedIOBase
 from typing import Any, TypeVar, cast
 
 import fsspec
-from botocore.exceptions import (  # type: ignore[import-untyped]
-    BotoCoreError,
-    EndpointConnectionError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-)
-from s3fs import S3FileSystem
-from s3fs.core import S3_RETRYABLE_ERRORS
-from s3fs.utils import FileExpired
 
 from curate.errors import InputChangedError, StoreError, UserError
 from curate.messages import one_line
+
+try:
+    from botocore.exceptions import (  # type: ignore[import-untyped]
+        BotoCoreError,
+        EndpointConnectionError,
+        NoCredentialsError,
+        ParamValidationError,
+        PartialCredentialsError,
+        ProfileNotFound,
+    )
+    from s3fs import S3FileSystem
+    from s3fs.core import S3_RETRYABLE_ERRORS
+    from s3fs.utils import FileExpired
+except ModuleNotFoundError:  # a root on a local disk needs no S3, and a trainer's image may lack it
+
+    class BotoCoreError(Exception):  # type: ignore[no-redef]
+        """Never raised, as are the others."""
+
+    EndpointConnectionError = NoCredentialsError = ParamValidationError = BotoCoreError
+    PartialCredentialsError = ProfileNotFound = FileExpired = BotoCoreError
+    S3FileSystem, S3_RETRYABLE_ERRORS = None, ()
 
 T = TypeVar("T")
 DEADLINE_S = 120.0  # of a call of S3 and all its tries; requests under way when it passes may take 40 s longer
@@ -130,6 +140,8 @@ def is_local(url: str) -> bool:
 
 def s3_session(tries: int = 2) -> Any:
     """A session; with more than one try for what a moment mends, so that `persist` sees longer failures only."""
+    if S3FileSystem is None:
+        raise UserError("s3://: expected s3fs, found none installed; pip install 'curate-clip[s3]'")
     keys = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_ACCESS_KEY_ID")
     return _s3_of(os.getpid(), tuple(os.environ.get(key) for key in keys), tries)
 

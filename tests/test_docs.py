@@ -1,6 +1,7 @@
 """What the pages show runs as it stands."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -22,24 +23,58 @@ HOUSE = Path(__file__).parents[1]
 torch.set_num_threads(1)
 
 
-@pytest.mark.timeout(120)
-def test_your_own_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (HOUSE / "docs/your-own-trainer.md").read_text(), re.DOTALL)
-    assert len(code.splitlines()) <= 25
+def example(number: int, root: str) -> str:
+    """A trainer of the page, on a root and a tiny model of ours."""
+    code = re.findall(r"```python\n(.*?)```", (HOUSE / "docs/your-own-trainer.md").read_text(), re.DOTALL)[number]
+    for shown, here in (("s3://bucket/curation", root), ("ViT-B-16-SigLIP", "ViT-tiny"), ("10_000", "6")):
+        assert shown in code or here == "6"
+        code = code.replace(shown, here)
+    return code
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-tiny", tiny_config())
-    root = str(tmp_path / "root")
-    store = Store(root)
+    store = Store(str(tmp_path / "root"))
     commit_rounds(store, drawn_pool(tmp_path / "pool", rows=48), rounds=2, sub_batches=3, b=8)
     end_stream(store)
-    for shown, here in (("s3://bucket/curation", root), ("ViT-B-16-SigLIP", "ViT-tiny")):
-        assert shown in code
-        code = code.replace(shown, here)
+    return store.url
+
+
+@pytest.mark.timeout(120)
+def test_your_own_trainer(root: str) -> None:
+    store, code = Store(root), example(0, root)
+    assert len(code.splitlines()) <= 25
     exec(compile(code, "docs/your-own-trainer.md", "exec"), {"__name__": "__main__"})
     learners = [read_learner(store, number) for number in range(newest_learner(store).number + 1)]
     assert [(one.step, one.next_batch, list(one.batch_losses)) for one in learners] == [
         (3, 3, [0, 1, 2]),
         (6, 6, [3, 4, 5]),
     ]
+    assert learners[0].encoder.sha != learners[1].encoder.sha
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("number", "ranks"), [(1, 2), (2, 1), (3, 1)], ids=["torchrun", "lightning", "transformers"])
+def test_trainers_of_other_libraries(root: str, tmp_path: Path, number: int, ranks: int) -> None:
+    code = example(number, root)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 31
+    config = json.dumps(tiny_config())
+    head = f"import json, open_clip\nopen_clip.factory._MODEL_CONFIGS['ViT-tiny'] = json.loads({config!r})\n"
+    (tmp_path / "loop.py").write_text(head + code.replace('"workers": 2', '"workers": 0'))
+    run = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    ended = subprocess.run(
+        [sys.executable, *run, "loop.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=own_environment(),
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    store = Store(root)
+    learners = [read_learner(store, number) for number in range(newest_learner(store).number + 1)]
+    assert [(one.step, one.next_batch) for one in learners] == [(3, 3), (6, 6)]
     assert learners[0].encoder.sha != learners[1].encoder.sha
 
 

@@ -11,7 +11,6 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -40,6 +39,8 @@ def fulfils(where: str, batch: pa.RecordBatch) -> Mask:
     Raises:
         UserError: it is no such expression, or names columns that are not there, or is no statement on single rows.
     """
+    import duckdb  # noqa: PLC0415 only where somebody asks
+
     try:
         cursor = _database().cursor()
         cursor.register("pool", batch)
@@ -59,8 +60,10 @@ def fulfils(where: str, batch: pa.RecordBatch) -> Mask:
 
 
 @functools.cache
-def _database() -> duckdb.DuckDBPyConnection:
+def _database() -> Any:
     """One of this process, that reads no file and keeps none; a cursor of it for each thread."""
+    import duckdb  # noqa: PLC0415
+
     return duckdb.connect(
         config={
             "threads": 1,
