@@ -63,14 +63,9 @@ def test_trainers_of_other_libraries(root: str, tmp_path: Path, number: int, ran
     head = f"import json, open_clip\nopen_clip.factory._MODEL_CONFIGS['ViT-tiny'] = json.loads({config!r})\n"
     (tmp_path / "loop.py").write_text(head + code.replace('"workers": 2', '"workers": 0'))
     run = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    ended = subprocess.run(
-        [sys.executable, *run, "loop.py"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env=own_environment(),
-    )
+    env = os.environ | {"PYTHONPATH": str(HOUSE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *run, "loop.py"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=env)
     assert ended.returncode == 0, ended.stderr[-3000:]
     store = Store(root)
     learners = [read_learner(store, number) for number in range(newest_learner(store).number + 1)]
