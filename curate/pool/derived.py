@@ -18,7 +18,9 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from curate import access
 from curate.errors import UserError
@@ -134,11 +136,12 @@ def _with_bytes(batch: pa.RecordBatch, base: str, name: str) -> pa.RecordBatch:
     kind = column.type
     if not (pa.types.is_struct(kind) and kind.get_field_index("path") >= 0):
         return batch
-    held, paths = (column.field(field).to_pylist() for field in ("bytes", "path"))
-    valid = column.is_valid().to_pylist()
-    absent = [place for place, path in enumerate(paths) if valid[place] and held[place] is None and path]
+    named = pc.and_(pc.and_(column.field("bytes").is_null(), column.field("path").is_valid()), column.is_valid())
+    absent = np.flatnonzero(named.to_numpy(zero_copy_only=False)).tolist()
     if not absent:
         return batch
+    held, paths = (column.field(field).to_pylist() for field in ("bytes", "path"))
+    valid = column.is_valid().to_pylist()
     for place, data in zip(absent, fetch(base, [paths[place] for place in absent]), strict=True):
         held[place] = data
     fields = [
