@@ -54,7 +54,7 @@ def _options(
 
 @app.command()
 def init(
-    pool: Annotated[str, typer.Argument(help="folder, glob, file or URL of Parquet shards", metavar="POOL")],
+    pool: Annotated[str, typer.Argument(help="folder, glob, file or URL of shards", metavar="POOL")],
     to: Annotated[Path, typer.Option(help="the recipe's file", metavar="FILE")] = Path("recipe.toml"),
     image: Annotated[str | None, typer.Option(help="image column; found by convention if not given")] = None,
     caption: Annotated[str | None, typer.Option(help="caption column; likewise")] = None,
