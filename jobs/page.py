@@ -96,7 +96,7 @@ def _anchor(uid: str) -> str:
 
 def write_page(path: Path, template: str, **context: Any) -> None:
     """Write a page; whatever the context holds is text, and obeyed nowhere, unless it is `Markup`."""
-    loader = PackageLoader("jobs")
+    loader = PackageLoader("curate.jobs")
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

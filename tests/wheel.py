@@ -57,7 +57,7 @@ def install(wheel: Path, extra: str, python: str, folder: Path) -> tuple[Path, f
     run([*UV, "venv", "--quiet", "--python", python, environment], folder)
     begun = time.monotonic()
     what = f"{wheel}[{extra}]" if extra else str(wheel)
-    run([*UV, "pip", "install", "--quiet", "--python", environment / "bin/python", what], folder)
+    run([*UV, "pip", "install", "--quiet", "--compile-bytecode", "--python", environment / "bin/python", what], folder)
     return environment / "bin", time.monotonic() - begun
 
 
