@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo docs test test-all test-gpu wheels sbom lint types lock bench bench-gpu bench-acceleration clean
+.PHONY: demo docs test test-all test-gpu clients wheels sbom lint types lock bench bench-gpu bench-acceleration clean
 
 demo: $(READY)  ## the whole loop on a small drawn pool: four rounds beside a trainer, and uniform batches to compare with
 	$(BIN)/python -m curate.jobs.demo
@@ -36,6 +36,10 @@ bench-acceleration: $(READY)  ## do learners learn faster from batches that were
 wheels: $(READY)  ## sdist and wheel, each extra in an empty environment on each Python, and what it brings used
 	rm -rf out/wheels
 	$(BIN)/python tests/wheel.py out/wheels
+
+clients: $(READY)  ## img2dataset before it, open_clip's trainer after it: the real ones, on this machine
+	rm -rf out/clients
+	$(BIN)/python -m tests.clients out/clients
 
 sbom: $(READY)  ## what the image holds, for whoever must know: CycloneDX, from the lock
 	mkdir -p out

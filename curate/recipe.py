@@ -238,6 +238,11 @@ class OutputSection(Section):
     """The curated files."""
 
     file_rows: int = Field(8192, ge=1, description="rows per curated file, rounded to whole sub-batches (at least one)")
+    mode: Literal["copy", "index"] = Field(
+        "copy",
+        description="index: rounds hold no pictures, and the reader fetches them from the pool, which must stay as it "
+        "is; for tars and pictures by path, as a row group of Parquet is read whole for one of its rows",
+    )
 
 
 class ResourcesSection(Section):
@@ -419,6 +424,8 @@ class Recipe(Section):
         for name in ("images", "caption_seed", "where", "keep"):  # rounds that were begun before there were any
             if fields["pool"][name] == PoolSection.model_fields[name].default:
                 del fields["pool"][name]
+        if self.output.mode == "copy":
+            del fields["output"]["mode"]  # likewise
         del fields["pool"]["max_dropped_share"]  # when a round stops: one that was stopped goes on if it is raised
         if self.dedup is not None:
             del fields["dedup"]["max_dropped_share"]  # likewise

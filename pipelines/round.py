@@ -283,7 +283,7 @@ def draw_stretch(
     writing = Writing(
         store=site.store,
         columns=round_.pool.columns,
-        schema=curated_schema(round_.pool),
+        schema=curated_schema(round_.pool, pictures=recipe.output.mode == "copy"),
         round=round_.number,
         folder=round_.folder,
         steps=round_.steps,
@@ -319,7 +319,7 @@ def account(round_: Round, placed: Placed, drawn: Drawn, quality: dict[str, Any]
         first_batch=parent.stop_batch if parent else 0,
         sub_batch_size=selection.sub_batch_size,
         sub_batches=taken,
-        columns=round_.pool.columns.to_json(),
+        columns=_columns(round_),
         files=drawn.files,
         pool_rows=round_.pool.rows,
         tallies=(
@@ -334,6 +334,12 @@ def account(round_: Round, placed: Placed, drawn: Drawn, quality: dict[str, Any]
         quality=quality,
         lineage=lineage(round_, placed),
     )
+
+
+def _columns(round_: Round) -> dict[str, Any]:
+    """Which columns hold what; and whose shards hold the pictures, if the round's own files do not."""
+    indexed = round_.recipe.output.mode == "index"
+    return round_.pool.columns.to_json() | ({"pool": round_.pool.fingerprint} if indexed else {})
 
 
 def lineage(round_: Round, placed: Placed) -> dict[str, Any]:

@@ -41,6 +41,7 @@ ROOMS = {
         "compare",
         "look",
         "trace",
+        "pictures",
         "export",
         "search",
         "gc",

@@ -23,9 +23,10 @@ from curate.messages import one_line
 from curate.models.crop import Preprocess, decode_for, pixels_of
 from curate.parquet import open_table
 from curate.pool.images import clean_caption
-from curate.pool.shards import ADDED_COLUMN, caption_bytes, image_bytes
+from curate.pool.shards import ADDED_COLUMN, caption_bytes
 from curate.reader.pieces import Joined, one_ahead, piece_bounds
 from curate.rounds.manifest import CuratedFile, Manifest, is_expired, manifest_name, read_manifest, round_folder
+from curate.rounds.pictures import pictures_of
 from curate.rounds.stream import await_round
 from curate.rounds.write import row_group_rows
 from curate.storage import Store
@@ -70,6 +71,8 @@ class _Range:
     """Rows of the batch that come after these."""
     image: str
     caption: str
+    pool: str | None
+    """Fingerprint of the pool that holds the pictures, if the round does not."""
 
 
 class CuratedReader:
@@ -278,6 +281,7 @@ class CuratedReader:
                 left=(self.rank + 1) * share - stop,
                 image=str(manifest.columns["image"]),
                 caption=str(manifest.columns["caption"]),
+                pool=manifest.columns.get("pool"),
             )
             for file in sorted(manifest.files, key=lambda file: file.first_sub_batch)
             for sub_batch in range(file.first_sub_batch, file.first_sub_batch + file.sub_batches)
@@ -335,7 +339,7 @@ class _Pieces(Dataset[_Piece | CurateError]):
         # file makes pyarrow raise whatever it likes.
         try:
             rows = self._read_rows(some)
-            encoded = image_bytes(rows.column(some.image)).to_pylist()
+            encoded = pictures_of(self.store, rows, some.image, some.pool)
             images: list[Any] = [decode_for(data, [self.preprocess]) for data in encoded]
             captions = [clean_caption(raw) for raw in caption_bytes(rows.column(some.caption)).to_pylist()]
             uids = rows.column(ADDED_COLUMN).field("uid").to_pylist()
@@ -364,6 +368,7 @@ class _Pieces(Dataset[_Piece | CurateError]):
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
             ends = np.cumsum(sizes)
             first, last = np.searchsorted(ends, [some.first_row, some.first_row + some.rows - 1], side="right")
-            table = parquet.read_row_groups(range(first, last + 1), columns=[some.image, some.caption, ADDED_COLUMN])
+            names = [*([] if some.pool else [some.image]), some.caption, ADDED_COLUMN]
+            table = parquet.read_row_groups(range(first, last + 1), columns=names)
         start = some.first_row - int(ends[first] - sizes[first])
         return table.slice(start, some.rows).combine_chunks().to_batches()[0]

@@ -18,9 +18,10 @@ from PIL import Image
 
 from curate.errors import UserError
 from curate.parquet import open_table
-from curate.pool.shards import ADDED_COLUMN, caption_bytes, image_bytes
+from curate.pool.shards import ADDED_COLUMN, caption_bytes
 from curate.pool.wanted import HALVES, halves_of
 from curate.rounds.manifest import CuratedFile, Manifest, is_expired, round_folder
+from curate.rounds.pictures import pictures_of
 from curate.rounds.write import row_group_rows
 from curate.storage import Store
 
@@ -53,17 +54,17 @@ def to_webdataset(store: Store, rounds: Sequence[Manifest], target: Store) -> It
             if missing:
                 for number, table in zip(numbers, _sub_batches(store, manifest, file), strict=True):
                     if number in missing:
-                        target.put_bytes(names[number], _tar(table, manifest, number))
+                        target.put_bytes(names[number], _tar(store, table, manifest, number))
             yield from numbers
     target.put_bytes(SIZES, json.dumps(sizes, indent=1).encode())
 
 
-def _tar(table: pa.Table, manifest: Manifest, number: int) -> bytes:
+def _tar(store: Store, table: pa.Table, manifest: Manifest, number: int) -> bytes:
     """A sub-batch as a tar; the same bytes whoever makes it."""
     image, caption = str(manifest.columns["image"]), str(manifest.columns["caption"])
-    images = image_bytes(table[image].combine_chunks()).to_pylist()
+    images = pictures_of(store, table, image, manifest.columns.get("pool"))
     captions = caption_bytes(table[caption].combine_chunks()).to_pylist()
-    others = table.drop_columns([image]).to_pylist()
+    others = table.select([name for name in table.schema.names if name != image]).to_pylist()
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for place, (picture, text, row) in enumerate(zip(images, captions, others, strict=True)):
@@ -140,11 +141,10 @@ def _write_for_datasets(store: Store, manifest: Manifest, file: CuratedFile, pat
     writer = None
     rows = row_group_rows(manifest.sub_batch_size)
     for found in _sub_batches(store, manifest, file):
-        column = found[image].combine_chunks()
-        if not pa.types.is_struct(column.type):
-            names = pa.nulls(len(column), pa.string())
-            column = pa.StructArray.from_arrays([column.cast(pa.binary()), names], names=["bytes", "path"])
-        table = found.set_column(found.schema.get_field_index(image), image, column)
+        pictures = pa.array(pictures_of(store, found, image, manifest.columns.get("pool")), pa.binary())
+        column = pa.StructArray.from_arrays([pictures, pa.nulls(len(found), pa.string())], names=["bytes", "path"])
+        others = found.select([name for name in found.schema.names if name != image])
+        table = others.add_column(0, image, column)
         said = json.dumps({"info": {"features": {image: {"_type": "Image"}}}})
         schema = table.schema.with_metadata({"huggingface": said})
         writer = writer or pq.ParquetWriter(path, schema, compression={f"{image}.bytes": "none"})

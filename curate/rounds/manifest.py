@@ -43,8 +43,9 @@ class Manifest:
     """Number of this round's first sub-batch, counted from round 0: where the reader's state stands before it."""
     sub_batch_size: int
     sub_batches: int
-    columns: dict[str, str | None]
-    """Which column holds image, caption and uid."""
+    columns: dict[str, Any]
+    """Which column holds image, caption and uid: `curate.pool.columns.Columns`. In a round without pictures `pool` is
+    the fingerprint of the pool whose shards hold them."""
     files: tuple[CuratedFile, ...]
     pool_rows: int
     tallies: tuple[Tally, ...]

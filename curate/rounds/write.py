@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.embed.files import content_hash, uid_texts
+from curate.embed.files import CONTENT_BYTES, content_hash, uid_texts
 from curate.errors import InputChangedError
 from curate.parquet import CHECKED
 from curate.pool.columns import Columns
@@ -66,21 +66,25 @@ def chosen_rows(shard: Shard, picks: pa.Table, *, columns: Columns, schema: pa.S
     """
     picks = picks.sort_by("row")
     pieces, done = [], 0
-    for rows, batch in read_some(shard, picks["row"].to_numpy(), None, batch_rows=READ_ROWS):
+    # Without pictures only what is small is read.
+    names = None if columns.image in schema.names else [name for name in schema.names if name != ADDED_COLUMN]
+    for rows, batch in read_some(shard, picks["row"].to_numpy(), names, batch_rows=READ_ROWS):
         there = picks.slice(done, len(rows))
         done += len(rows)
         pieces.append(_with_added(batch, there, shard=shard, columns=columns, schema=schema, round_number=round_number))
     return pa.concat_tables(pieces)
 
 
-def curated_schema(pool: Pool) -> pa.Schema:
-    """The pool's columns, a plain image column widened to 64-bit offsets, and the added one.
+def curated_schema(pool: Pool, *, pictures: bool = True) -> pa.Schema:
+    """The pool's columns and the added one; a plain image column widened to 64-bit offsets, or none without `pictures`.
 
     A struct image column keeps its type, because `datasets` shows it as an image only if it is exactly its own.
     """
     schema = pool.schema
     index = schema.get_field_index(pool.columns.image)
-    if not pa.types.is_struct(schema.field(index).type):
+    if not pictures:
+        schema = schema.remove(index)
+    elif not pa.types.is_struct(schema.field(index).type):
         schema = schema.set(index, pa.field(pool.columns.image, pa.large_binary()))
     return schema.append(pa.field(ADDED_COLUMN, ADDED_TYPE, nullable=False))
 
@@ -150,12 +154,12 @@ def read_written(store: Store, name: str) -> CuratedFile:
 def _layout(schema: pa.Schema, columns: Columns) -> dict[str, object]:
     """Images are compressed already: stored as they are they read four times faster, each contiguous in the file."""
     image = columns.image
-    leaf = image
-    if pa.types.is_struct(schema.field(image).type):
-        leaf = f"{image}.bytes"
+    leaf = None
+    if image in schema.names:
+        leaf = f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image
     leaves = [name for name in _leaves(schema) if name != leaf]
     return {
-        "compression": {leaf: "none"} | dict.fromkeys(leaves, "zstd"),
+        "compression": ({leaf: "none"} if leaf else {}) | dict.fromkeys(leaves, "zstd"),
         "use_dictionary": leaves,
         "write_statistics": leaves,
     }
@@ -189,20 +193,14 @@ def _with_added(
     rows: pa.RecordBatch, picks: pa.Table, *, shard: Shard, columns: Columns, schema: pa.Schema, round_number: int
 ) -> pa.Table:
     """The chosen rows of one batch in the schema of curated files, checked against what was embedded."""
-    images = image_bytes(rows.column(columns.image)).to_pylist()
-    captions = caption_bytes(rows.column(columns.caption)).to_pylist()
-    found = [content_hash(image, caption) for image, caption in zip(images, captions, strict=True)]
     expected = np.stack([picks["content_low"].to_numpy(), picks["content_high"].to_numpy()], axis=1).tobytes()
-    if b"".join(found) != expected:
-        bad = next(i for i, digest in enumerate(found) if digest != expected[16 * i : 16 * i + 16])
-        raise InputChangedError(
-            f"{shard.path}: row {picks['row'][bad]} is not the pair that was embedded; the shard changed but kept its "
-            "size and date: touch the shard, and delete the round's folder to begin it anew"
-        )
+    contents = [expected[at : at + CONTENT_BYTES] for at in range(0, len(expected), CONTENT_BYTES)]
+    if columns.image in schema.names:
+        _check_contents(rows, picks, contents, shard=shard, columns=columns)
     uid = columns.uid
     added = {
         "round": np.full(len(picks), round_number),
-        "uid": uid_texts(rows.column(uid)) if uid else [digest.hex() for digest in found],
+        "uid": uid_texts(rows.column(uid)) if uid else [digest.hex() for digest in contents],
         "source_shard": [shard.name] * len(picks),
         "source_row": picks["row"].combine_chunks(),
     } | {name: picks[name].combine_chunks() for name in picks.column_names if ADDED_TYPE.get_field_index(name) >= 0}
@@ -215,3 +213,16 @@ def _with_added(
         if field.name != ADDED_COLUMN
     ]
     return pa.Table.from_arrays([*own, pa.StructArray.from_arrays(fields, fields=list(ADDED_TYPE))], schema=schema)
+
+
+def _check_contents(
+    rows: pa.RecordBatch, picks: pa.Table, contents: Sequence[bytes], *, shard: Shard, columns: Columns
+) -> None:
+    images = image_bytes(rows.column(columns.image)).to_pylist()
+    captions = caption_bytes(rows.column(columns.caption)).to_pylist()
+    for place, (image, caption, expected) in enumerate(zip(images, captions, contents, strict=True)):
+        if content_hash(image, caption) != expected:
+            raise InputChangedError(
+                f"{shard.path}: row {picks['row'][place]} is not the pair that was embedded; the shard changed but "
+                "kept its size and date: touch the shard, and delete the round's folder to begin it anew"
+            )
