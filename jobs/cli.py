@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -219,6 +220,32 @@ def rounds(
         else scheduler.in_own_ray(loaded, recipe.parent, _note)
     )
     scheduler.schedule_rounds(Store(loaded.root), loaded.schedule, run, _say)
+
+
+class Travel(StrEnum):
+    """Which way embeddings go."""
+
+    export = "export"
+    import_ = "import"
+
+
+@app.command()
+def embeddings(
+    way: Annotated[Travel, typer.Argument(help="export: out of a root; import: into that of a recipe")],
+    what: Annotated[str, typer.Argument(help="root of a curation, or TOML file", metavar="ROOT|RECIPE")],
+    folder: Annotated[str, typer.Argument(help="the export: a folder or s3://bucket/prefix")],
+    overrides: SetOption = None,
+) -> None:
+    """Take a reference's embeddings to another root whose pool holds the same files, wherever they lie there."""
+    from curate.jobs.travel import export_all, import_all  # noqa: PLC0415
+
+    if way is Travel.export:
+        for line in export_all(expand(what), expand(folder)):
+            print(printable(line))
+        return
+    recipe = Path(expand(what))
+    for line in import_all(_load(recipe, overrides), recipe.parent, expand(folder)):
+        print(printable(line))
 
 
 for _verb in (show, search, report, export):

@@ -110,7 +110,8 @@ def curate_rounds(folder: Path) -> None:
 def train_by_open_clip(folder: Path) -> None:
     """Two gloo ranks of open_clip's trainer, beside ours on a copy of the root; steps so small that weights stay."""
     sets = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
-    slow = ["--set", "train.learning_rate=1e-12", "--set", "train.warmup_steps=0", "--set", "train.log_every=1"]
+    how = {"learning_rate": 1e-12, "warmup_steps": 0, "log_every": 1, "follow": "stop"}
+    slow = [part for name, value in how.items() for part in ("--set", f"train.{name}={value}")]
     shutil.copytree(folder / "root", folder / "ours")
     # Before the first step the learner is the root's own; saved, open_clip finds it by a name.
     store = Store(str(folder / "root"))

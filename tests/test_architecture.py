@@ -43,6 +43,7 @@ ROOMS = {
         "trace",
         "pictures",
         "export",
+        "travel",
         "search",
         "gc",
     ],
@@ -224,7 +225,7 @@ def test_the_command_line_has_these_verbs() -> None:
 
     functions = {command.name or command.callback.__name__: command.callback for command in app.registered_commands}
     assert " ".join(functions) == (
-        "init check round dedup train open-clip rounds show search report export reshard gc submit"
+        "init check round dedup train open-clip rounds embeddings show search report export reshard gc submit"
     )
     assert all(function.__doc__ for function in functions.values())
 

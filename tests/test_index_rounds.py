@@ -71,7 +71,5 @@ def test_a_pool_that_changed_is_one_line(world: Path, tmp_path: Path) -> None:
     run(world, tmp_path / "root", "tar", "index", path=str(tmp_path / "pool"))
     for path in (tmp_path / "pool").iterdir():
         path.unlink()
-    with pytest.raises(
-        UserError, match=r"\.tar: expected the file that the round was chosen from"
-    ):
+    with pytest.raises(UserError, match=r"\.tar: expected the file that the round was chosen from"):
         list(CuratedReader(str(tmp_path / "root")))
