@@ -56,7 +56,14 @@ def test_your_own_trainer(root: str) -> None:
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(("number", "ranks"), [(1, 2), (2, 1), (3, 1)], ids=["torchrun", "lightning", "transformers"])
+@pytest.mark.parametrize(
+    ("number", "ranks"),
+    [
+        pytest.param(1, 2, id="torchrun"),
+        pytest.param(2, 1, id="lightning", marks=pytest.mark.exhaustive),
+        pytest.param(3, 1, id="transformers", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_trainers_of_other_libraries(root: str, tmp_path: Path, number: int, ranks: int) -> None:
     code = example(number, root)
     assert len([line for line in code.splitlines() if line.strip()]) <= 31

@@ -33,7 +33,9 @@ def run(world: Path, root: Path, form: str, mode: str, **pool: Any) -> Manifest:
     return found[0]
 
 
-@pytest.mark.parametrize("form", ["parquet", "tar", "paths"])
+@pytest.mark.parametrize(
+    "form", ["tar", *(pytest.param(form, marks=pytest.mark.exhaustive) for form in ("parquet", "paths"))]
+)
 def test_the_reader_fetches_pictures_from_the_pool(world: Path, tmp_path: Path, form: str) -> None:
     whole = run(world, tmp_path / "copy", form, "copy")
     index = run(world, tmp_path / "index", form, "index")

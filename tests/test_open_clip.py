@@ -57,7 +57,14 @@ def copied(root: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize(("ranks", "loss", "parts"), [(2, "softmax", 1), (1, "sigmoid", 1), (1, "softmax", 2)])
+@pytest.mark.parametrize(
+    ("ranks", "loss", "parts"),
+    [
+        (2, "softmax", 1),
+        pytest.param(1, "sigmoid", 1, marks=pytest.mark.exhaustive),
+        pytest.param(1, "softmax", 2, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_its_losses_are_those_of_our_trainer(
     root: Path, model: str, tmp_path: Path, ranks: int, loss: str, parts: int
 ) -> None:

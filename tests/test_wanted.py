@@ -118,7 +118,10 @@ def chosen(root: Path, manifest: Manifest) -> pa.Table:
     return pa.concat_tables([pq.read_table(root / "rounds/r000000" / file.name) for file in manifest.files])
 
 
-@pytest.mark.parametrize("form", FORMATS[1:])
+@pytest.mark.parametrize(
+    "form",
+    ["tar beside parquet", "paths", *(pytest.param(form, marks=pytest.mark.exhaustive) for form in ("tar", "arrow"))],
+)
 def test_a_round_is_the_same_in_every_format(world: Path, tmp_path: Path, form: str) -> None:
     before = run(world, tmp_path / "parquet")
     found = run(world, tmp_path / form, form)
@@ -154,8 +157,9 @@ def test_rows_that_are_not_wanted_are_filtered(world: Path, tmp_path: Path) -> N
     assert FILTERED in json.dumps(explain_uid(store, red))
 
 
-@pytest.mark.parametrize("kind", ["halves", "texts"])
-@pytest.mark.parametrize("uid", ["key", None])
+@pytest.mark.parametrize(
+    ("kind", "uid"), [("texts", "key"), ("halves", None), pytest.param("halves", "key", marks=pytest.mark.exhaustive)]
+)
 def test_a_list_of_uids_keeps_a_subset(world: Path, tmp_path: Path, kind: str, uid: str | None) -> None:
     pool = pq.read_table(world / "parquet")
     shutil.copytree(world / "parquet", tmp_path / "pool")
