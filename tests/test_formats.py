@@ -324,6 +324,13 @@ def test_a_folder_of_pictures_with_a_table_that_names_them(tmp_path: Path, suffi
     assert pairs_of(pool) == [(jpeg(0), b"00"), (jpeg(1), b"01"), (None, b"02"), (jpeg(1), b"03")]
 
 
+def test_a_table_beside_a_pool_is_none_of_its_shards(tmp_path: Path) -> None:
+    pool_of_rows(tmp_path / "pool", range(3))
+    (tmp_path / "pool/metadata.csv").write_text("shard,rows\n0.parquet,3\n", encoding="utf-8")
+    pool = inventory(tmp_path / "pool")
+    assert (pool.rows, pool.ignored) == (3, (str(tmp_path / "pool/metadata.csv"),))
+
+
 def test_pictures_by_url_and_by_a_folder_of_their_own(tmp_path: Path, s3_root: str) -> None:
     Store(f"{s3_root}/pictures").put_bytes("a.jpg", jpeg(0))
     (tmp_path / "pool").mkdir()

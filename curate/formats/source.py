@@ -81,12 +81,17 @@ def format_of(path: str) -> str:
 def list_shards(url: str) -> tuple[list[FileInfo], list[str]]:
     """List the shards of one file, a folder (recursively) or a glob, and the paths passed over.
 
-    The Parquet file of a tar's name beside it is no shard but the tar's side-car.
+    The Parquet file of a tar's name beside it is no shard but the tar's side-car. A table that names pictures is one
+    only where no file holds any: beside such files it may say anything of them.
 
     Raises:
         UserError: as `storage.list_files`.
     """
-    return storage.list_files(url, taken=_is_shard, expected=EXPECTED, way_out=of_other_format)
+    found, ignored = storage.list_files(url, taken=_is_shard, expected=EXPECTED, way_out=of_other_format)
+    holding = [file for file in found if file.path.rpartition("/")[2] not in LISTINGS]
+    if not holding:
+        return found, ignored
+    return holding, sorted([*ignored, *(file.path for file in found if file not in holding)])
 
 
 def side_cars(files: Sequence[FileInfo]) -> dict[str, FileInfo]:
