@@ -8,6 +8,8 @@ import copy
 import json
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache
@@ -27,7 +29,8 @@ FOLDER = HOUSE / "jobs/kuberay"
 PAGE = HOUSE / "docs/cluster.md"
 SCHEMAS = HOUSE.parent / "shared/kuberay"
 KUBERAY = {"RayCluster", "RayCronJob", "RayJob"}
-FILES = sorted(path.name for path in FOLDER.glob("*.yaml"))
+BASE = "kustomization.yaml"
+FILES = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name != BASE)
 Manifest = dict[str, Any]
 
 
@@ -353,6 +356,19 @@ def test_every_secret_and_config_map_is_made_on_the_page() -> None:
 
 def test_every_manifest_is_used_on_the_page() -> None:
     assert [name for name in FILES if f"jobs/kuberay/{name}" not in "\n".join(page_commands())] == []
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, which has kustomize within")
+def test_the_base_takes_an_overlay(tmp_path: Path) -> None:
+    shutil.copytree(FOLDER, tmp_path / "base")
+    (tmp_path / BASE).write_text("resources: [base]\nimages: [{name: curate, newName: there/curate, newTag: '2'}]\n")
+    done = subprocess.run(["kubectl", "kustomize", str(tmp_path)], capture_output=True, text=True, check=True)
+    made = list(yaml.safe_load_all(done.stdout))
+    assert sorted(manifest["kind"] for manifest in made) == ["Deployment", "Job", "RayCluster"]
+    images = {container["image"] for manifest in made for container in containers(manifest)}
+    assert images == {"there/curate:2"}
+    (cluster,) = [manifest for manifest in made if manifest["kind"] == "RayCluster"]
+    assert mistakes(cluster) == []
 
 
 def test_every_command_of_ours_on_the_page_is_one() -> None:
