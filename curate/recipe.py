@@ -92,6 +92,17 @@ class EncoderSection(Section):
         return self.model if self.pretrained is None else f"{self.model}/{self.pretrained}"
 
 
+class LearnerSection(EncoderSection):
+    """The open_clip model that is trained, and its weights."""
+
+    scoring_resolution: int | None = Field(
+        None,
+        ge=1,
+        description="height and width of the pictures that rounds score it on, a multiple of its patches: fewer tokens "
+        "for approximate scores (Flexi-JEST), which want train.approximate_share; the model's own if not given",
+    )
+
+
 class EmbedSection(Section):
     """The forward pass."""
 
@@ -330,6 +341,13 @@ class TrainSection(Section):
         "does not fit one: 16 bytes a weight are divided, and weights are gathered in each pass",
     )
     compile: bool = Field(False, description="torch.compile the learner: faster steps after minutes of compiling")
+    approximate_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each batch's pictures that are seen at learner.scoring_resolution, so that the learner "
+        "learns to be scored there; the paper has 0.5",
+    )
     workers: int = Field(0, ge=0, description="decoding processes per rank, or threads with data = pool")
     follow: Literal["stop", "wait", "repeat"] = Field(
         "stop",
@@ -405,7 +423,7 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, description="every random draw derives from it")
     pool: PoolSection
     reference: EncoderSection | None = Field(None, description="the fixed model; needed by rounds, not by train")
-    learner: EncoderSection
+    learner: LearnerSection
     embed: EmbedSection = EmbedSection()
     dedup: DedupSection | None = Field(None, description="near-duplicates; exact ones alone leave if not given")
     selection: SelectionSection
@@ -414,6 +432,19 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection | None = Field(None, description="held-out set for `curate train`")
     schedule: ScheduleSection = ScheduleSection()
+
+    @field_validator("train")
+    @classmethod
+    def _smaller_pictures_have_a_size(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
+        learner = info.data.get("learner")
+        if train.approximate_share and learner is not None and learner.scoring_resolution is None:
+            raise PydanticCustomError(
+                "approximate_share",
+                "approximate_share = {share} needs learner.scoring_resolution, which is not given; add it, or leave "
+                "train.approximate_share out",
+                {"share": train.approximate_share},
+            )
+        return train
 
     def of_round(self) -> dict[str, Any]:
         """The fields that decide what a round contains, as stored in its plan and its manifest."""
@@ -426,6 +457,8 @@ class Recipe(Section):
                 del fields["pool"][name]
         if self.output.mode == "copy":
             del fields["output"]["mode"]  # likewise
+        if self.learner.scoring_resolution is None:
+            del fields["learner"]["scoring_resolution"]  # likewise
         del fields["pool"]["max_dropped_share"]  # when a round stops: one that was stopped goes on if it is raised
         if self.dedup is not None:
             del fields["dedup"]["max_dropped_share"]  # likewise

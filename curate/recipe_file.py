@@ -85,7 +85,7 @@ def _line(path: Path, details: ErrorDetails) -> str:
     known = _section(names[:-1]).model_fields
     found = "" if kind == "missing" or value is None or isinstance(value, dict) else f" = {value!r}"
     where = f"{path}: {name}{found}"
-    if kind in {"chunks", "window", "steps", "templates", "expanded"}:
+    if kind in {"chunks", "window", "steps", "templates", "expanded", "approximate_share"}:
         return f"{where}: {details['msg']}"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], known, n=1)

@@ -26,6 +26,7 @@ from curate.models.create import create_model
 from curate.models.encoder import check_storable, load_model
 from curate.models.learners import newest_learner, record_learner
 from curate.models.publish import first_learner
+from curate.models.resolution import check_resolution
 from curate.pipelines import progress
 from curate.pool.hive import folder_columns
 from curate.pool.inventory import take_inventory
@@ -318,6 +319,8 @@ def _check_learner(recipe: Recipe, base: Path, store: Store | None) -> TrainerMe
     if store and goes_on is not None:
         model, config, _ = load_model(store, goes_on, torch.device("cpu"))
         check_trainable(model, recipe)
+        if recipe.learner.scoring_resolution is not None:
+            check_resolution(model, recipe.learner.scoring_resolution)
         if trained or not needs_learner(recipe.selection):
             return _memory(model, config, recipe)  # the recipe's is not looked at
     model, config, _ = create_model(recipe.learner, role="learner", base=base, seed=recipe.seed)

@@ -19,9 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from curate.criteria import Loss
 from curate.errors import UserError
+from curate.jobs.approximate import Approximate
 from curate.jobs.contrastive import contrastive_loss
 from curate.jobs.ranks import Ranks
 from curate.jobs.sharding import by_layout, clip_gradient
+from curate.models.resolution import Pictures
 from curate.recipe import TrainSection
 
 LARGEST_LOG_SCALE = math.log(100)
@@ -73,9 +75,11 @@ class Trainee:
     """Largest norm of the gradient."""
     compiled: bool = False
     """Whether the model is compiled."""
+    approximate: Approximate | None = None
+    """Of batches of which a share is seen at a lower resolution; if None all is seen at the model's own."""
 
 
-def take_step(trainee: Trainee, pixels: Tensor, texts: Tensor, *, rate: float) -> tuple[float, float]:
+def take_step(trainee: Trainee, pixels: Tensor, texts: Tensor, *, rate: float, number: int = 0) -> tuple[float, float]:
     """Train the model on one batch, unless loss or gradient are not finite: then its weights stay as they are.
 
     Args:
@@ -83,6 +87,7 @@ def take_step(trainee: Trainee, pixels: Tensor, texts: Tensor, *, rate: float) -
         pixels: uint8 [b/W, H, W, 3], this rank's; on the CPU, best in pinned memory, or on the device.
         texts: [b/W, L], likewise.
         rate: of this step.
+        number: of the batch; decides which rows are seen at a lower resolution, where some are.
 
     Returns:
         Loss per example over all ranks, and the norm of its gradient before it was clipped.
@@ -93,12 +98,13 @@ def take_step(trainee: Trainee, pixels: Tensor, texts: Tensor, *, rate: float) -
     model.train()
     optimizer.zero_grad(set_to_none=True)
     parts = _micro_batches(len(pixels), trainee.micro_batch)
+    small = _small_rows(trainee, len(pixels), number)
     if len(parts) == 1:
-        value = _loss(trainee, *_embed(trainee, trainee.parallel, pixels, texts))
+        value = _loss(trainee, *_embed(trainee, trainee.parallel, pixels, texts, small))
         torch.autograd.backward(value)
     else:
         check_divisible(model, len(pixels), trainee.micro_batch)
-        value = _backward_in_parts(trainee, pixels, texts, parts)
+        value = _backward_in_parts(trainee, pixels, texts, small, parts)
     loss = trainee.ranks.mean(value)
     norm = clip_gradient(model, trainee.ranks, trainee.grad_clip)
     if math.isfinite(loss) and math.isfinite(norm):
@@ -134,12 +140,25 @@ def _micro_batches(rows: int, most: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
-def _embed(trainee: Trainee, forward: Any, pixels: Tensor, texts: Tensor) -> list[Tensor]:
-    """Both embeddings, float32 [n, D]; the scale, and the bias where it is trained."""
-    device = trainee.ranks.device
-    images = trainee.normalize(pixels.to(device, non_blocking=True))
+def _small_rows(trainee: Trainee, rows: int, number: int) -> Tensor:
+    """Which of this rank's rows of a batch are seen at a lower resolution, bool [b/W]."""
+    if trainee.approximate is None:
+        return torch.zeros(rows, dtype=torch.bool)
+    ranks = trainee.ranks
+    return trainee.approximate.rows(rows * ranks.world_size, number)[ranks.rank * rows : (ranks.rank + 1) * rows]
+
+
+def _embed(trainee: Trainee, forward: Any, pixels: Tensor, texts: Tensor, small: Tensor) -> list[Tensor]:
+    """Both embeddings, float32 [n, D], in the order of the rows; the scale, and the bias where it is trained."""
+    device, approximate = trainee.ranks.device, trainee.approximate
+    pixels = pixels.to(device, non_blocking=True)
+    if approximate is None:
+        images: Tensor | Pictures = trainee.normalize(pixels)
+        sees: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    else:
+        images, sees = approximate.pictures(pixels, small, trainee.normalize), approximate.model.installed()
     # A cache of weights in bf16 would hold all of them until the pass is over; each is used once in it.
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+    with sees, torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
         zimg, ztxt, scale, *bias = forward(images, texts.to(device, non_blocking=True))
     trained = getattr(trainee.model, "logit_bias", None) is not None and trainee.model.logit_bias.requires_grad
     return [zimg.float(), ztxt.float(), scale, *(bias if trained else ())]
@@ -149,14 +168,18 @@ def _loss(trainee: Trainee, zimg: Tensor, ztxt: Tensor, scale: Tensor, bias: Ten
     return contrastive_loss(zimg, ztxt, scale, bias, loss=trainee.loss, ranks=trainee.ranks)
 
 
-def _backward_in_parts(trainee: Trainee, pixels: Tensor, texts: Tensor, parts: Sequence[slice]) -> Tensor:
+def _backward_in_parts(
+    trainee: Trainee, pixels: Tensor, texts: Tensor, small: Tensor, parts: Sequence[slice]
+) -> Tensor:
     """The loss of a batch that is embedded in parts; its gradient is added to that of the weights."""
     draws, embedded = [], []
     # Compiled code draws its dropout in another order without a gradient than with one, so that it is run with one.
     with torch.set_grad_enabled(trainee.compiled):
         for part in parts:
             draws.append(_random_state(trainee.ranks.device))
-            embedded.append([each.detach() for each in _embed(trainee, trainee.model, pixels[part], texts[part])])
+            embedded.append(
+                [each.detach() for each in _embed(trainee, trainee.model, pixels[part], texts[part], small[part])]
+            )
     zimg, ztxt = (torch.cat([each[side] for each in embedded]).requires_grad_() for side in (0, 1))
     scalars = embedded[0][2:]
     for scalar in scalars:
@@ -171,7 +194,7 @@ def _backward_in_parts(trainee: Trainee, pixels: Tensor, texts: Tensor, parts: S
         # part sends its own: the sum would be a gradient of the whole model on each rank, a quarter of what is saved.
         once = isinstance(trainee.parallel, DistributedDataParallel) and not last
         with trainee.parallel.no_sync() if once else contextlib.nullcontext():
-            found = _embed(trainee, trainee.parallel, pixels[part], texts[part])
+            found = _embed(trainee, trainee.parallel, pixels[part], texts[part], small[part])
             grads = [by_zimg[part], by_ztxt[part], *(by_scalars if last else ())]
             torch.autograd.backward(found[: len(grads)], grads)
     return value

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from curate.errors import CommitConflictError, UserError
+from curate.jobs.approximate import approximate_of
 from curate.jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
 from curate.jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
 from curate.jobs.ranks import Ranks, join_ranks
@@ -193,6 +194,7 @@ class _Training:
             micro_batch=settings.micro_batch,
             grad_clip=settings.grad_clip,
             compiled=settings.compile,
+            approximate=approximate_of(self.model, self.recipe),
         )
 
     # --- which batches ---------------------------------------------------------------------------------------------
@@ -274,7 +276,7 @@ class _Training:
         # What a step draws (dropout, say) depends on nothing before it, so that a resumed one draws the same.
         torch.manual_seed(derive_seed(self.recipe.seed, "step", step, self.ranks.rank))
         rate = learning_rate(step, settings)
-        loss, norm = take_step(self.trainee, batch.images, batch.texts, rate=rate)
+        loss, norm = take_step(self.trainee, batch.images, batch.texts, rate=rate, number=batch.number)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(
                 f"step {step}: the loss is {loss} and its gradient's norm {norm}; the newest learner stays "

@@ -24,7 +24,7 @@ ROOMS = {
         *("images", "column_types", "hive", "columns", "derived", "wanted"),
         *("shards", "inventory", "img2dataset", "reshard"),
     ],
-    "models": ["spec", "hub", "weights", "create", "crop", "causal", "encoder", "learners", "publish"],
+    "models": ["spec", "hub", "weights", "resolution", "create", "crop", "causal", "encoder", "learners", "publish"],
     # the steps of a round, each after the files that it exchanges with others
     "embed": ["decode", "files", "room", "pieces", "loader", "shard", "run"],
     "dedup": ["files", "grouping", "forests", "neighbours"],
@@ -62,6 +62,7 @@ ONLY_IN = {
         "curate/models/create.py",
         "curate/models/causal.py",
         "curate/models/publish.py",
+        "curate/models/resolution.py",
         "jobs/optimize.py",
     ],
     "fsspec": ["curate/access.py", "curate/storage.py"],

@@ -16,8 +16,9 @@ from open_clip.factory import HF_HUB_PREFIX, LOCAL_DIR_PREFIX, _find_checkpoint_
 from curate.errors import UserError
 from curate.messages import one_line
 from curate.models.hub import hub_if_it_answers, without_hub
+from curate.models.resolution import check_resolution
 from curate.models.weights import bare_weights
-from curate.recipe import EncoderSection
+from curate.recipe import EncoderSection, LearnerSection
 from curate.seeds import derive_seed
 
 CONFIG_NAME = "open_clip_config.json"
@@ -36,7 +37,7 @@ def create_model(section: EncoderSection, *, role: str, base: Path, seed: int) -
 
     Raises:
         UserError: unknown model or tag, weights that are missing, do not fit, an untrusted pickle, a hub that does not
-            answer.
+            answer; a learner that cannot be scored at the size that the recipe names.
     """
     name, folder = section.model, None
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,6 +83,8 @@ def create_model(section: EncoderSection, *, role: str, base: Path, seed: int) -
                 raise
             except Exception as error:  # a wrong configuration or checkpoint raises whatever open_clip and torch like
                 raise _cannot_load(error, section, role, needs, silent) from error
+    if isinstance(section, LearnerSection) and section.scoring_resolution is not None:
+        check_resolution(model, section.scoring_resolution)
     return model, config, tokenizer
 
 

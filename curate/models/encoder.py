@@ -29,6 +29,7 @@ from curate.models.causal import CausalTexts
 from curate.models.create import CONFIG_NAME, OpenClip, create_model, open_folder
 from curate.models.crop import Crop
 from curate.models.hub import without_hub
+from curate.models.resolution import set_resolution
 from curate.models.spec import WEIGHTS_NAME, EncoderSpec
 from curate.recipe import DeviceType, EncoderSection, Precision
 from curate.storage import Store
@@ -42,11 +43,14 @@ class Encoder:
 
     Args:
         spec: names the model.
-        model: of open_clip; it is put into evaluation mode.
+        model: of open_clip, of its own size; it is put into evaluation mode, and made one of the pictures of `spec`.
         tokenizer: the model's own.
         device: where the model lies.
         compile_for: pictures of a batch for which `torch.compile` makes the image tower, once: smaller batches are
             filled up with blank ones. Not compiled if None. (Text towers see batches of many shapes, and compute less.)
+
+    Raises:
+        UserError: the model cannot embed pictures of the size that `spec` names.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Encoder:
     ) -> None:
         self.spec = spec
         self.device = device
+        if spec.image_size is not None:
+            set_resolution(model, spec.image_size)
         # bf16 as weights, and not by autocast, which casts them anew in each batch: an H200 embeds 1.5 times as many
         # pictures a second with ViT-B/16, and cosines to float32 are the same.
         self._dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
@@ -134,7 +140,7 @@ class Encoder:
 
 
 def load_encoder(store: Store, spec: EncoderSpec, device: torch.device, *, compile_for: int | None = None) -> Encoder:
-    """Load a model from the root to embed with; raises as `load_model`."""
+    """Load a model from the root to embed with; raises as `load_model` and `Encoder`."""
     model, _, tokenizer = load_model(store, spec, device)
     return Encoder(spec, model, tokenizer, device, compile_for=compile_for)
 

@@ -11,7 +11,8 @@ from curate.errors import CommitConflictError, UserError
 from curate.messages import one_line
 from curate.models.encoder import load_model, store_encoder, store_model
 from curate.models.learners import LearnerCheckpoint, learner_name, newest_learner, read_learner, record_learner
-from curate.recipe import DeviceType, EncoderSection, Precision
+from curate.models.resolution import check_resolution
+from curate.recipe import DeviceType, LearnerSection, Precision
 from curate.storage import Store
 
 
@@ -68,15 +69,18 @@ def publish_learner(
 
 
 def first_learner(
-    store: Store, section: EncoderSection, *, base: Path, seed: int, device_type: DeviceType = "cpu"
+    store: Store, section: LearnerSection, *, base: Path, seed: int, device_type: DeviceType = "cpu"
 ) -> LearnerCheckpoint:
     """The newest learner; where there is none, the recipe's own model is published as number 0.
 
     Raises:
-        UserError: as `store_encoder`; or the root began with another learner than the recipe names.
+        UserError: as `store_encoder`; or the root began with another learner than the recipe names; or with one that
+            cannot be scored at the size that the recipe names.
     """
     newest = newest_learner(store)
     if newest is not None and newest.step:
+        if section.scoring_resolution is not None:  # once here, or each worker would find it out
+            check_resolution(load_model(store, newest.encoder, torch.device("cpu"))[0], section.scoring_resolution)
         return newest
     encoder = store_encoder(store, section, role="learner", base=base, seed=seed, device_type=device_type)
     if newest is None:

@@ -27,11 +27,18 @@ class EncoderSpec:
     exact_pixels: bool = True
     """Whether it scores the pixels of open_clip's transform to the last bit; of a learner's record the recipe of the
     round that scores with it says so, not the record."""
+    image_size: int | None = None
+    """Height and width of the pictures that it scores, where they are smaller than the model's own; of a learner's
+    record likewise the recipe says so."""
 
     @property
     def sha(self) -> str:
         """Names the embeddings: the same weights in another precision, or of other pixels, embed differently."""
-        ways = (*((self.precision,) if self.precision != "fp32" else ()), *(() if self.exact_pixels else ("fast",)))
+        ways = (
+            *((self.precision,) if self.precision != "fp32" else ()),
+            *(() if self.exact_pixels else ("fast",)),
+            *(() if self.image_size is None else (f"{self.image_size}px",)),
+        )
         return "-".join((self.model, *ways))
 
     @property
@@ -44,4 +51,6 @@ class EncoderSpec:
         record = asdict(self)
         if self.exact_pixels:
             del record["exact_pixels"]  # records of before there was a choice
+        if self.image_size is None:
+            del record["image_size"]  # likewise
         return record

@@ -211,8 +211,11 @@ def reference_as_scored(store: Store, spec: EncoderSpec, recipe: Recipe) -> Enco
 
 
 def learner_as_scored(learner: EncoderSpec, recipe: Recipe) -> EncoderSpec:
-    """The learner on the recipe's pixels, in the precision that it names, else in that which it was published with."""
-    learner = replace(learner, exact_pixels=recipe.embed.exact_pixels)
+    """The learner on the recipe's pixels, at the size and in the precision that it names.
+
+    Without these it is scored at its own size, and in the precision which it was published with.
+    """
+    learner = replace(learner, exact_pixels=recipe.embed.exact_pixels, image_size=recipe.learner.scoring_resolution)
     precision = recipe.learner.precision
     return learner if precision == "auto" else replace(learner, precision=precision)
 
