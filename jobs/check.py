@@ -338,9 +338,10 @@ def _memory(model: torch.nn.Module, config: dict[str, Any], recipe: Recipe) -> T
     b = recipe.selection.sub_batch_size
     device_type: DeviceType = "cuda" if torch.cuda.is_available() else "cpu"  # as the trainer chooses
     rows = b // stated_ranks(b, recipe.train)
+    smaller = recipe.learner.scoring_resolution if recipe.train.approximate_share else None
     how = {"rows": rows, "batch": b, "embed_dim": config["embed_dim"], "device_type": device_type}
     with contextlib.suppress(RuntimeError):
-        return trainer_memory(model, settings=recipe.train, **how)
+        return trainer_memory(model, settings=recipe.train, smaller=smaller, **how)
     return None
 
 

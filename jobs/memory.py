@@ -1,5 +1,6 @@
 """What one rank of the trainer holds in memory, known before it is trained."""
 
+import contextlib
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from curate.jobs.contrastive import TILE_LOGITS, TILES_HELD
 from curate.jobs.sharding import blocks_of
 from curate.messages import counted
 from curate.models.encoder import image_size_of
+from curate.models.resolution import TwoResolutions
 from curate.reader.pieces import PIECE_ROWS
 from curate.recipe import DeviceType, TrainSection
 
@@ -86,7 +88,14 @@ def stated_ranks(batch: int, settings: TrainSection) -> int:
 
 
 def trainer_memory(
-    model: Any, *, rows: int, batch: int, embed_dim: int, settings: TrainSection, device_type: DeviceType
+    model: Any,
+    *,
+    rows: int,
+    batch: int,
+    embed_dim: int,
+    settings: TrainSection,
+    device_type: DeviceType,
+    smaller: int | None = None,
 ) -> TrainerMemory:
     """What training holds, from shapes alone: nothing is computed.
 
@@ -97,6 +106,7 @@ def trainer_memory(
         embed_dim: D.
         settings: the recipe's.
         device_type: what it trains on: a GPU computes in bf16.
+        smaller: height and width at which `approximate_share` of the pictures are seen; needed where it is not 0.
 
     Raises:
         RuntimeError: the forward pass depends on values, so that shapes do not tell.
@@ -110,18 +120,18 @@ def trainer_memory(
     times = 5 if ranks > 1 and not sharded else 4
     weights = sum(weight.nbytes * (times if weight.requires_grad else 1) for weight in model.parameters())
     height, width = image_size_of(model)
-    pixels = (min(rows, settings.micro_batch), 3, height, width)
+    micro_batch = min(rows, settings.micro_batch)
     row_bytes = height * width * 3 + 8 * model.context_length
     return TrainerMemory(
         weights=-(-weights // ranks) if sharded else weights,
         gathered=_gathered_bytes(model) if sharded else 0,
-        activations=_peak_bytes(model, pixels, model.context_length, bf16=device_type == "cuda"),
+        activations=_peak_bytes(model, micro_batch, settings.approximate_share, smaller, bf16=device_type == "cuda"),
         # Of both towers: this rank's, their parts and gradients; of one tower at a time: the whole batch's, and theirs.
         loss=4 * embed_dim * (6 * rows + 2 * batch) + 4 * TILES_HELD * min(rows * batch, max(TILE_LOGITS, batch)),
         batches=(2 if settings.workers else 1) * rows * row_bytes,
         loaders=settings.workers * PREFETCHED * PIECE_ROWS * row_bytes if settings.data == "rounds" else 0,
         device_type=device_type,
-        micro_batch=pixels[0],
+        micro_batch=micro_batch,
         rows=rows,
         ranks=ranks,
     )
@@ -140,7 +150,7 @@ def _gathered_bytes(model: Any) -> int:
     return 2 * root + 4 * max(blocks, default=0)
 
 
-def _peak_bytes(model: Any, pixels: tuple[int, ...], context_length: int, *, bf16: bool) -> int:
+def _peak_bytes(model: Any, rows: int, share: float, smaller: int | None, *, bf16: bool) -> int:
     """Most bytes that a forward and backward pass holds at once, beside the weights and their gradients."""
     # Without a GPU, fake tensors pretend that there is one. Autograd counts devices at its first backward pass: were
     # that one of theirs, it would start threads for a GPU, and processes forked later could not differentiate.
@@ -152,9 +162,12 @@ def _peak_bytes(model: Any, pixels: tuple[int, ...], context_length: int, *, bf1
         for weight in state.values():
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
-        texts = torch.zeros(pixels[0], context_length, dtype=torch.int64)
-        with _Live(state.values()) as live:
-            images = torch.zeros(pixels)
+        texts = torch.zeros(rows, model.context_length, dtype=torch.int64)
+        small = 0 if smaller is None else round(rows * share)
+        sees = contextlib.nullcontext() if smaller is None else TwoResolutions(model, smaller).installed()
+        with _Live(state.values()) as live, sees:
+            whole = torch.zeros(rows - small, 3, *image_size_of(model))
+            images = whole if smaller is None else (whole, torch.zeros(small, 3, smaller, smaller), torch.arange(rows))
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
                 zimg, ztxt, *_ = functional_call(model, state, (images, texts))
             torch.autograd.backward(zimg.float().sum() + ztxt.float().sum())

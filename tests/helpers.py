@@ -17,7 +17,7 @@ from curate.models.spec import EncoderSpec
 from curate.pool.columns import Columns
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes
-from curate.recipe import EncoderSection, PoolSection
+from curate.recipe import LearnerSection, PoolSection
 from curate.rounds.manifest import Manifest, commit, read_manifest, round_folder
 from curate.rounds.write import chosen_rows, curated_schema, write_curated
 from curate.select.files import SELECTED_SCHEMA
@@ -39,11 +39,11 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (config | changes).items() if value is not None}
 
 
-def write_tiny(folder: Path, name: str = "tiny.json", **changes: Any) -> EncoderSection:
+def write_tiny(folder: Path, name: str = "tiny.json", **changes: Any) -> LearnerSection:
     """Write a tiny configuration; returns the section that names it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(json.dumps(tiny_config(**changes)))
-    return EncoderSection(model=name)
+    return LearnerSection(model=name)
 
 
 def tiny_encoder(store: Store, folder: Path, *, seed: int = 0, **changes: Any) -> EncoderSpec:

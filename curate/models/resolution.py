@@ -187,7 +187,7 @@ def _unsized(visual: Any) -> Any:
     tower = copy.copy(visual)
     if isinstance(visual, TimmModel):
         trunk, patches = copy.copy(visual.trunk), copy.copy(visual.trunk.patch_embed)
-        patches.strict_img_size = False
+        patches.strict_img_size, patches.flatten, trunk.dynamic_img_size = False, True, False
         trunk._modules = trunk._modules | {"patch_embed": patches}
         tower._modules = tower._modules | {"trunk": trunk}
     return tower
