@@ -20,7 +20,6 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional
 
 from curate.models.resolution import Pictures, TwoResolutions
-from curate.recipe import Recipe
 from curate.seeds import derive_seed
 
 
@@ -52,16 +51,21 @@ class Approximate:
         return normalize(pixels[whole]), normalize(downscaled(pixels[small], self.model.size)), places
 
 
-def approximate_of(model: Any, recipe: Recipe) -> Approximate | None:
-    """How a recipe's learner sees its batches; None if all at its own resolution.
+def approximate_of(model: Any, size: int | None, share: float, *, seed: int) -> Approximate | None:
+    """How a learner sees its batches; None if all at its own resolution.
+
+    Args:
+        model: open_clip's.
+        size: the recipe's `learner.scoring_resolution`.
+        share: its `train.approximate_share`, 0 unless there is a size.
+        seed: its own.
 
     Raises:
-        UserError: the model cannot embed pictures of `learner.scoring_resolution`.
+        UserError: the model cannot embed pictures of that size.
     """
-    size, share = recipe.learner.scoring_resolution, recipe.train.approximate_share
     if size is None or not share:
         return None
-    return Approximate(model=TwoResolutions(model, size), share=share, seed=recipe.seed)
+    return Approximate(model=TwoResolutions(model, size), share=share, seed=seed)
 
 
 def approximate_rows(batch: int, share: float, *, seed: int, number: int) -> Tensor:

@@ -194,7 +194,9 @@ class _Training:
             micro_batch=settings.micro_batch,
             grad_clip=settings.grad_clip,
             compiled=settings.compile,
-            approximate=approximate_of(self.model, self.recipe),
+            approximate=approximate_of(
+                self.model, self.recipe.learner.scoring_resolution, settings.approximate_share, seed=self.recipe.seed
+            ),
         )
 
     # --- which batches ---------------------------------------------------------------------------------------------

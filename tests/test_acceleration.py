@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.acceleration import loop as loop_module
 from benchmarks.acceleration import study
 from benchmarks.acceleration.config import PlanSection, load_study
-from benchmarks.acceleration.flops import forward_flops
+from benchmarks.acceleration.flops import forward_flops, spent_flops
 from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
 from benchmarks.acceleration.paid import saved, table
 from benchmarks.acceleration.report import interval, ratio_text, reached, smoothed, summarise
@@ -27,10 +28,11 @@ from curate.jobs.train import train
 from curate.models.create import create_model
 from curate.models.encoder import load_encoder
 from curate.models.learners import read_learner
+from curate.models.resolution import set_resolution
 from curate.models.spec import EncoderSpec
 from curate.pipelines.round import run_round
 from curate.reader.curated import CuratedReader
-from curate.recipe import EncoderSection, Recipe
+from curate.recipe import EncoderSection, Recipe, SelectionSection
 from curate.rounds.manifest import read_manifest
 from curate.select.draw import Scale
 from curate.storage import Store
@@ -44,7 +46,10 @@ ROUNDS, SUPER_BATCHES, b = 3, 6, 8
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.timeout(240)
 @pytest.mark.exhaustive
-def test_the_loop_in_one_process_trains_on_the_batches_that_the_product_chooses(tmp_path: Path):
+@pytest.mark.parametrize(("smaller", "share"), [(None, 0.0), (16, 0.5)])
+def test_the_loop_in_one_process_trains_on_the_batches_that_the_product_chooses(
+    tmp_path: Path, smaller: int | None, share: float
+):
     """Same rows in the same order and the same losses, while both learners learn from what they chose."""
     make_set(
         SetSection(source="drawn", rows=240, swapped_share=0.3, held_out_rows=8), tmp_path / "set", seed=3, data=None
@@ -57,7 +62,7 @@ def test_the_loop_in_one_process_trains_on_the_batches_that_the_product_chooses(
             "seed": 5,
             "pool": {"path": str(tmp_path / "set" / "pool"), "uid": "key"},
             "reference": {"model": "reference.json"},
-            "learner": {"model": "learner.json"},
+            "learner": {"model": "learner.json", "scoring_resolution": smaller},
             # All candidates are walked in each round, so that both embed the same rows in the same forward passes.
             "selection": {
                 "sub_batch_size": b,
@@ -66,7 +71,7 @@ def test_the_loop_in_one_process_trains_on_the_batches_that_the_product_chooses(
                 "filter_ratio": 0.8,
                 "criterion": "learnability",
             },
-            "train": {"learning_rate": 3e-3, "warmup_steps": 2},
+            "train": {"learning_rate": 3e-3, "warmup_steps": 2, "approximate_share": share},
             "resources": {"workers": 1},
         }
     )
@@ -90,7 +95,12 @@ def test_the_loop_in_one_process_trains_on_the_batches_that_the_product_chooses(
             vectors=embed(reference, pool, np.arange(len(pool))),
             scale=Scale(logit_scale=reference.spec.logit_scale, logit_bias=reference.spec.logit_bias),
         ),
-        ArmSection(selection=recipe.selection, round_steps=SUPER_BATCHES),
+        ArmSection(
+            selection=recipe.selection,
+            round_steps=SUPER_BATCHES,
+            scoring_resolution=smaller,
+            approximate_share=share,
+        ),
         recipe.train,
         rows=np.arange(len(pool)),
         seed=recipe.seed,
@@ -137,9 +147,14 @@ shuffled = true
 [arms.auto]
 selection = { criterion = "auto" }
 round_steps = 4
+[arms.approximate]
+selection = { criterion = "learnability" }
+scoring_resolution = 12
+approximate_share = 0.25
+round_steps = 4
 [[plans]]
 set = "drawn"
-arms = ["learnability", "auto"]
+arms = ["learnability", "auto", "approximate"]
 steps = 12
 seeds = [1]
 pool_seed = 3
@@ -287,7 +302,7 @@ def test_ratios_pair_each_seed_with_its_own_uniform_run():
         summarise(plan, runs[2:])
 
 
-@pytest.mark.parametrize("name", ["quick.toml", "search.toml", "study.toml", "gpu.toml"])
+@pytest.mark.parametrize("name", ["quick.toml", "search.toml", "study.toml", "gpu.toml", "flexi.toml"])
 def test_studies_are_sound_and_know_their_arms_and_sets(name: str):
     found = load_study(HERE / name)
     for plan in found.plans:
@@ -298,14 +313,37 @@ def test_studies_are_sound_and_know_their_arms_and_sets(name: str):
     assert found.arms["uniform"].selection.super_batch_size == found.arms["uniform"].selection.sub_batch_size
 
 
-@pytest.mark.parametrize("name", ["small-clip.json", "gpu-clip.json"])
-def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str):
+@pytest.mark.parametrize(
+    ("name", "smaller"), [("small-clip.json", None), ("gpu-clip.json", None), ("gpu-clip.json", 32)]
+)
+def test_operations_of_a_forward_pass_are_those_that_torch_counts(name: str, smaller: int | None):
     config = json.loads((HERE / name).read_text())
     model, _, tokenizer = create_model(EncoderSection(model=name), role="learner", base=HERE, seed=0)
-    side = config["vision_cfg"]["image_size"]
+    if smaller is not None:
+        set_resolution(model, smaller)
+    side = smaller or config["vision_cfg"]["image_size"]
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, side, side), tokenizer(["a red circle"]))
-    assert forward_flops(config) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert forward_flops(config, smaller) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_operations_of_two_resolutions_are_the_papers_account():
+    config = json.loads((HERE / "gpu-clip.json").read_text())
+    F = forward_flops(config)
+    A = forward_flops(config, 32) / F
+    steps = {"trained": 1000, "scored": 5000}  # f = 0.8
+    plain = spent_flops(config, trained=1000, trained_smaller=0, scored=0, smaller=None)
+    full = spent_flops(config, **steps, trained_smaller=0, smaller=None)
+    flexi = spent_flops(config, **steps, trained_smaller=500, smaller=32)
+    assert plain == 1000 * 3 * F
+    assert full / plain == pytest.approx(8 / 3)  # of which the paper's 7/3 leaves out the pass that training shares
+    assert flexi == pytest.approx(1000 * (3 * F * (0.5 + 0.5 * A) + A * F * 5))
+    assert flexi < full
+
+
+def test_an_arm_with_a_share_wants_a_size():
+    with pytest.raises(ValidationError, match="needs scoring_resolution"):
+        ArmSection(selection=SelectionSection(sub_batch_size=16), approximate_share=0.5)
 
 
 def test_what_is_saved_shrinks_with_what_the_reference_costs() -> None:

@@ -16,8 +16,15 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-import jobs.train
+import curate.jobs.train
 from curate.errors import UserError
+from curate.jobs.approximate import Approximate, approximate_rows, downscaled
+from curate.jobs.check import check_recipe
+from curate.jobs.memory import trainer_memory
+from curate.jobs.optimize import Trainee
+from curate.jobs.ranks import Ranks
+from curate.jobs.sharding import compile_model, whole_tensor
+from curate.jobs.train import train
 from curate.models.create import CONFIG_NAME, create_model
 from curate.models.encoder import load_encoder, load_model
 from curate.models.learners import newest_learner, record_learner
@@ -27,13 +34,6 @@ from curate.recipe import LearnerSection, Recipe, TrainSection
 from curate.recipe_file import load_recipe
 from curate.rounds.plan import Plan, pin_plan
 from curate.storage import Store
-from jobs.approximate import Approximate, approximate_rows, downscaled
-from jobs.check import check_recipe
-from jobs.memory import trainer_memory
-from jobs.optimize import Trainee
-from jobs.ranks import Ranks
-from jobs.sharding import compile_model, whole_tensor
-from jobs.train import train
 from tests.helpers import CPU, commit_rounds, drawn_pool, tiny_config, tiny_encoder, write_tiny
 from tests.test_train_ranks import finish, start
 from tests.test_train_step import LOSSES, batch_of, gradients, literal, on_ranks, trainee_of
@@ -372,7 +372,7 @@ def test_a_resumed_run_sees_the_same_rows_smaller(
 ) -> None:
     whole = train(committed(recipe(tmp_path, "whole")), base=tmp_path)
     killed = committed(recipe(tmp_path, "killed"))
-    real = jobs.train.take_step
+    real = curate.jobs.train.take_step
 
     def dying(*batch: Any, number: int, **how: Any) -> tuple[float, float]:
         if number == 7:
@@ -382,6 +382,7 @@ def test_a_resumed_run_sees_the_same_rows_smaller(
     with monkeypatch.context() as patch:
         patch.setattr(jobs.train, "take_step", dying)
         patch.setattr(curate.jobs.train, "take_step", dying)
+        patch.setattr(curate.curate.jobs.train, "take_step", dying)
         with pytest.raises(KeyboardInterrupt):
             train(killed, base=tmp_path)
     rest = train(killed, base=tmp_path)

@@ -9,18 +9,20 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from benchmarks.acceleration.sets import Pairs
 from benchmarks.acceleration.variants import draw_by_scores, super_batch_losses
 from curate.errors import UserError
+from curate.jobs.approximate import approximate_of, downscaled
 from curate.jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
 from curate.jobs.ranks import Ranks
 from curate.models.encoder import Encoder
@@ -63,6 +65,15 @@ class ArmSection(Section):
     )
     shuffled: bool = Field(False, description="the rows of a round are dealt anew to its batches")
     uniform_share: float = Field(0.0, ge=0, lt=1, description="share of batches that are drawn uniformly")
+    scoring_resolution: int | None = Field(None, ge=1, description="as learner.scoring_resolution of a recipe")
+    approximate_share: float = Field(0.0, ge=0, lt=1, description="as train.approximate_share of a recipe")
+
+    @field_validator("approximate_share")
+    @classmethod
+    def _smaller_pictures_have_a_size(cls, share: float, info: ValidationInfo) -> float:
+        if share and info.data.get("scoring_resolution") is None:
+            raise PydanticCustomError("approximate_share", "needs scoring_resolution; add it")
+        return share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +89,8 @@ class Account:
     """What a run has cost so far."""
 
     trained: int = 0
+    trained_smaller: int = 0
+    """Those of them that were seen at the lower resolution."""
     learner_scored: int = 0
     candidates: int = 0
     """Rows of all super-batches."""
@@ -143,6 +156,7 @@ class Loop:
             normalize=Encoder(spec, copy.deepcopy(learner), tokenizer, device).normalize,
             micro_batch=training.micro_batch,
             grad_clip=training.grad_clip,
+            approximate=approximate_of(learner, arm.scoring_resolution, arm.approximate_share, seed=seed),
         )
 
     def batches(self) -> Iterator[npt.NDArray[np.int64]]:
@@ -228,11 +242,14 @@ class Loop:
             self._pixels(self.pairs, rows),
             self._texts(self.pairs, rows),
             rate=learning_rate(self.step, self.training),
+            number=self.step - 1,
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise UserError(f"step {self.step}: the loss is {loss}, its gradient's norm {norm}; lower learning_rate")
         account = self.account
         account.trained += len(rows)
+        if self.trainee.approximate is not None:
+            account.trained_smaller += int(self.trainee.approximate.rows(len(rows), self.step - 1).sum())
         account.kinds.update(self.pairs.kind[rows].tolist())
         account.seen.update(rows.tolist())
         account.train_s += time.perf_counter() - begun
@@ -256,7 +273,8 @@ class Loop:
 
     def _score(self, rows: npt.NDArray[np.int64]) -> None:
         begun = time.perf_counter()
-        encoder = Encoder(self.spec, copy.deepcopy(self.model), self.tokenizer, self.device)
+        spec = replace(self.spec, image_size=self.arm.scoring_resolution)
+        encoder = Encoder(spec, copy.deepcopy(self.model), self.tokenizer, self.device)
         N, D = len(self.pairs), self.spec.embed_dim
         if self.own is None:
             self.own = np.full((N, D), np.nan, np.float16), np.full((N, D), np.nan, np.float16)
@@ -313,11 +331,16 @@ class Loop:
 
 
 def embed(encoder: Encoder, pairs: Pairs, rows: npt.NDArray[np.int64]) -> tuple[Vectors, Vectors]:
-    """Unit rows of both towers, float16 [len(rows), D], as an embedding file holds them."""
+    """Unit rows of both towers, float16 [len(rows), D], as an embedding file holds them.
+
+    An encoder of smaller pictures sees those of the set downscaled; a round crops the files anew.
+    """
     z = np.zeros((2, len(rows), encoder.spec.embed_dim), np.float16)
     for start in range(0, len(rows), EMBED_BATCH):
         at = rows[start : start + EMBED_BATCH]
         pixels, texts = torch.from_numpy(np.asarray(pairs.pixels[at])), torch.from_numpy(np.asarray(pairs.texts[at]))
+        if pixels.shape[1:3] != encoder.image_size:
+            pixels = downscaled(pixels, encoder.image_size[0])
         for tower, found in zip(z, encoder.encode(pixels, texts.long()), strict=True):
             tower[start : start + len(at)] = found.cpu().numpy()
     return z[0], z[1]

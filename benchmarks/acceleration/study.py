@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.acceleration.config import UNIFORM, PlanSection, StudySection, load_study
-from benchmarks.acceleration.flops import forward_flops
+from benchmarks.acceleration.flops import forward_flops, spent_flops
 from benchmarks.acceleration.loop import ArmSection, Loop, Reference, embed
 from benchmarks.acceleration.report import write_report
 from benchmarks.acceleration.sets import WANTED, Pairs, load_pairs, make_set
@@ -197,7 +197,7 @@ def run(job: Job) -> None:
     loop = _loop(job, arm, pool)
     if job.warm_path is not None:
         loop.model.load_state_dict(torch.load(job.warm_path))
-    forward = forward_flops(json.loads((HERE / job.study.model).read_text()))
+    config = json.loads((HERE / job.study.model).read_text())
     curve: list[dict[str, Any]] = []
 
     def evaluate(step: int) -> None:
@@ -208,7 +208,13 @@ def run(job: Job) -> None:
                     "step": step,
                     "examples": cost.trained,
                     "unique": len(cost.seen),
-                    "flops": forward * (3 * cost.trained + cost.learner_scored),
+                    "flops": spent_flops(
+                        config,
+                        trained=cost.trained,
+                        trained_smaller=cost.trained_smaller,
+                        scored=cost.learner_scored,
+                        smaller=arm.scoring_resolution,
+                    ),
                     "wall_s": cost.train_s + cost.score_s + cost.select_s,
                     **loop.retrieve(parts["held-out"]),
                 }
@@ -229,7 +235,7 @@ def run(job: Job) -> None:
         "candidates": cost.candidates,
         "learner_scored": cost.learner_scored,
         "decided": dict(sorted(cost.decided.items())),
-        "reference_flops": forward * len(pool) if reference_is_read(arm) else 0.0,
+        "reference_flops": forward_flops(config) * len(pool) if reference_is_read(arm) else 0.0,
         "train_s": cost.train_s,
         "score_s": cost.score_s,
         "select_s": cost.select_s,
