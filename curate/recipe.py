@@ -98,8 +98,8 @@ class LearnerSection(EncoderSection):
     scoring_resolution: int | None = Field(
         None,
         ge=1,
-        description="height and width of the pictures that rounds score it on, a multiple of its patches: fewer tokens "
-        "for approximate scores (Flexi-JEST), which want train.approximate_share; the model's own if not given",
+        description="height and width of the pictures that rounds score it on, for approximate scores of fewer tokens "
+        "(Flexi-JEST), which want train.approximate_share; a multiple of its patches, or its own if not given",
     )
 
 
@@ -342,11 +342,7 @@ class TrainSection(Section):
     )
     compile: bool = Field(False, description="torch.compile the learner: faster steps after minutes of compiling")
     approximate_share: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="share of each batch's pictures that are seen at learner.scoring_resolution, so that the learner "
-        "learns to be scored there; the paper has 0.5",
+        0.0, ge=0, lt=1, description="share of each batch that is seen at learner.scoring_resolution; the paper has 0.5"
     )
     workers: int = Field(0, ge=0, description="decoding processes per rank, or threads with data = pool")
     follow: Literal["stop", "wait", "repeat"] = Field(
@@ -440,8 +436,7 @@ class Recipe(Section):
         if train.approximate_share and learner is not None and learner.scoring_resolution is None:
             raise PydanticCustomError(
                 "approximate_share",
-                "approximate_share = {share} needs learner.scoring_resolution, which is not given; add it, or leave "
-                "train.approximate_share out",
+                "approximate_share = {share} needs learner.scoring_resolution; add it, or leave the share out",
                 {"share": train.approximate_share},
             )
         return train
