@@ -15,6 +15,7 @@ from curate.recipe_types import LocalPath, Paths, Section, expanding
 Precision = Literal["fp32", "bf16"]
 DeviceType = Literal["cuda", "cpu"]
 BadShardPolicy = Literal["fail", "skip"]
+NEWER = ["pool.images", "pool.caption_seed", "pool.where", "pool.keep", "output.mode", "learner.scoring_resolution"]
 
 
 class PoolSection(Section):
@@ -96,10 +97,7 @@ class LearnerSection(EncoderSection):
     """The open_clip model that is trained, and its weights."""
 
     scoring_resolution: int | None = Field(
-        None,
-        ge=1,
-        description="height and width of the pictures that rounds score it on, for approximate scores of fewer tokens "
-        "(Flexi-JEST), which want train.approximate_share; a multiple of its patches, or its own if not given",
+        None, ge=1, description="height and width of pictures that rounds score it on (Flexi-JEST); its own if left out"
     )
 
 
@@ -435,9 +433,7 @@ class Recipe(Section):
         learner = info.data.get("learner")
         if train.approximate_share and learner is not None and learner.scoring_resolution is None:
             raise PydanticCustomError(
-                "approximate_share",
-                "approximate_share = {share} needs learner.scoring_resolution; add it, or leave the share out",
-                {"share": train.approximate_share},
+                "approximate_share", "approximate_share needs learner.scoring_resolution; add it, or leave this out"
             )
         return train
 
@@ -447,13 +443,10 @@ class Recipe(Section):
         del fields["embed"]["compile"]  # decides the last bits alone, as the device does
         if self.embed.exact_pixels:
             del fields["embed"]["exact_pixels"]  # rounds that were begun before there was a choice
-        for name in ("images", "caption_seed", "where", "keep"):  # rounds that were begun before there were any
-            if fields["pool"][name] == PoolSection.model_fields[name].default:
-                del fields["pool"][name]
-        if self.output.mode == "copy":
-            del fields["output"]["mode"]  # likewise
-        if self.learner.scoring_resolution is None:
-            del fields["learner"]["scoring_resolution"]  # likewise
+        for name in NEWER:  # rounds that were begun before there were any
+            section, _, field = name.partition(".")
+            if fields[section][field] == type(getattr(self, section)).model_fields[field].default:
+                del fields[section][field]
         del fields["pool"]["max_dropped_share"]  # when a round stops: one that was stopped goes on if it is raised
         if self.dedup is not None:
             del fields["dedup"]["max_dropped_share"]  # likewise
