@@ -113,7 +113,7 @@ def test_messages_of_the_faq_are_messages_of_the_code() -> None:
 
 
 FENCE = r"^```(.*?)\n(.*?)^```$"
-COMMAND = re.compile(r"^\s*\$? ?curate (\w+)(.*?)(?:  +#.*)?$", re.MULTILINE)
+COMMAND = re.compile(r"^\s*\$? ?curate ([\w-]+)(.*?)(?:  +#.*)?$", re.MULTILINE)
 
 
 def test_commands_of_the_pages_are_commands() -> None:
