@@ -34,12 +34,14 @@ class Columns:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; those that are as they are by default are left out."""
-        return self.identity() | ({} if self.keep is None else {"keep": self.keep})
+        more = {"keep": self.keep, "where_columns": list(self.where_columns)}
+        return self.identity() | {name: value for name, value in more.items() if value}
 
     def identity(self) -> dict[str, Any]:
         """What names the files that depend on it; what was not there when a root was made is not in it."""
         said = asdict(self)
         del said["keep"]  # its contents count, wherever they lie
+        del said["where_columns"]  # which follow from `where`, but for columns that no row is asked about
         return {
             field.name: said[field.name]
             for field in fields(self)

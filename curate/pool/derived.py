@@ -10,6 +10,7 @@ They are made as rows are read, so that whoever reads a shard finds one column o
 Of Hugging Face's struct<bytes, path> a picture is fetched by its path where it has no bytes.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 
 from curate import access
 from curate.errors import UserError
+from curate.pool.column_types import is_caption
 from curate.pool.columns import Columns
 from curate.pool.hive import with_folder_columns, with_folder_schema
 
@@ -35,12 +37,20 @@ FETCHES = 32
 def derived_schema(schema: pa.Schema, path: str, columns: Columns) -> pa.Schema:
     """A file's schema with the columns that are made of it, as far as it has what they are made of."""
     schema = with_folder_schema(schema, path)
+    if (index := schema.get_field_index(columns.image)) >= 0 and pa.types.is_struct(kind := schema.field(index).type):
+        # Where no row of a file has bytes: they are fetched by the path.
+        fields = [field.with_type(pa.binary()) if _is_unread(field) else field for field in kind]
+        schema = schema.set(index, schema.field(index).with_type(pa.struct(fields)))
     if columns.paths and columns.paths in schema.names:
         schema = schema.append(pa.field(columns.image, pa.binary()))
     if columns.captions and columns.captions.partition(".")[0] in schema.names:
         schema = schema.append(pa.field(columns.caption, pa.string()))
         schema = schema.append(pa.field(which_name(columns), pa.int32()))
     return schema
+
+
+def _is_unread(field: pa.Field) -> bool:
+    return bool(field.name == "bytes" and pa.types.is_null(field.type))
 
 
 def which_name(columns: Columns) -> str:
@@ -86,48 +96,69 @@ def with_derived(batch: pa.RecordBatch, path: str, columns: Columns, names: Coll
         batch = _with_bytes(batch, base, columns.image)
     if columns.captions and (head := columns.captions.partition(".")[0]) in batch.schema.names:
         drawn = [draw(found, columns.caption_seed) for found in _captions(batch.column(head), columns.captions)]
-        add(columns.caption, pa.array([caption for caption, _ in drawn], pa.string()))
+        # As text without a check: one that is not UTF-8 must not take its whole batch with it.
+        add(columns.caption, pa.array([caption for caption, _ in drawn], pa.binary()).view(pa.string()))
         add(which_name(columns), pa.array([which for _, which in drawn], pa.int32()))
     if names is not None:
         batch = batch.select([name for name in batch.schema.names if name in names])
     return batch
 
 
-def draw(captions: Sequence[str], seed: int) -> tuple[str | None, int | None]:
+def draw(captions: Sequence[bytes], seed: int) -> tuple[bytes | None, int | None]:
     """One of some captions, and its number; the same for the same captions and seed. Empty ones are not drawn.
 
-    >>> draw(["a dog", "", "ein Hund"], seed=0) in {("a dog", 0), ("ein Hund", 2)}
+    >>> draw([b"a dog", b"", b"ein Hund"], seed=0) in {(b"a dog", 0), (b"ein Hund", 2)}
     True
     """
     usable = [number for number, caption in enumerate(captions) if caption.strip()]
     if not usable:
         return (captions[0], 0) if captions else (None, None)
-    digest = hashlib.blake2b(json.dumps([seed, *captions]).encode(), digest_size=8).digest()
-    number = usable[int.from_bytes(digest, "little") % len(usable)]
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=8)
+    for caption in captions:
+        digest.update(len(caption).to_bytes(8, "little"))
+        digest.update(caption)
+    number = usable[int.from_bytes(digest.digest(), "little") % len(usable)]
     return captions[number], number
 
 
-def _captions(column: pa.Array, path: str) -> list[list[str]]:
-    """The captions of each row: of a list, or at a path in structs or JSON; none where there is none."""
+def _captions(column: pa.Array, path: str) -> list[list[bytes]]:
+    """The captions of each row: of a list, or at a path in structs and then in JSON; none where there is none."""
     fields = path.split(".")[1:]
-    values = column.to_pylist()
-    if fields and not pa.types.is_struct(column.type):
-        values = [_parsed(value) for value in values]
-    for field in fields:
-        values = [value.get(field) if isinstance(value, dict) else None for value in values]
+    while fields and pa.types.is_struct(column.type):
+        if column.type.get_field_index(fields[0]) < 0:
+            return [[] for _ in range(len(column))]
+        column = pc.struct_field(column, fields.pop(0))
+    values = column.cast(_as_bytes(column.type)).to_pylist()
+    if fields:
+        values = [_within(value, fields) for value in values]
     lists = [value if isinstance(value, list) else [value] for value in values]
-    return [[_text(one) for one in some if one is not None] for some in lists]
+    return [[text for one in some if (text := _text(one)) is not None] for some in lists]
 
 
-def _parsed(text: str | bytes | None) -> Any:
+def _as_bytes(kind: pa.DataType) -> pa.DataType:
+    """A type of texts, or of lists of them, as one of bytes, which any text has."""
+    of = pa.types
+    if of.is_list(kind) or of.is_large_list(kind) or of.is_fixed_size_list(kind):
+        return pa.large_list(pa.large_binary())
+    return pa.large_binary() if is_caption(kind) else kind
+
+
+def _within(text: bytes | None, fields: Sequence[str]) -> Any:
+    """What lies at a path in JSON; None if it is none, or has no such path: the row has no caption then."""
     try:
-        return None if text is None else json.loads(text)
-    except ValueError:  # the row has no caption then, and is counted as such
+        value = None if text is None else json.loads(text)
+    except (ValueError, RecursionError):
         return None
+    for field in fields:
+        value = value.get(field) if isinstance(value, dict) else None
+    return value
 
 
-def _text(value: Any) -> str:
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+def _text(value: Any) -> bytes | None:
+    """A caption as bytes; None for what is no text. Half a pair of surrogates is no UTF-8, and is counted as such."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    return value if isinstance(value, bytes) else None
 
 
 def _with_bytes(batch: pa.RecordBatch, base: str, name: str) -> pa.RecordBatch:
@@ -203,3 +234,9 @@ def _read(url: str) -> bytes | None:
         return bytes(access.persist(url, lambda: fs.cat_file(path)))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+    except ValueError:  # a name with a NUL
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return None
+        raise

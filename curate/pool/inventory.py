@@ -1,6 +1,5 @@
 """The inventory: list a pool, look at every footer or index, and say of every file why it is no shard."""
 
-import hashlib
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +28,7 @@ from curate.pool.columns import Columns
 from curate.pool.derived import derived_schema
 from curate.pool.hive import with_folder_schema
 from curate.pool.shards import ADDED_COLUMN, Pool, Shard, schema_of, schema_text, version_of
-from curate.pool.wanted import columns_asked, fulfils, read_uids
+from curate.pool.wanted import check_where, columns_asked, read_uids
 from curate.recipe import PoolSection
 from curate.storage import FileInfo
 
@@ -275,10 +274,10 @@ def _with_wishes(columns: Columns, section: PoolSection, schema: pa.Schema) -> C
                 f"pool.where = {section.where!r}: expected a condition on columns of the pool, {_listed(schema)}, "
                 "found none of them in it; name one"
             )
-        fulfils(section.where, pa.RecordBatch.from_pylist([], pa.schema([schema.field(name) for name in asked])))
+        check_where(section.where, pa.schema([schema.field(name) for name in asked]))
         columns = replace(columns, where=section.where, where_columns=tuple(asked))
     if section.keep is not None:
-        sha = hashlib.sha256(read_uids(section.keep).tobytes()).hexdigest()[:32]
+        _, sha = read_uids(section.keep)
         columns = replace(columns, keep=section.keep, keep_sha=sha)
     return columns
 
