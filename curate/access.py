@@ -8,7 +8,7 @@ import functools
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedIOBase
 from typing import Any, TypeVar, cast
 
@@ -131,6 +131,24 @@ class _Input(BufferedIOBase):
         self.close()
         if self._failure is not None:
             raise self._failure
+
+
+def read_ranges(url: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Some ranges of bytes of a file, each from its start on and before its end, asked for at once.
+
+    Raises:
+        UserError, StoreError: as `open_input`.
+    """
+    fs, path = filesystem(url)
+    starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+
+    def act() -> list[bytes]:
+        found = [bytes(data) for data in fs.cat_ranges([path] * len(ranges), starts, ends, on_error="raise")]
+        if [len(data) for data in found] != [end - start for start, end in ranges]:
+            raise OSError("an answer was cut off")
+        return found
+
+    return persist(url, act) if ranges else []
 
 
 def is_local(url: str) -> bool:

@@ -68,11 +68,11 @@ def train(
             "--accum-freq; use a divisor"
         )
     ours = {"--train-data": root, "--dataset-type": "webdataset", "--batch-size": str(share)}
-    if given := [name for name in ours if name in arguments]:
+    if given := [name for name in ours if _is_given(name, arguments)]:
         raise UserError(
             f"open-clip: expected no {given[0]}, which follows from {root} ({ours[given[0]]}), found one; leave it out"
         )
-    if "--epochs" not in arguments:
+    if not _is_given("--epochs", arguments):
         if follow:
             raise UserError("open-clip: expected --epochs N, the rounds to come in all, with --follow; add it")
         ours["--epochs"] = str(last_round(store) + 1)
@@ -111,6 +111,10 @@ def train(
         trainer.get_data, trainer.train_one_epoch = theirs, epoch_of_theirs
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _is_given(name: str, arguments: Sequence[str]) -> bool:
+    return any(argument == name or argument.startswith(f"{name}=") for argument in arguments)
 
 
 class RoundLoader:

@@ -136,7 +136,7 @@ def measure(
         rows=rows,
         device_type=device.type,
         read_s=took / rows,
-        row_bytes=sum(shard.size for shard in pool.shards) / pool.rows,
+        row_bytes=sum(shard.bytes for shard in pool.shards) / pool.rows,
         decode_s=decode_s,
         forward_s=forward_s,
         write_s={role: took for role, (took, _) in written.items()},

@@ -162,7 +162,7 @@ def work_of(
         starts += len(its) + int(selection.is_open) if own[0].rows else 0
     chosen_read = 0.0
     for stretch in met:
-        size = sum(shards[i].size for i in stretch.window.shards)
+        size = sum(shards[i].bytes for i in stretch.window.shards)
         share = stretch.super_batches * selection.sub_batch_size / stretch.window.candidates
         chosen_read += size * touched(share, group_rows)
     return Work(
@@ -209,7 +209,7 @@ def _passes(wanted: Mapping[str, Mapping[str, Shard]]) -> list[Pass]:
     found = []
     for asked in dict.fromkeys(roles.values()):
         own = [shard for key, shard in shards.items() if roles[key] == asked]
-        sizes = sum(shard.size for shard in own)
+        sizes = sum(shard.bytes for shard in own)
         found.append(Pass(roles=asked, rows=sum(shard.rows for shard in own), files=len(own), read_bytes=sizes))
     return found
 
@@ -241,7 +241,7 @@ def _learner_pass(
         else:
             rows += stretch.super_batches * B
         files += len(own)
-        read += sum(shard.size for shard in own) * touched(share, group_rows)
+        read += sum(shard.bytes for shard in own) * touched(share, group_rows)
     sample = fixed_sample(pool, recipe.seed, reference)
     asked = {i: sample.expected(i) for i in sample.shards}
     for i in missing_shards(store, [pool.shards[i] for i in sample.shards], learner, sample.scope):
@@ -249,7 +249,7 @@ def _learner_pass(
         known = store.exists(embedding_name(reference.sha, shard))
         asked[i] = len(sample.rows(store, shard)) if known else asked[i]
         rows, files = rows + asked[i], files + 1
-        read += shard.size * min(shard.rows, max(asked[i], group_rows)) / max(1, shard.rows)
+        read += shard.bytes * min(shard.rows, max(asked[i], group_rows)) / max(1, shard.rows)
     return Pass(roles=(LEARNER,), rows=rows, files=files, read_bytes=round(read)), sum(asked.values())
 
 

@@ -104,7 +104,7 @@ def shuffle_pool(
         ) from None
     if todo := [i for i, name in enumerate(names) if name not in found]:
         connect(address)
-        row_bytes = max(1, sum(shard.size for shard in inventory.shards) // max(1, inventory.rows))
+        row_bytes = max(1, sum(shard.bytes for shard in inventory.shards) // max(1, inventory.rows))
         sources = groups(inventory.shards, max(1, GROUP_BYTES // row_bytes))
         shuffle = _Shuffle(
             store=store,
@@ -114,7 +114,7 @@ def shuffle_pool(
             count=count,
             row_group_bytes=row_group_bytes,
         )
-        largest = max(sum(shard.size for shard in group) for group in sources)
+        largest = max(sum(shard.bytes for shard in group) for group in sources)
         run_tasks(_part_rows, list(enumerate(sources)), shuffle, title="read", memory=3 * largest)
         run_tasks(_write_shard, todo, shuffle, title="write", memory=4 * row_bytes * rows_per_shard)
     remove_parts(store, PARTS)

@@ -90,13 +90,13 @@ def write_window(writing: Writing, shards: Sequence[Shard]) -> list[CuratedFile]
     todo = [i for i in range(writing.files) if writing.receipt(i) not in there]
     if todo:
         rows = max(1, sum(shard.rows for shard in shards))
-        row_bytes = max(1, sum(shard.size for shard in shards) // rows)
+        row_bytes = max(1, sum(shard.bytes for shard in shards) // rows)
         sources = groups(shards, max(1, GROUP_BYTES // row_bytes))
         per_block = max(1, BLOCK_ROWS // writing.sub_batch_size)
         blocks = [range(i, min(i + per_block, writing.sub_batches)) for i in range(0, writing.sub_batches, per_block)]
         writing = replace(writing, first_shards=tuple(group[0].index for group in sources), blocks=len(blocks))
         run_tasks(_part_picks, list(enumerate(blocks)), writing, title="chosen rows")
-        largest = max(sum(shard.size for shard in group) for group in sources)
+        largest = max(sum(shard.bytes for shard in group) for group in sources)
         run_tasks(_part_rows, list(enumerate(sources)), writing, title="read", memory=2 * largest)
         # A file is put together in memory: its rows as they come, and in order.
         file_bytes = 2 * writing.per_file * writing.sub_batch_size * row_bytes

@@ -14,6 +14,7 @@ import webdataset
 from typer.testing import CliRunner
 
 from curate import CuratedReader
+from curate.errors import UserError
 from curate.jobs.cli import app
 from curate.jobs.drawn_pool import draw_pool
 from curate.pipelines.round import run_round
@@ -22,7 +23,7 @@ from curate.pool.shards import read_batches
 from curate.recipe import PoolSection
 from curate.rounds.manifest import read_manifest
 from curate.storage import Store
-from tests.helpers import write_tiny
+from tests.helpers import commit_rounds, drawn_pool, write_tiny
 from tests.stand_in import without_ray
 from tests.test_wanted import recipe
 
@@ -78,7 +79,7 @@ def test_a_tar_for_each_sub_batch(root: Path, tmp_path: Path) -> None:
             assert found[f"{key}.jpg"] == row["jpg"]
             assert found[f"{key}.txt"].decode() == row["caption"]
             told = json.loads(found[f"{key}.json"])
-            assert {name: told[name] for name in row["curate"]} == row["curate"]
+            assert told["curate"] == row["curate"]
             assert (told["key"], told["swapped"]) == (row["key"], row["swapped"])
             assert "jpg" not in told
 
@@ -86,7 +87,12 @@ def test_a_tar_for_each_sub_batch(root: Path, tmp_path: Path) -> None:
 def test_an_export_goes_on_and_is_the_same_bytes(root: Path, tmp_path: Path) -> None:
     export(root, "--to", "webdataset", tmp_path / "a")
     export(root, "--to", "webdataset", tmp_path / "b", "--last", 0)
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["00000000.tar", "00000001.tar", "sizes.json"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        "00000000.tar",
+        "00000001.tar",
+        "rounds.json",
+        "sizes.json",
+    ]
     (tmp_path / "b/00000000.tar").unlink()
     kept = (tmp_path / "b/00000001.tar").stat().st_mtime_ns
     export(root, "--to", "webdataset", tmp_path / "b")
@@ -146,6 +152,20 @@ def test_exports_go_to_s3(root: Path, s3_root: str) -> None:
         assert len(tar.getmembers()) == 3 * B
 
 
+@pytest.mark.parametrize("form", ["webdataset", "datasets"])
+def test_a_folder_of_other_rounds_is_refused(root: Path, tmp_path: Path, form: str) -> None:
+    export(root, "--to", form, tmp_path / "out", "--first", 1)
+    with pytest.raises(UserError, match="found an export of 1 others"):
+        export(root, "--to", form, tmp_path / "out")
+
+
+def test_sub_batches_that_do_not_end_with_a_row_group(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "root"))
+    commit_rounds(store, drawn_pool(tmp_path / "pool", rows=600), rounds=1, sub_batches=3, b=130)
+    export(tmp_path / "root", "--to", "webdataset", tmp_path / "out")
+    assert [len(members(tmp_path / f"out/{n:08d}.tar")) for n in range(3)] == [3 * 130] * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -165,4 +185,4 @@ def test_the_readers_batches_are_those_of_the_tars(root: Path, tmp_path: Path) -
         told = [
             data for name, data in members(tmp_path / f"out/{batch.number:08d}.tar").items() if name.endswith("json")
         ]
-        assert [json.loads(one)["uid"] for one in told] == batch.uids
+        assert [json.loads(one)["curate"]["uid"] for one in told] == batch.uids

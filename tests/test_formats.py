@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import curate.formats.tar as tar_module
 from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.formats.tar import make_index
 from curate.pool.inventory import take_inventory
@@ -130,7 +131,7 @@ def test_a_tar_is_indexed_once_and_its_index_is_shared(tmp_path: Path) -> None:
     pool = take_inventory(section, indices=str(tmp_path / "root/indices"))
     (name,) = Store(str(tmp_path / "root")).list("indices")
     assert pool.shards[0].offsets == str(tmp_path / "root" / name)
-    assert pq.read_table(pool.shards[0].offsets) == make_index(str(path))
+    assert tar_module._index(str(path), pool.shards[0].offsets) == make_index(str(path))
     (tmp_path / "root" / name).unlink()  # whoever reads makes it anew
     assert len(pairs_of(pool)) == 4
     assert take_inventory(section, known=pool, indices=str(tmp_path / "root/indices")) == pool
@@ -195,6 +196,7 @@ def test_the_parquet_file_beside_a_tar_tells_of_what_is_not_in_it(tmp_path: Path
 @pytest.mark.parametrize(
     ("what", "found"),
     [
+        ("keys twice", r"1 of its 4 samples have the key of another"),
         ("cut off in data", "unexpected end of data"),
         ("cut off in a header", r"a damaged header at byte 2560, or more after the end, after 1 samples"),
         ("a damaged header", r"a damaged header at byte 2560, or more after the end, after 1 samples"),
@@ -219,6 +221,9 @@ def test_a_broken_tar_is_one_line(tmp_path: Path, what: str, found: str) -> None
             path.write_bytes(data)
         case "joined":
             path.write_bytes(path.read_bytes() * 2)
+        case "keys twice":
+            write_tar(path, [*samples(range(3)), ("000000000.jpg", b"again")])
+            side_car(path.with_suffix(".parquet"), [f"{row:09d}" for row in range(3)])
         case "junk":
             path.write_bytes(b"x" * 4096)
         case "twice":
@@ -398,11 +403,51 @@ def test_captions_within_json_and_structs(tmp_path: Path, kind: str) -> None:
     assert "expected the caption column" in line_about(tmp_path / "pool")
 
 
-def test_columns_that_are_made_must_not_be_there(tmp_path: Path) -> None:
+def test_columns_that_were_made_before_are_taken_as_they_are(tmp_path: Path) -> None:
+    """As a shuffle of a pool leaves them."""
     (tmp_path / "pool").mkdir()
-    table = pa.table({"image": ["a"], "image_bytes": [b"x"], "caption": ["a"]})
-    pq.write_table(table, tmp_path / "pool/0.parquet")
-    assert "has a column 'image_bytes', the name of the one we make" in line_about(tmp_path / "pool", image="image")
+    made = {"image": ["a"], "image_bytes": [b"x"], "captions": [["a", "b"]], "captions_drawn": ["b"]}
+    pq.write_table(pa.table(made | {"captions_which": pa.array([1], pa.int32())}), tmp_path / "pool/0.parquet")
+    pool = inventory(tmp_path / "pool", image="image", caption="captions")
+    assert pairs_of(pool) == [(b"x", b"b")]
+
+
+@pytest.mark.parametrize("caption", [b'{"c": "cut \\ud83d"}', b'{"c": "\xff"}', b"[" * 100_000, b'{"c": {"en": "x"}}'])
+def test_one_odd_caption_in_json_is_one_row(tmp_path: Path, caption: bytes) -> None:
+    (tmp_path / "pool").mkdir()
+    column = pa.array([caption, b'{"c": "sound"}']).view(pa.string())
+    pq.write_table(pa.table({"jpg": [b"x"] * 2, "meta": column}), tmp_path / "pool/0.parquet")
+    odd, sound = pairs_of(inventory(tmp_path / "pool", caption="meta.c"))
+    assert sound == (b"x", b"sound")
+    assert odd[1] in (None, "cut \ud83d".encode("utf-8", "surrogatepass"))
+
+
+def test_a_glob_of_tars_finds_what_lies_beside_them(tmp_path: Path) -> None:
+    for number in range(2):
+        write_tar(tmp_path / f"pool/{number}.tar", samples(range(2)))
+        side_car(tmp_path / f"pool/{number}.parquet", [f"{row:09d}" for row in range(3)], failed=["000000002"])
+    for path in ("*.tar", "0.tar", ""):
+        assert {shard.rows for shard in inventory(tmp_path / "pool" / path).shards} == {3}
+
+
+def test_tars_beside_a_pool_of_parquet_are_passed_over(tmp_path: Path) -> None:
+    whole = pool_of_rows(tmp_path / "pool", range(3))
+    path = write_tar(tmp_path / "pool/0.tar", samples(range(1)))
+    pool = inventory(tmp_path / "pool")
+    assert (pairs_of(pool), pool.ignored) == (pairs_of(whole), (str(path),))
+
+
+def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
+    write_tar(tmp_path / "pool/0.tar", samples(range(50)))
+    (shard,) = inventory(tmp_path / "pool").shards
+    index = Path(shard.offsets)
+    whole, sound = index.read_bytes(), pairs_of(inventory(tmp_path / "pool"))
+    for at in range(40, len(whole) - 40, 97):
+        damaged = bytearray(whole)
+        damaged[at] ^= 4
+        index.write_bytes(damaged)
+        tar_module._index.cache_clear()
+        assert pairs_of(inventory(tmp_path / "pool")) == sound
 
 
 def test_shards_of_one_pool_in_several_formats(tmp_path: Path) -> None:

@@ -57,7 +57,9 @@ def test_the_reader_fetches_pictures_from_the_pool(world: Path, tmp_path: Path, 
     for root in ("copy", "index"):
         export(tmp_path / root, "--to", "webdataset", tmp_path / f"{root}-tars")
     for path in (tmp_path / "copy-tars").glob("*.tar"):
-        assert members(path) == members(tmp_path / "index-tars" / path.name)
+        found, other = members(path), members(tmp_path / "index-tars" / path.name)
+        assert found.keys() == other.keys()
+        assert all(other[name] == data for name, data in found.items() if not name.endswith(".json"))
 
 
 def test_the_mode_is_of_a_round_and_may_change(world: Path, tmp_path: Path) -> None:
@@ -74,4 +76,22 @@ def test_a_pool_that_changed_is_one_line(world: Path, tmp_path: Path) -> None:
     for path in (tmp_path / "pool").iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r"\.tar: expected the file that the round was chosen from"):
+        list(CuratedReader(str(tmp_path / "root")))
+
+
+@pytest.mark.parametrize("what", ["gone", "another"])
+def test_a_picture_that_changed_is_one_line(world: Path, tmp_path: Path, what: str) -> None:
+    shutil.copytree(world / "paths", tmp_path / "pool")
+    run(world, tmp_path / "root", "paths", "index", path=str(tmp_path / "pool"))
+    pictures = sorted((tmp_path / "pool").glob("*.jpg"))
+    other = pictures[0].read_bytes()
+    for path in pictures:
+        if what == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(other)
+    found = "none" if what == "gone" else "another one"
+    with pytest.raises(
+        UserError, match=rf"expected the picture that the round was chosen with, found {found}; restore"
+    ):
         list(CuratedReader(str(tmp_path / "root")))

@@ -131,6 +131,7 @@ def test_each_batch_is_one_sub_batch(root: Path, ranks: int, parts: int) -> None
     ("more", "line"),
     [
         (["--batch-size", "64"], r"open-clip: expected no --batch-size, which follows from .* \(4\), found one"),
+        (["--batch-size=7"], "open-clip: expected no --batch-size, which follows from"),
         (["--train-data", "x.tar"], "open-clip: expected no --train-data, which follows from"),
         (["--accum-freq", "3"], "open-clip: 4 pairs per batch do not divide over 3 parts, ranks × --accum-freq"),
     ],

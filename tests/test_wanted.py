@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curate.embed.files import embedding_name, read_embeddings
-from curate.errors import UserError
+from curate.errors import InputChangedError, UserError
 from curate.jobs.check import check_recipe
 from curate.jobs.drawn_pool import draw_pool
 from curate.models.spec import EncoderSpec
@@ -23,6 +23,7 @@ from curate.pool.wanted import FILTERED, HALVES, Kept, fulfils, halves_of
 from curate.recipe import Recipe
 from curate.recipe_file import load_recipe
 from curate.rounds.manifest import Manifest, read_manifest
+from curate.rounds.plan import pin_plan
 from curate.rounds.trace import explain_uid
 from curate.storage import Store
 from tests.helpers import write_tiny
@@ -202,6 +203,9 @@ def test_a_list_of_uids_keeps_a_subset(world: Path, tmp_path: Path, kind: str, u
         ("count(width) > 3", "found one on all of them together"),
         ("key IN (SELECT key FROM read_parquet('/x'))", "expected a condition in SQL"),
         ("caption", "Conversion Error"),
+        ("random() < 0.5 AND width > 0", "found random"),
+        ("row_number() OVER (PARTITION BY caption) = 1", "found window"),
+        ("width > (SELECT avg(width) FROM pool)", "found subquery"),
     ],
 )
 def test_a_condition_that_means_nothing_is_one_line(world: Path, tmp_path: Path, where: str, found: str) -> None:
@@ -241,6 +245,28 @@ def test_uids_of_any_kind_are_found(listed: Any) -> None:
     kept = Kept(listed)
     assert kept(["3", "-1", "8", None, "x", ""]).tolist() == [True, True, False, False, False, False]
     assert not Kept(listed[:0])(["3", ""]).any()
+
+
+def test_uids_of_another_kind_are_in_no_list() -> None:
+    assert Kept(np.array(["00001", "00002"]))(["000010", "00001", "x"]).tolist() == [False, True, False]
+    assert Kept(np.array([0, 2]))(["abc", "", "2", "9" * 30]).tolist() == [False, False, True, False]
+    assert Kept(np.array([1, 2], np.uint8))(["-1", "300", "2"]).tolist() == [False, False, True]
+    zero = np.array([(0, 0), (1, 2)], HALVES)
+    assert Kept(zero)(["not hexadecimal", "0" * 32, None]).tolist() == [False, True, False]
+    uids = [f"{value:032x}" for value in np.random.default_rng(0).integers(0, 2**60, 500).tolist()]
+    listed = np.array([halves_of(uid) for uid in uids[::2]], HALVES)
+    for order in (listed, np.sort(listed)):
+        assert Kept(order)(uids).tolist() == [True, False] * 250
+
+
+def test_a_list_that_changes_under_a_round_is_told(world: Path, tmp_path: Path) -> None:
+    uids = pq.read_table(world / "parquet")["key"].to_pylist()
+    np.save(tmp_path / "subset.npy", np.array(uids[::2]))
+    made = recipe(world, tmp_path / "root", keep=str(tmp_path / "subset.npy"))
+    pin_plan(Store(made.root), made, base=world, number=0)
+    np.save(tmp_path / "subset.npy", np.array(uids[1::2]))
+    with pytest.raises(InputChangedError, match="the list changed while the round was running"):
+        run_round(made, base=world, number=0, say=lambda line: None)
 
 
 def test_a_recipe_names_a_subset_by_a_path_as_a_shell_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

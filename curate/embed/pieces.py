@@ -221,6 +221,7 @@ class Reading:
         passed = np.array([row for row in wanted.tolist() if row not in filtered], np.int64)
         batches = read_some(some.shard, passed, columns_read(some.shard), batch_rows=some.piece_rows)
         held: deque[pa.RecordBatch] = deque()
+        none: pa.RecordBatch | None = None
         for number in some.numbers:
             at = number * some.piece_rows - some.start
             rows = wanted[at : at + some.piece_rows]
@@ -233,7 +234,9 @@ class Reading:
                 if first.num_rows > missing_rows:
                     held.appendleft(first.slice(missing_rows))
                 missing_rows -= taken[-1].num_rows
-            batch = pa.concat_batches(taken) if taken else _none_of(some.shard)
+            if not taken:
+                none = none or _none_of(some.shard)
+            batch = pa.concat_batches(taken) if taken else none
             yield Raw(slice=some, number=number, rows=rows, batch=batch, filtered=out)
         # What follows in the row group is another slice's.
 

@@ -15,6 +15,8 @@ import pyarrow.json
 from curate import access
 
 LISTED = (".jsonl", ".csv", ".tsv")
+LARGEST = 2**31 - 1
+"""Bytes, of a block of Arrow's readers."""
 
 
 class ListingSource:
@@ -40,6 +42,9 @@ def open_listing(path: str) -> Iterator[ListingSource]:
     """Read a table of JSON lines, or of values between commas or tabs under a line of names."""
     suffix = PurePosixPath(path).suffix.lower()
     with access.open_input(path) as file:
+        if file.seek(0, 2) >= LARGEST:
+            raise ValueError("it has 2 GiB or more, and is read whole; cut it, or write Parquet")
+        file.seek(0)
         if suffix == ".jsonl":
             # One block, for Arrow decides on types by the first: a later one might have others.
             block = pa.json.ReadOptions(block_size=max(2**20, file.seek(0, 2) + 1))

@@ -82,23 +82,40 @@ def list_shards(url: str) -> tuple[list[FileInfo], list[str]]:
     """List the shards of one file, a folder (recursively) or a glob, and the paths passed over.
 
     The Parquet file of a tar's name beside it is no shard but the tar's side-car. A table that names pictures is one
-    only where no file holds any: beside such files it may say anything of them.
+    only in a folder where no file holds any: beside such files it may say anything of them.
 
     Raises:
         UserError: as `storage.list_files`.
     """
     found, ignored = storage.list_files(url, taken=_is_shard, expected=EXPECTED, way_out=of_other_format)
-    holding = [file for file in found if file.path.rpartition("/")[2] not in LISTINGS]
-    if not holding:
-        return found, ignored
-    return holding, sorted([*ignored, *(file.path for file in found if file not in holding)])
+    folders = {file.path.rpartition("/")[0] for file in found if not _is_listing(file.path)}
+    beside = {file.path for file in found if _is_listing(file.path) and file.path.rpartition("/")[0] in folders}
+    return [file for file in found if file.path not in beside], sorted([*ignored, *beside])
+
+
+def _is_listing(path: str) -> bool:
+    return path.rpartition("/")[2] in LISTINGS
 
 
 def side_cars(files: Sequence[FileInfo]) -> dict[str, FileInfo]:
-    """Of the files of a pool those that lie beside a tar of the same name, by the tar's path."""
+    """The Parquet file of the same name beside each tar that has one, by the tar's path.
+
+    If none was listed, as by the glob `*.tar`, one is looked for beside the first tar, and then beside all.
+    """
     by_path = {file.path: file for file in files}
     beside = {path: path.removesuffix(TAR) + PARQUET for path in by_path if path.endswith(TAR)}
-    return {path: by_path[other] for path, other in beside.items() if other in by_path}
+    found = {path: by_path[other] for path, other in beside.items() if other in by_path}
+    if beside and not found and _there(next(iter(beside.values()))) is not None:
+        looked_for = {path: _there(other) for path, other in beside.items()}
+        return {path: file for path, file in looked_for.items() if file is not None}
+    return found
+
+
+def _there(path: str) -> FileInfo | None:
+    try:
+        return storage.file_info(path)
+    except FileNotFoundError:
+        return None
 
 
 def _is_shard(name: str) -> bool:

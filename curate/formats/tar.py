@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate import access
+from curate.errors import UserError
 from curate.storage import Store
 
 TAR = ".tar"
@@ -40,7 +41,10 @@ GAP_BYTES = 2**16
 """That are read and thrown away between two members rather than sought over."""
 RUN_BYTES = 2**25
 """That are read at once, at most, but for one member that is larger."""
-HELD_INDICES = 32
+HELD_INDICES = 256
+"""About a megabyte each, of a tar of ten thousand samples."""
+DIGEST_BYTES = 32
+"""SHA-256 of the index, a Parquet file, before it."""
 END_BYTES = 2**20
 """Of zeros at the end of a tar, at most, in which something else is looked for."""
 
@@ -50,25 +54,27 @@ Ints = npt.NDArray[np.int64]
 def index_url(folder: str, path: str, size: int, version: str) -> str:
     """Where the index of a tar, as it and its side-car are now, is kept in a folder of indices."""
     identity = hashlib.blake2b(json.dumps([path, size, version]).encode(), digest_size=12).hexdigest()
-    return f"{folder}/{identity}.parquet"
+    return f"{folder}/{identity}.index"
 
 
 class TarSource:
     """A `Source` of an opened tar.
 
     Args:
-        file: the tar.
+        path: of the tar.
+        file: the same, opened.
         index: of `make_index`.
         beside: the rows of the side-car.
-
-    Raises:
-        ValueError: the side-car and the tar are not of one another.
+        order: the sample of each of them, -1 if the tar has none.
     """
 
-    def __init__(self, file: io.BufferedIOBase, index: pa.Table, beside: pa.Table | None) -> None:
+    def __init__(
+        self, path: str, file: io.BufferedIOBase, index: pa.Table, beside: pa.Table | None, order: Ints | None
+    ) -> None:
+        self._path = path
         self._file = file
         members = [name.removeprefix("offset:") for name in index.schema.names if name.startswith("offset:")]
-        order = np.arange(len(index)) if beside is None else _placed(index[KEY], beside)
+        order = np.arange(len(index)) if order is None else order
         # One more at the end of each, for the rows whose place is -1.
         self._where = {
             name: tuple(np.append(index[f"{part}:{name}"].to_numpy(), -1)[order] for part in ("offset", "size"))
@@ -104,10 +110,9 @@ class TarSource:
             if offsets[row] >= 0
         ]
         found: dict[str, list[bytes | None]] = {name: [None] * len(rows) for name in own}
-        for run in _runs(sorted(wanted)):
-            begin = run[0][0]
-            self._file.seek(begin)
-            data = self._file.read(max(offset + size for offset, size, _, _ in run) - begin)
+        runs = list(_runs(sorted(wanted)))
+        ranges = [(run[0][0], max(offset + size for offset, size, _, _ in run)) for run in runs]
+        for run, (begin, _), data in zip(runs, ranges, self._read(ranges), strict=True):
             for offset, size, name, place in run:
                 found[name][place] = data[offset - begin : offset - begin + size]
         arrays = [
@@ -115,6 +120,15 @@ class TarSource:
             for field in schema
         ]
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    def _read(self, ranges: Sequence[tuple[int, int]]) -> Iterator[bytes]:
+        """Some ranges of the tar. From an object store these alone, at once: its file is read ahead by megabytes."""
+        if not access.is_local(self._path):
+            yield from access.read_ranges(self._path, ranges)
+            return
+        for begin, end in ranges:
+            self._file.seek(begin)
+            yield self._file.read(end - begin)
 
 
 @contextlib.contextmanager
@@ -130,16 +144,19 @@ def open_tar(path: str, *, index: str = "", side_car: str = "") -> Iterator[TarS
         ValueError, tarfile.TarError, OSError: it is no tar, or is cut off, or is not what its side-car tells of.
     """
     with access.open_input(path) as file:
-        yield TarSource(file, _index(path, index), _side_car(side_car, index) if side_car else None)
+        beside, order = _side_car(side_car, path, index) if side_car else (None, None)
+        yield TarSource(path, file, _index(path, index), beside, order)
 
 
 @functools.lru_cache(HELD_INDICES)
 def _index(path: str, url: str) -> pa.Table:
-    """The index of a tar, from its file, else made; held by this process."""
+    """The index of a tar, from its file, else made, as where the file is damaged; held by this process."""
     if url:
         folder, _, name = url.rpartition("/")
-        with contextlib.suppress(FileNotFoundError, pa.ArrowInvalid):
-            return pq.read_table(pa.BufferReader(Store(folder).read_bytes(name)))
+        with contextlib.suppress(FileNotFoundError):
+            data = Store(folder).read_bytes(name)
+            if hashlib.sha256(data[DIGEST_BYTES:]).digest() == data[:DIGEST_BYTES]:
+                return pq.read_table(pa.BufferReader(data[DIGEST_BYTES:]))
     return make_index(path)
 
 
@@ -149,24 +166,28 @@ def keep_index(path: str, url: str, near: str) -> None:
     Args:
         path: of the tar.
         url: where it is kept.
-        near: the folder of this machine's user, where `curate check` may have left it.
+        near: the folder of this machine's user, where `curate check` may have left it. That it cannot be written to is
+            no mistake: the index is made again by whoever needs it.
     """
     folder, _, name = url.rpartition("/")
-    store = Store(folder)
-    if not store.exists(name):
-        sink = pa.BufferOutputStream()
-        pq.write_table(_index(path, f"{near}/{name}"), sink, compression="zstd", use_dictionary=False)
-        store.put_bytes(name, sink.getvalue().to_pybytes())
+    with contextlib.suppress(*((OSError, UserError) if folder == near else ())):
+        store = Store(folder)
+        if not store.exists(name):
+            sink = pa.BufferOutputStream()
+            table = _index(path, f"{near}/{name}")
+            pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+            data = sink.getvalue().to_pybytes()
+            store.put_bytes(name, hashlib.sha256(data).digest() + data)
 
 
 @functools.lru_cache(HELD_INDICES)
-def _side_car(path: str, _version: str) -> pa.Table:
-    """Its rows; held by this process, for a version of the two."""
+def _side_car(path: str, index_path: str, index: str) -> tuple[pa.Table, Ints]:
+    """The rows beside a tar, and for each the sample of its key; held by this process, for a version of the two."""
     with access.open_input(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
         table = parquet.read()
     if KEY not in table.schema.names:
         raise ValueError(f"the Parquet file beside it, {path}, has no column {KEY!r}")
-    return table
+    return table, _placed(_index(index_path, index)[KEY], table)
 
 
 def make_index(path: str) -> pa.Table:
@@ -192,7 +213,9 @@ def make_index(path: str) -> pa.Table:
         file.seek(tar.offset)
         if file.read(END_BYTES).strip(b"\0"):
             raise ValueError(f"a damaged header at byte {tar.offset}, or more after the end, after {len(keys)} samples")
-    columns: dict[str, pa.Array] = {KEY: pa.array(keys, pa.string())}
+    # A name that is not UTF-8 is a key with a mark in it, and not the end of its tar.
+    texts = [key.encode("utf-8", "surrogateescape").decode(errors="replace") for key in keys]
+    columns: dict[str, pa.Array] = {KEY: pa.array(texts, pa.string())}
     for column in sorted(places, key=lambda name: (name != IMAGE, name)):
         extents = np.full((len(keys), 2), -1, np.int64)
         extents[list(places[column])] = list(places[column].values())
@@ -228,6 +251,10 @@ def _type_of(column: str) -> pa.DataType:
 def _placed(keys: pa.ChunkedArray, beside: pa.Table) -> Ints:
     """For each row of the side-car the sample of its key, -1 if the tar has none."""
     samples = {key: number for number, key in enumerate(keys.to_pylist())}
+    if repeated := len(keys) - len(samples):
+        raise ValueError(
+            f"{repeated} of its {len(keys)} samples have the key of another, so that rows beside it fit both"
+        )
     # img2dataset's keys are the names of members; DataComp's tars lie in a folder each.
     names = {str(PurePosixPath(key).name): number for key, number in samples.items()}
     asked = [str(key) for key in beside[KEY].to_pylist()]

@@ -170,6 +170,12 @@ def _listed_files(section: PoolSection, indices: str) -> tuple[dict[FileInfo, _O
     if mistakes:
         raise UserError(*mistakes)
     beside = side_cars(list(files.values()))
+    if beside and (first := next(iter(beside.values()))).path in files and _holds_pictures(first.path, section):
+        # A pool of Parquet, whatever tars are: the first pair tells of all.
+        ignored += beside
+        for path in beside:
+            del files[path]
+        beside = {}
     opened = {}
     for path in sorted(files.keys() - {file.path for file in beside.values()}):
         other = beside.get(path)
@@ -177,6 +183,18 @@ def _listed_files(section: PoolSection, indices: str) -> tuple[dict[FileInfo, _O
         index = index_url(indices, path, file.size, file.version) if path.endswith(TAR) else ""
         opened[file] = _Opened(side_car=other.path if other else "", index=index)
     return opened, ignored
+
+
+def _holds_pictures(path: str, section: PoolSection) -> bool:
+    """Whether a Parquet file beside a tar has a column of pictures itself; what is wrong with it is told later."""
+    try:
+        with open_source(path) as source:
+            name = section.image or _first(IMAGE_COLUMNS, source.schema)
+            return name in source.schema.names and is_image(source.schema.field(name).type)
+    except CurateError:
+        raise
+    except Exception:
+        return False
 
 
 def _footers_of(known: Pool | None) -> dict[FileInfo, _Footer]:
@@ -249,16 +267,12 @@ def _find_columns(section: PoolSection, schema: pa.Schema, path: str, section_na
         columns = replace(columns, caption=caption.replace(".", "_"), captions=caption)
     elif caption in once and is_list_of_texts(schema.field(caption).type):
         columns = replace(columns, caption=f"{caption}_drawn", captions=caption)
-    if columns.captions:
-        columns = replace(columns, caption_seed=section.caption_seed)
-    if taken := [name for name in (columns.image, columns.caption) if name in _made(columns) and name in schema.names]:
-        raise UserError(f"{path}: has a column {taken[0]!r}, the name of the one we make; rename or drop it")
-    return columns
-
-
-def _made(columns: Columns) -> set[str]:
-    """Names of the columns that are made of others."""
-    return {*([columns.image] if columns.paths else []), *([columns.caption] if columns.captions else [])}
+    # Where a shuffle of the pool, or a round, has made them before, they are taken as they are.
+    if columns.paths and columns.image in once and is_image(schema.field(columns.image).type):
+        columns = replace(columns, paths=None)
+    if columns.captions and columns.caption in once and is_text(schema.field(columns.caption).type):
+        columns = replace(columns, captions=None)
+    return replace(columns, caption_seed=section.caption_seed) if columns.captions else columns
 
 
 def _with_wishes(columns: Columns, section: PoolSection, schema: pa.Schema) -> Columns:

@@ -26,6 +26,9 @@ from curate.storage import FileInfo, Store
 ADDED_COLUMN = "curate"
 """The struct column that curated files carry beside the user's own."""
 
+PICTURE_BYTES = 2**16
+"""Of a picture that is only named, of which nothing is known before: one of 512 pixels, as web pages have it."""
+
 READ_ROWS = 1024
 """Rows that are held at once while some of them are picked out, or none."""
 
@@ -51,6 +54,11 @@ class Shard:
     """Path of the Parquet file beside a tar."""
     offsets: str = ""
     """URL of the index of a tar: where its samples lie in it."""
+
+    @property
+    def bytes(self) -> int:
+        """Of the file, and about those of the pictures that it names: what a task that holds its rows has in memory."""
+        return self.size + self.rows * PICTURE_BYTES * (self.columns.paths is not None)
 
     @property
     def key(self) -> str:

@@ -69,10 +69,8 @@ class _Range:
     rows: int
     left: int
     """Rows of the batch that come after these."""
-    image: str
-    caption: str
-    pool: str | None
-    """Fingerprint of the pool that holds the pictures, if the round does not."""
+    columns: dict[str, Any]
+    """As the manifest has them."""
 
 
 class CuratedReader:
@@ -279,9 +277,7 @@ class CuratedReader:
                 first_row=(sub_batch - file.first_sub_batch) * b + start,
                 rows=stop - start,
                 left=(self.rank + 1) * share - stop,
-                image=str(manifest.columns["image"]),
-                caption=str(manifest.columns["caption"]),
-                pool=manifest.columns.get("pool"),
+                columns=manifest.columns,
             )
             for file in sorted(manifest.files, key=lambda file: file.first_sub_batch)
             for sub_batch in range(file.first_sub_batch, file.first_sub_batch + file.sub_batches)
@@ -339,9 +335,9 @@ class _Pieces(Dataset[_Piece | CurateError]):
         # file makes pyarrow raise whatever it likes.
         try:
             rows = self._read_rows(some)
-            encoded = pictures_of(self.store, rows, some.image, some.pool)
+            encoded = pictures_of(self.store, rows, some.columns)
             images: list[Any] = [decode_for(data, [self.preprocess]) for data in encoded]
-            captions = [clean_caption(raw) for raw in caption_bytes(rows.column(some.caption)).to_pylist()]
+            captions = [clean_caption(raw) for raw in caption_bytes(rows.column(some.columns["caption"])).to_pylist()]
             uids = rows.column(ADDED_COLUMN).field("uid").to_pylist()
         except CurateError as error:  # the store refused or failed, or the file is damaged
             return error
@@ -368,7 +364,8 @@ class _Pieces(Dataset[_Piece | CurateError]):
             sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
             ends = np.cumsum(sizes)
             first, last = np.searchsorted(ends, [some.first_row, some.first_row + some.rows - 1], side="right")
-            names = [*([] if some.pool else [some.image]), some.caption, ADDED_COLUMN]
+            columns = some.columns
+            names = [*([] if "pool" in columns else [columns["image"]]), columns["caption"], ADDED_COLUMN]
             table = parquet.read_row_groups(range(first, last + 1), columns=names)
         start = some.first_row - int(ends[first] - sizes[first])
         return table.slice(start, some.rows).combine_chunks().to_batches()[0]

@@ -4,6 +4,7 @@ Exports are made of published files alone and are the same bytes whenever they a
 on where it stopped.
 """
 
+import hashlib
 import io
 import json
 import tarfile
@@ -23,6 +24,7 @@ from curate.pool.wanted import HALVES, halves_of
 from curate.rounds.manifest import CuratedFile, Manifest, is_expired, round_folder
 from curate.rounds.pictures import pictures_of
 from curate.rounds.write import row_group_rows
+from curate.sealed import seal, unseal
 from curate.storage import Store
 
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
@@ -31,19 +33,24 @@ CARD = "README.md"
 SIZES = "sizes.json"
 
 
+RECORD = "rounds.json"
+"""Which rounds a folder holds: an export of others would be mixed with it."""
+
+
 def to_webdataset(store: Store, rounds: Sequence[Manifest], target: Store) -> Iterator[int]:
     """Write one tar for each sub-batch, `00000000.tar` and so on, numbered from round 0, and `sizes.json`.
 
     Samples lie in the order drawn; their keys have no dots. A sample is the picture (`.jpg`, `.png`, …), the caption
-    (`.txt`) and a `.json` of the user's columns and ours. `sizes.json` holds the samples of each tar, as open_clip
-    reads it; it comes last.
+    (`.txt`) and a `.json` of the user's columns, ours in `curate`. `sizes.json` holds the samples of each tar, as
+    open_clip reads it; it comes last.
 
     Yields:
         The number of each sub-batch that is in place.
 
     Raises:
-        UserError: a round's rows are gone.
+        UserError: a round's rows are gone; the folder holds an export of other rounds.
     """
+    _claim(rounds, target)
     sizes: dict[str, int] = {}
     for manifest in rounds:
         for file in _files(store, manifest):
@@ -59,22 +66,54 @@ def to_webdataset(store: Store, rounds: Sequence[Manifest], target: Store) -> It
     target.put_bytes(SIZES, json.dumps(sizes, indent=1).encode())
 
 
+def _claim(rounds: Sequence[Manifest], target: Store) -> None:
+    """Say in a folder which rounds it is for; rounds may be added behind those that it has.
+
+    Raises:
+        UserError: it has others.
+    """
+    ours = [hashlib.sha256(manifest.to_bytes()).hexdigest() for manifest in rounds]
+    try:
+        theirs = unseal(target.read_bytes(RECORD), f"{target.url}/{RECORD}")["manifests"]
+    except FileNotFoundError:
+        theirs = []
+    if theirs != ours[: len(theirs)]:
+        raise UserError(
+            f"{target.url}: expected an empty folder, or one with some of these rounds from the first on, found an "
+            f"export of {len(theirs)} others ({RECORD}); choose another folder"
+        )
+    target.put_bytes(RECORD, seal({"manifests": ours}))
+
+
 def _tar(store: Store, table: pa.Table, manifest: Manifest, number: int) -> bytes:
     """A sub-batch as a tar; the same bytes whoever makes it."""
     image, caption = str(manifest.columns["image"]), str(manifest.columns["caption"])
-    images = pictures_of(store, table, image, manifest.columns.get("pool"))
+    images = pictures_of(store, table, manifest.columns)
     captions = caption_bytes(table[caption].combine_chunks()).to_pylist()
-    others = table.select([name for name in table.schema.names if name != image]).to_pylist()
+    others = _rows(table.select([name for name in table.schema.names if name != image]))
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for place, (picture, text, row) in enumerate(zip(images, captions, others, strict=True)):
             key = f"{number:08d}-{place:06d}"
-            said = json.dumps(row | row.pop(ADDED_COLUMN), default=_as_text, ensure_ascii=False)
+            said = json.dumps(row, default=_as_text)
             for suffix, data in ((_suffix(picture), picture), ("txt", text), ("json", said.encode())):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return out.getvalue()
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows as JSON takes them; what is no UTF-8 in a text is replaced."""
+    try:
+        return list(table.to_pylist())
+    except UnicodeDecodeError:
+        texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+        for name in texts:
+            raw = table[name].cast(pa.binary()).to_pylist()
+            told = [None if one is None else one.decode(errors="replace") for one in raw]
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(told))
+        return list(table.to_pylist())
 
 
 def _suffix(picture: bytes) -> str:
@@ -91,7 +130,7 @@ def to_uids(store: Store, rounds: Sequence[Manifest], path: Path) -> int:
     """Write the uids of all chosen rows, each once and sorted, as a NumPy file: `pool.keep` of another recipe.
 
     Uids of 32 hexadecimal digits, as hashes of contents are, become DataComp's `u8,u8`; others texts. All uids are held
-    in memory, 16 bytes each.
+    in memory, as texts, some 300 bytes each; a row without one is left out.
 
     Returns:
         How many there are.
@@ -104,7 +143,7 @@ def to_uids(store: Store, rounds: Sequence[Manifest], path: Path) -> int:
         for file in _files(store, manifest):
             with open_table(store, f"{round_folder(manifest.round)}/{file.name}") as parquet:
                 column = parquet.read(columns=[f"{ADDED_COLUMN}.uid"])[ADDED_COLUMN].combine_chunks()
-            uids.update(column.field("uid").to_pylist())
+            uids.update(uid for uid in column.field("uid").to_pylist() if uid is not None)
     halves = [halves_of(uid) for uid in uids]
     array = np.array(sorted(uids)) if None in halves else np.sort(np.array(halves, HALVES))
     with path.open("wb") as out:  # np.save adds a suffix to a name that has none
@@ -122,8 +161,9 @@ def to_datasets(store: Store, rounds: Sequence[Manifest], target: Store) -> Iter
         The number of each sub-batch that is in place.
 
     Raises:
-        UserError: a round's rows are gone.
+        UserError: a round's rows are gone; the folder holds an export of other rounds.
     """
+    _claim(rounds, target)
     for manifest in rounds:
         for file in _files(store, manifest):
             name = f"data/train-{manifest.round:06d}-{file.first_sub_batch:06d}.parquet"
@@ -138,17 +178,19 @@ def to_datasets(store: Store, rounds: Sequence[Manifest], target: Store) -> Iter
 
 def _write_for_datasets(store: Store, manifest: Manifest, file: CuratedFile, path: Path) -> None:
     image = str(manifest.columns["image"])
-    writer = None
+    said = json.dumps({"info": {"features": {image: {"_type": "Image"}}}})
     rows = row_group_rows(manifest.sub_batch_size)
-    for found in _sub_batches(store, manifest, file):
-        pictures = pa.array(pictures_of(store, found, image, manifest.columns.get("pool")), pa.binary())
-        column = pa.StructArray.from_arrays([pictures, pa.nulls(len(found), pa.string())], names=["bytes", "path"])
-        others = found.select([name for name in found.schema.names if name != image])
-        table = others.add_column(0, image, column)
-        said = json.dumps({"info": {"features": {image: {"_type": "Image"}}}})
-        schema = table.schema.with_metadata({"huggingface": said})
-        writer = writer or pq.ParquetWriter(path, schema, compression={f"{image}.bytes": "none"})
-        writer.write_table(table.cast(schema), row_group_size=rows)
+    writer = None
+    for whole in _sub_batches(store, manifest, file):
+        for start in range(0, len(whole), rows):  # a whole one may hold more bytes than one column can
+            found = whole.slice(start, rows).combine_chunks()
+            pictures = pa.array(pictures_of(store, found, manifest.columns), pa.binary())
+            column = pa.StructArray.from_arrays([pictures, pa.nulls(len(found), pa.string())], names=["bytes", "path"])
+            others = found.select([name for name in found.schema.names if name != image])
+            table = others.add_column(0, image, column)
+            schema = table.schema.with_metadata({"huggingface": said})
+            writer = writer or pq.ParquetWriter(path, schema, compression={f"{image}.bytes": "none"})
+            writer.write_table(table.cast(schema), row_group_size=rows)
     assert writer is not None  # a curated file holds a sub-batch at least
     writer.close()
 
@@ -208,8 +250,13 @@ def _sub_batches(store: Store, manifest: Manifest, file: CuratedFile) -> Iterato
     b = manifest.sub_batch_size
     with open_table(store, f"{round_folder(manifest.round)}/{file.name}") as parquet:
         held: list[pa.RecordBatch] = []
+        missing = b
         for batch in parquet.iter_batches(batch_size=row_group_rows(b)):
-            held.append(batch)
-            if sum(one.num_rows for one in held) == b:
-                yield pa.Table.from_batches(held)
-                held = []
+            rest = batch  # of which a part may be the next sub-batch's: batches do not end where row groups do
+            while rest.num_rows:
+                held.append(rest.slice(0, missing))
+                missing -= held[-1].num_rows
+                rest = rest.slice(held[-1].num_rows)
+                if not missing:
+                    yield pa.Table.from_batches(held)
+                    held, missing = [], b

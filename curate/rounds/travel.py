@@ -3,20 +3,19 @@
 An export is a folder or `s3://bucket/prefix`:
 
     embeddings.json     the encoder (model, preprocessing, precision, as its sha has them), and the shards
-    shards/*.parquet    embedding files, as they lie in a root: see `curate.embed.files`
+    embeddings/…        embedding files, as they lie in a root: see `curate.embed.files`
 
 A shard is known again by its name, size and rows, and by what its columns mean. Before its embeddings are taken over
 some of its pairs are hashed, and compared with what was embedded.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from curate.embed.files import CONTENT_BYTES, check_schema, content_hash, embedding_name
+from curate.embed.files import CONTENT_BYTES, check_schema, content_hash, damage_of, embedding_name
 from curate.errors import DamagedError, UserError
 from curate.models.spec import EncoderSpec
 from curate.parquet import open_table
@@ -41,13 +40,15 @@ def export_embeddings(store: Store, target: Store) -> Iterator[Shard]:
     """
     encoder, pool = shards_of(store)
     shards = []
-    for number, shard in enumerate(pool.shards):
-        name = f"shards/{number:06d}.parquet"
-        if not target.exists(name):
-            target.put_bytes(name, store.read_bytes(embedding_name(encoder.sha, shard)))
-        shards.append({"file": name, "name": shard.name, "size": shard.size, "rows": shard.rows})
+    for shard in pool.shards:
+        # Of a shard that could not be read nothing is known that another root could be held against.
+        if not damage_of(store, [shard], encoder.sha):
+            name = embedding_name(encoder.sha, shard)
+            if not target.exists(name):
+                target.put_bytes(name, store.read_bytes(name))
+            shards.append({"file": name, "name": shard.name, "size": shard.size, "rows": shard.rows})
         yield shard
-    record = {"encoder": encoder.to_json() | {"sha": encoder.sha}, "columns": pool.columns.identity(), "shards": shards}
+    record = {"encoder": encoder.to_json() | {"sha": encoder.sha}, "columns": _meaning(pool), "shards": shards}
     target.put_bytes(RECORD, seal(record))
 
 
@@ -86,9 +87,9 @@ def import_embeddings(source: Store, store: Store, pool: Pool, encoder: EncoderS
             f"{source.url}: expected embeddings by the recipe's reference, found others ({', '.join(apart)}); name "
             "that one in [reference], or embed anew"
         )
-    if record["columns"] != json.loads(json.dumps(pool.columns.identity())):
+    if record["columns"] != _meaning(pool):
         raise UserError(
-            f"{source.url}: expected columns {pool.columns.identity()}, as the recipe has them, found "
+            f"{source.url}: expected columns {_meaning(pool)}, as the recipe has them, found "
             f"{record['columns']}; name the same in [pool]"
         )
     known = {(one["name"], one["size"], one["rows"]): one["file"] for one in record["shards"]}
@@ -102,6 +103,11 @@ def import_embeddings(source: Store, store: Store, pool: Pool, encoder: EncoderS
                 path.write_bytes(source.read_bytes(file))
                 store.put_file(path, target)
         yield shard, file is not None
+
+
+def _meaning(pool: Pool) -> dict[str, Any]:
+    """What its columns mean; not where pictures lie that it only names, which may be elsewhere."""
+    return {name: value for name, value in pool.columns.identity().items() if name != "images"}
 
 
 def _read_record(source: Store) -> dict[str, Any]:

@@ -40,6 +40,10 @@ ADDED_TYPE = pa.struct(
 """What a curated row carries beside the user's columns: why and whence it came."""
 
 
+INDEX_TYPE = pa.struct([*ADDED_TYPE, pa.field("content", pa.binary(CONTENT_BYTES))])
+"""The same in a round without pictures: with a hash of the pair, by which the picture chosen is known again."""
+
+
 def row_group_rows(sub_batch_size: int) -> int:
     """Rows per row group: 64 to 256 where b allows, a divisor of b where there is one, so that ranks' slices align.
 
@@ -86,7 +90,7 @@ def curated_schema(pool: Pool, *, pictures: bool = True) -> pa.Schema:
         schema = schema.remove(index)
     elif not pa.types.is_struct(schema.field(index).type):
         schema = schema.set(index, pa.field(pool.columns.image, pa.large_binary()))
-    return schema.append(pa.field(ADDED_COLUMN, ADDED_TYPE, nullable=False))
+    return schema.append(pa.field(ADDED_COLUMN, ADDED_TYPE if pictures else INDEX_TYPE, nullable=False))
 
 
 def write_curated(
@@ -203,8 +207,10 @@ def _with_added(
         "uid": uid_texts(rows.column(uid)) if uid else [digest.hex() for digest in contents],
         "source_shard": [shard.name] * len(picks),
         "source_row": picks["row"].combine_chunks(),
+        "content": contents,
     } | {name: picks[name].combine_chunks() for name in picks.column_names if ADDED_TYPE.get_field_index(name) >= 0}
-    fields = [pa.array(added[field.name]).cast(field.type) for field in ADDED_TYPE]
+    kind = schema.field(ADDED_COLUMN).type
+    fields = [pa.array(added[field.name]).cast(field.type) for field in kind]
     own = [
         rows.column(field.name).cast(field.type)
         if field.name in rows.schema.names
@@ -212,7 +218,7 @@ def _with_added(
         for field in schema
         if field.name != ADDED_COLUMN
     ]
-    return pa.Table.from_arrays([*own, pa.StructArray.from_arrays(fields, fields=list(ADDED_TYPE))], schema=schema)
+    return pa.Table.from_arrays([*own, pa.StructArray.from_arrays(fields, fields=list(kind))], schema=schema)
 
 
 def _check_contents(
