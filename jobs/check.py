@@ -43,7 +43,14 @@ from curate.recipe import (
     SelectionSection,
 )
 from curate.rounds.manifest import last_round, read_manifest
-from curate.rounds.plan import evaluation_sets, foreseen_selection, pin_plan, plan_name
+from curate.rounds.plan import (
+    evaluation_sets,
+    foreseen_selection,
+    indices_of,
+    known_inventory,
+    pin_plan,
+    plan_name,
+)
 from curate.rounds.stream import END_NAME, stream_end
 from curate.select.draw import needs_learner
 from curate.select.topics import likeness, sample_captions
@@ -88,17 +95,23 @@ def check_recipe(recipe: Recipe, *, base: Path, measure: bool = True, imports_s:
     store, newest = None, -1
     with gathered(mistakes):
         store, newest = _root(recipe)
+    # What a round has found out of the pool's files; before the first one nothing is left in the root.
+    begun = store if newest >= 0 else None
+    indices = None if begun is None else indices_of(begun)
     pool = sample = None
     with gathered(mistakes):
         pool = take_inventory(
-            recipe.pool, progress=lambda footers, total: progress.over(footers, total, title="inventory", unit="shard")
+            recipe.pool,
+            progress=lambda footers, total: progress.over(footers, total, title="inventory", unit="shard"),
+            known=None if begun is None else known_inventory(begun),
+            indices=indices,
         )
         sample = sample_pool(pool)
         mistakes += _pool_mistakes(sample, pool, recipe)
     evaluation: list[Pool] = []
     memory: TrainerMemory | None = None
     with gathered(mistakes):
-        evaluation = evaluation_sets(recipe)
+        evaluation = evaluation_sets(recipe, indices=indices)
     with gathered(mistakes):
         _check_held_out(recipe.evaluate)
     with gathered(mistakes):

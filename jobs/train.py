@@ -53,6 +53,7 @@ from curate.reader.evaluate import HeldOut, evaluate, load_held_out
 from curate.reader.pieces import one_ahead
 from curate.reader.uniform import UniformBatch, uniform_batches
 from curate.recipe import DeviceType, Recipe
+from curate.rounds.plan import indices_of, known_inventory
 from curate.seeds import derive_seed
 from curate.storage import Store
 
@@ -210,7 +211,7 @@ class _Training:
 
         def batches(check: Callable[[], None] = lambda: None) -> Generator[UniformBatch]:
             return uniform_batches(
-                take_inventory(self.recipe.pool),
+                take_inventory(self.recipe.pool, known=known_inventory(self.store), indices=indices_of(self.store)),
                 self.recipe.selection.sub_batch_size,
                 seed=self.recipe.seed,
                 preprocess=self.crop,
