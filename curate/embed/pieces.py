@@ -218,7 +218,7 @@ class Reading:
         wanted = np.arange(some.start, some.stop) if some.rows is None else some.rows
         # Whoever asks for some rows knows them for wanted ones.
         filtered = _filtered(some.shard, wanted) if some.rows is None else {}
-        passed = np.array([row for row in wanted.tolist() if row not in filtered], np.int64)
+        passed = np.array([row for row in wanted.tolist() if row not in filtered], np.int64) if filtered else wanted
         batches = read_some(some.shard, passed, columns_read(some.shard), batch_rows=some.piece_rows)
         held: deque[pa.RecordBatch] = deque()
         none: pa.RecordBatch | None = None
