@@ -84,7 +84,7 @@ def approximate_rows(batch: int, share: float, *, seed: int, number: int) -> Ten
         bool [b].
 
     >>> approximate_rows(8, 0.25, seed=0, number=0).int().tolist()
-    [0, 0, 1, 0, 0, 0, 1, 0]
+    [0, 0, 0, 1, 0, 0, 0, 1]
     """
     part = Fraction(str(share))
     first = derive_seed(seed, "approximate", number) % part.denominator

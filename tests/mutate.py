@@ -194,14 +194,14 @@ MUTANTS = [
     Mutant(
         "shards are those of the inventory",
         "curate/pool/shards.py",
-        "if (found.size, found.version) != (shard.size, shard.version):",
+        "if (found.size, version) != (shard.size, shard.version):",
         "if False:",
         "tests/test_pool.py tests/test_embed.py",
     ),
     Mutant(
         "rows are those that were embedded",
         "curate/rounds/write.py",
-        'if b"".join(found) != expected:',
+        'if content_hash(image, caption) != expected:',
         "if False:",
         "tests/test_write.py",
     ),
