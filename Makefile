@@ -9,7 +9,7 @@ READY  := $(VENV)/.ready
 demo: $(READY)  ## the whole loop on a small drawn pool: four rounds beside a trainer, and uniform batches to compare with
 	$(BIN)/python -m curate.jobs.demo
 
-test: $(READY)  ## what CI runs: lint, types, tests; eight minutes on 2 cores
+test: $(READY)  ## what CI runs: lint, types, tests; eight to fifteen minutes on 2 cores
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
