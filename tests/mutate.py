@@ -201,7 +201,7 @@ MUTANTS = [
     Mutant(
         "rows are those that were embedded",
         "curate/rounds/write.py",
-        'if content_hash(image, caption) != expected:',
+        "if content_hash(image, caption) != expected:",
         "if False:",
         "tests/test_write.py",
     ),
