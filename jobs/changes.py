@@ -12,6 +12,10 @@ CUT = "a new epoch begins"
 MEANS = {
     "seed": f"other draws; {CUT}",
     "pool": f"where that makes another pool, rows that are new are embedded, and {CUT}",
+    "pool.where": f"other rows are wanted: {ANEW}",
+    "pool.keep": f"other rows are wanted, if the list is another: {ANEW}",
+    "pool.caption_seed": f"other captions of those that rows have: {ANEW}",
+    "pool.images": f"pictures are fetched from elsewhere: {ANEW}",
     "pool.max_row_group_bytes": "how large a shard's row groups may be, and nothing else",
     "pool.on_bad_shard": f"where shards are bad; with other shards left in, {CUT}",
     "reference": ANEW,
@@ -27,6 +31,7 @@ MEANS = {
     "selection.window_rows": f"windows are cut anew; {CUT}",
     "selection": "other choices from the same candidates",
     "output": "files of another length",
+    "output.mode": "whether rounds hold pictures; earlier ones stay as they are",
 }
 """By field, or by section for its other fields."""
 LEFT_OUT = {"embed.exact_pixels": True}
