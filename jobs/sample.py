@@ -4,7 +4,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from curate.embed.files import DAMAGED_SHARD, content_hash, uid_texts
+from curate.embed.files import DAMAGED_SHARD, content_hash, uids_of
 from curate.embed.pieces import before_decoding, columns_read
 from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.pool.images import Dropped, clean_caption, decode_image
@@ -61,10 +61,7 @@ def _reasons(shard: Shard) -> tuple[list[str | None], str | None]:
         raise UserError(str(error)) from error
     images = image_bytes(batch.column(columns.image)).to_pylist()
     captions = caption_bytes(batch.column(columns.caption)).to_pylist()
-    if columns.uid:
-        uids = uid_texts(batch.column(columns.uid))
-    else:
-        uids = [content_hash(image, caption).hex() for image, caption in zip(images, captions, strict=True)]
+    uids = uids_of(batch, columns, map(content_hash, images, captions))
     wanted = wanted_rows(columns, batch, uids)
     for image, caption, known, asked in zip(
         images, captions, before_decoding(batch, columns, images, uids), wanted.tolist(), strict=True

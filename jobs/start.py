@@ -1,7 +1,6 @@
 """The command `curate`, whatever is installed: a verb that wants more than there is says what to install."""
 
 import sys
-from collections.abc import Callable
 
 EXTRAS = {
     **dict.fromkeys(("rich", "tensorboard", "typer"), "train"),
@@ -12,19 +11,10 @@ EXTRAS = {
 
 
 def main() -> None:
-    """Run the command line, if it is installed."""
-    run_with_extras(_run)
-
-
-def _run() -> None:
-    from curate.jobs.cli import main as run  # noqa: PLC0415 which needs an extra itself
-
-    run()
-
-
-def run_with_extras(run: Callable[[], None]) -> None:
-    """Run something; a library that is missing is a line with the extra that brings it, and ends the process."""
+    """Run the command line; a library that is missing is a line with the extra that brings it, and ends the process."""
     try:
+        from curate.jobs.cli import main as run  # noqa: PLC0415 which needs an extra itself
+
         run()
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]

@@ -18,11 +18,11 @@ def export_all(root: str, folder: str) -> Iterator[str]:
     """Export the embeddings of the newest round's reference; yields what was done.
 
     Raises:
-        UserError: as `export_embeddings`.
+        UserError: as `shards_of`.
     """
     store, target = Store(root), Store(folder)
-    _, pool = shards_of(store)
-    written = export_embeddings(store, target)
+    encoder, pool = shards_of(store)
+    written = export_embeddings(store, target, pool, encoder)
     done = sum(1 for _ in progress.over(written, len(pool.shards), title="export", unit="shard"))
     way_in = f"curate embeddings import RECIPE {target.url}"
     yield f"{target.url}: embeddings of {counted(done, 'shard')}; elsewhere: {way_in}"

@@ -22,7 +22,7 @@ column of uids cannot be read or there is none, the uid `<name of the shard>#<ro
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ import pyarrow as pa
 
 from curate.errors import DamagedError, ShardDamagedError
 from curate.parquet import open_table
+from curate.pool.columns import Columns
 from curate.pool.shards import Shard
 from curate.storage import Store
 
@@ -63,6 +64,11 @@ def uid_texts(column: pa.Array) -> list[str | None]:
     if pa.types.is_integer(column.type):
         column = column.cast(pa.string())
     return [None if raw is None else raw.decode(errors="replace") for raw in column.cast(pa.large_binary()).to_pylist()]
+
+
+def uids_of(batch: pa.RecordBatch, columns: Columns, contents: Iterable[bytes]) -> list[str | None]:
+    """The ids of rows: the user's, else their contents, as `content_hash` gives them, in hex."""
+    return uid_texts(batch.column(columns.uid)) if columns.uid else [content.hex() for content in contents]
 
 
 def embedding_name(sha: str, shard: Shard, scope: str = "") -> str:

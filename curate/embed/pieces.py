@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from curate.embed.decode import Crop, Decoded, Row
-from curate.embed.files import CONTENT_BYTES, pair_hashes, uid_texts
+from curate.embed.files import CONTENT_BYTES, pair_hashes, uid_texts, uids_of
 from curate.embed.room import Room, Rooms, offsets_of
 from curate.pool.columns import Columns
 from curate.pool.derived import IMAGE_MISSING, missing
@@ -238,7 +238,6 @@ class Reading:
                 none = none or _none_of(some.shard)
             batch = pa.concat_batches(taken) if taken else none
             yield Raw(slice=some, number=number, rows=rows, batch=batch, filtered=out)
-        # What follows in the row group is another slice's.
 
     def piece(self, raw: Raw, decode: Decode, room: Room | None = None) -> Piece:
         """Hash, decode, crop and tokenise the rows of a piece; the pixels are put into `room`, if there is one."""
@@ -246,7 +245,7 @@ class Reading:
         images = image_bytes(batch.column(columns.image)).to_pylist()
         captions = caption_bytes(batch.column(columns.caption)).to_pylist()
         hashes = [pair_hashes(image, caption) for image, caption in zip(images, captions, strict=True)]
-        uids = _uids(batch, columns, hashes)
+        uids = uids_of(batch, columns, (content for _, content in hashes))
         views = list(dict.fromkeys(self.views[encoder] for encoder in some.encoders))
         pixels = _Pixels(len(images), room)
         decoded = before_decoding(batch, columns, images, uids)
@@ -354,10 +353,6 @@ class _Pixels:
     def found(self) -> dict[str, Tensor]:
         """Rows [n, H, W, 3] by view."""
         return {view: held[: self._count] for view, (held, _) in self._held.items()}
-
-
-def _uids(batch: pa.RecordBatch, columns: Columns, hashes: Sequence[tuple[bytes, bytes]]) -> list[str | None]:
-    return uid_texts(batch.column(columns.uid)) if columns.uid else [content.hex() for _, content in hashes]
 
 
 def _rows(

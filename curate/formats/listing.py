@@ -4,6 +4,7 @@ They hold names and words and no picture, so that one is read whole.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
@@ -42,18 +43,17 @@ def open_listing(path: str) -> Iterator[ListingSource]:
     """Read a table of JSON lines, or of values between commas or tabs under a line of names."""
     suffix = PurePosixPath(path).suffix.lower()
     with access.open_input(path) as file:
-        if file.seek(0, 2) >= LARGEST:
-            raise ValueError("it has 2 GiB or more, and is read whole; cut it, or write Parquet")
+        size = file.seek(0, os.SEEK_END)
         file.seek(0)
+        if size >= LARGEST:
+            raise ValueError("it has 2 GiB or more, and is read whole; cut it, or write Parquet")
+        block_size = max(2**20, size + 1)  # one, for Arrow decides on types by the first: a later one might have others
         if suffix == ".jsonl":
-            # One block, for Arrow decides on types by the first: a later one might have others.
-            block = pa.json.ReadOptions(block_size=max(2**20, file.seek(0, 2) + 1))
-            file.seek(0)
+            block = pa.json.ReadOptions(block_size=block_size)
             yield ListingSource(pa.json.read_json(file, read_options=block))
         else:
             parse = pa.csv.ParseOptions(delimiter="\t" if suffix == ".tsv" else ",", newlines_in_values=True)
-            block = pa.csv.ReadOptions(block_size=max(2**20, file.seek(0, 2) + 1))
-            file.seek(0)
+            block = pa.csv.ReadOptions(block_size=block_size)
             # All of it text: the key 00012 is not the number 12.
             convert = pa.csv.ConvertOptions(default_column_type=pa.string())
             yield ListingSource(pa.csv.read_csv(file, read_options=block, parse_options=parse, convert_options=convert))

@@ -27,6 +27,11 @@ class Columns:
     """URL of the uids of wanted rows, see `curate.pool.wanted`."""
     keep_sha: str | None = None
 
+    @property
+    def captions_column(self) -> str | None:
+        """The column of the file that `captions` begins with."""
+        return self.captions and self.captions.partition(".")[0]
+
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Columns":
         """The inverse of `to_json`, and of `asdict` on its way through Arrow or JSON."""

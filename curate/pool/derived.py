@@ -43,7 +43,7 @@ def derived_schema(schema: pa.Schema, path: str, columns: Columns) -> pa.Schema:
         schema = schema.set(index, schema.field(index).with_type(pa.struct(fields)))
     if columns.paths and columns.paths in schema.names:
         schema = schema.append(pa.field(columns.image, pa.binary()))
-    if columns.captions and columns.captions.partition(".")[0] in schema.names:
+    if columns.captions_column in schema.names:
         schema = schema.append(pa.field(columns.caption, pa.string()))
         schema = schema.append(pa.field(which_name(columns), pa.int32()))
     return schema
@@ -65,8 +65,8 @@ def made_of(names: Sequence[str] | None, columns: Columns) -> list[str] | None:
     found = list(names)
     if columns.paths and columns.image in names:
         found.append(columns.paths)
-    if columns.captions and {columns.caption, which_name(columns)} & set(names):
-        found.append(columns.captions.partition(".")[0])
+    if columns.captions_column and {columns.caption, which_name(columns)} & set(names):
+        found.append(columns.captions_column)
     return list(dict.fromkeys(found))
 
 
@@ -94,8 +94,9 @@ def with_derived(batch: pa.RecordBatch, path: str, columns: Columns, names: Coll
         add(columns.image, pa.array(fetch(base, batch.column(columns.paths).to_pylist()), pa.binary()))
     elif columns.image in batch.schema.names:
         batch = _with_bytes(batch, base, columns.image)
-    if columns.captions and (head := columns.captions.partition(".")[0]) in batch.schema.names:
-        drawn = [draw(found, columns.caption_seed) for found in _captions(batch.column(head), columns.captions)]
+    if columns.captions and columns.captions_column in batch.schema.names:
+        several = _captions(batch.column(columns.captions_column), columns.captions)
+        drawn = [draw(found, columns.caption_seed) for found in several]
         # As text without a check: one that is not UTF-8 must not take its whole batch with it.
         add(columns.caption, pa.array([caption for caption, _ in drawn], pa.binary()).view(pa.string()))
         add(which_name(columns), pa.array([which for _, which in drawn], pa.int32()))
@@ -176,7 +177,7 @@ def _with_bytes(batch: pa.RecordBatch, base: str, name: str) -> pa.RecordBatch:
     for place, data in zip(absent, fetch(base, [paths[place] for place in absent]), strict=True):
         held[place] = data
     fields = [
-        pa.array(held, field.type if not pa.types.is_null(field.type) else pa.binary())
+        pa.array(held, pa.binary() if _is_unread(field) else field.type)
         if field.name == "bytes"
         else column.field(field.name)
         for field in kind

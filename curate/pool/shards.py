@@ -235,7 +235,7 @@ def read_rows(shard: Shard, rows: Sequence[int], columns: Sequence[str]) -> pa.T
 def _opened(shard: Shard, columns: Sequence[str] | None, rows: Callable[[], int] = lambda: 0) -> Iterator[Source]:
     """A shard's file, of which these columns are read; `rows` says, for messages, how many were read."""
     try:
-        with open_source(shard.path, index=shard.offsets, side_car=shard.side_car) as source:
+        with _source_of(shard) as source:
             yield source
     except (CurateError, GeneratorExit):
         raise
@@ -247,12 +247,16 @@ def _opened(shard: Shard, columns: Sequence[str] | None, rows: Callable[[], int]
         raise ShardDamagedError(shard.path, shard.rows, found) from error
 
 
+def _source_of(shard: Shard) -> contextlib.AbstractContextManager[Source]:
+    return open_source(shard.path, index=shard.offsets, side_car=shard.side_car)
+
+
 def _damaged_column(shard: Shard, columns: Sequence[str] | None) -> str | None:
     """The first of some columns that cannot be read, by reading each alone; None if none is found again."""
     with access.open_input(shard.path):  # which raises, whatever is caught within, what the store did
         for name in (made_of(columns, shard.columns) if columns else None) or _names(shard):
             try:
-                with open_source(shard.path, index=shard.offsets, side_car=shard.side_car) as source:
+                with _source_of(shard) as source:
                     for _ in source.batches(None, [name], READ_ROWS):
                         pass
             except Exception:
@@ -263,7 +267,7 @@ def _damaged_column(shard: Shard, columns: Sequence[str] | None) -> str | None:
 def _names(shard: Shard) -> list[str]:
     """Of a damaged file's columns, none if not even those can be read."""
     try:
-        with open_source(shard.path, index=shard.offsets, side_car=shard.side_car) as source:
+        with _source_of(shard) as source:
             return list(source.schema.names)
     except Exception:
         return []

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curate.embed.files import content_hash, uid_texts
+from curate.embed.files import content_hash, uids_of
 from curate.errors import ShardDamagedError, UserError
 from curate.models.crop import Preprocess, decode_for, pixels_of
 from curate.pool.images import Dropped, clean_caption
@@ -110,12 +110,8 @@ def _shuffled(pool: Pool, rng: np.random.Generator) -> Iterator[list[tuple[bytes
             for batch in read_batches(pool.shards[index], list(dict.fromkeys(names)), batch_rows=READ_ROWS):
                 images = image_bytes(batch.column(columns.image)).to_pylist()
                 pairs = list(zip(images, caption_bytes(batch.column(columns.caption)).to_pylist(), strict=True))
-                if columns.keep is None:
-                    uids = None
-                elif columns.uid:
-                    uids = uid_texts(batch.column(columns.uid))
-                else:
-                    uids = [content_hash(*pair).hex() for pair in pairs]
+                asked = columns.keep is not None  # else nothing need be hashed
+                uids = uids_of(batch, columns, (content_hash(*pair) for pair in pairs)) if asked else None
                 held += itertools.compress(pairs, wanted_rows(columns, batch, uids))
                 if len(held) >= SHUFFLED_ROWS:
                     yield [held[i] for i in rng.permutation(len(held))]

@@ -31,8 +31,6 @@ SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
 """By Pillow's name of a format, the member's suffix; of those alone that a round holds."""
 CARD = "README.md"
 SIZES = "sizes.json"
-
-
 RECORD = "rounds.json"
 """Which rounds a folder holds: an export of others would be mixed with it."""
 

@@ -10,7 +10,6 @@ some of its pairs are hashed, and compared with what was embedded.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,16 +28,12 @@ SAMPLED_ROWS = 8
 """Of each shard, whose pairs are hashed."""
 
 
-def export_embeddings(store: Store, target: Store) -> Iterator[Shard]:
-    """Copy the embeddings of the newest round's reference.
+def export_embeddings(store: Store, target: Store, pool: Pool, encoder: EncoderSpec) -> Iterator[Shard]:
+    """Copy the embeddings of a pool's shards by an encoder, as `shards_of` has the two.
 
     Yields:
         Each shard whose embeddings are in place.
-
-    Raises:
-        UserError: no round is committed.
     """
-    encoder, pool = shards_of(store)
     shards = []
     for shard in pool.shards:
         # Of a shard that could not be read nothing is known that another root could be held against.
@@ -98,10 +93,7 @@ def import_embeddings(source: Store, store: Store, pool: Pool, encoder: EncoderS
         target = embedding_name(encoder.sha, shard)
         if file is not None and not store.exists(target):
             _check_pairs(source, file, shard)
-            with store.local_scratch() as scratch:
-                path = Path(scratch) / "embeddings.parquet"
-                path.write_bytes(source.read_bytes(file))
-                store.put_file(path, target)
+            store.put_bytes(target, source.read_bytes(file))
         yield shard, file is not None
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curate.embed.files import CONTENT_BYTES, content_hash, uid_texts
+from curate.embed.files import CONTENT_BYTES, content_hash, uids_of
 from curate.errors import InputChangedError
 from curate.parquet import CHECKED
 from curate.pool.columns import Columns
@@ -201,10 +201,9 @@ def _with_added(
     contents = [expected[at : at + CONTENT_BYTES] for at in range(0, len(expected), CONTENT_BYTES)]
     if columns.image in schema.names:
         _check_contents(rows, picks, contents, shard=shard, columns=columns)
-    uid = columns.uid
     added = {
         "round": np.full(len(picks), round_number),
-        "uid": uid_texts(rows.column(uid)) if uid else [digest.hex() for digest in contents],
+        "uid": uids_of(rows, columns, contents),
         "source_shard": [shard.name] * len(picks),
         "source_row": picks["row"].combine_chunks(),
         "content": contents,
