@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo docs test test-all test-gpu clients wheels sbom lint types lock bench bench-gpu bench-acceleration clean
+.PHONY: demo docs test test-all test-gpu clients wheels image sbom lint types lock bench bench-gpu bench-acceleration clean
 
 demo: $(READY)  ## the whole loop on a small drawn pool: four rounds beside a trainer, and uniform batches to compare with
 	$(BIN)/python -m curate.jobs.demo
@@ -40,6 +40,10 @@ wheels: $(READY)  ## sdist and wheel, each extra in an empty environment on each
 clients: $(READY)  ## img2dataset before it, open_clip's trainer after it: the real ones, on this machine
 	rm -rf out/clients
 	$(BIN)/python -m tests.clients out/clients
+
+image: $(READY)  ## the image without an engine, on a base of Debian's packages, and a round in it; root, buildah, debootstrap
+	rm -rf out/image
+	$(BIN)/python tests/image.py out/image
 
 sbom: $(READY)  ## what the image holds, for whoever must know: CycloneDX, from the lock
 	mkdir -p out

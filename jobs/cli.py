@@ -236,7 +236,7 @@ def embeddings(
     folder: Annotated[str, typer.Argument(help="the export: a folder or s3://bucket/prefix")],
     overrides: SetOption = None,
 ) -> None:
-    """Take a reference's embeddings to another root whose pool holds the same files, wherever they lie there."""
+    """Take a reference's embeddings to another root of the same pool; or clip-retrieval's or DataComp's into a root."""
     from curate.jobs.travel import export_all, import_all  # noqa: PLC0415
 
     if way is Travel.export:

@@ -1,16 +1,22 @@
 """`curate embeddings`: a reference's embeddings, out of one root and into another."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from curate.embed.layouts import Layout
+from curate.embed.taking import take_shards
 from curate.messages import counted
+from curate.models.encoder import load_encoder
+from curate.models.spec import EncoderSpec
 from curate.pipelines import progress
 from curate.pool.inventory import take_inventory
+from curate.pool.shards import Pool, Shard
 from curate.recipe import DeviceType, Recipe
 from curate.rounds.plan import indices_of, known_inventory, store_reference
-from curate.rounds.travel import export_embeddings, import_embeddings, shards_of
+from curate.rounds.travel import RECORD, export_embeddings, import_embeddings, shards_of
 from curate.storage import Store
 
 
@@ -32,15 +38,29 @@ def import_all(recipe: Recipe, base: Path, folder: str) -> Iterator[str]:
     """Import embeddings into the root of a recipe; yields what was found and what is left to embed.
 
     Raises:
-        UserError: mistakes of the recipe; or as `import_embeddings`.
+        UserError: mistakes of the recipe; or as `import_embeddings`, `Layout` or `take_shards`.
     """
     store = Store(recipe.root)
     store.probe()
     device_type: DeviceType = "cuda" if torch.cuda.is_available() and recipe.resources.device != "cpu" else "cpu"
     pool = take_inventory(recipe.pool, known=known_inventory(store), indices=indices_of(store))
     encoder = store_reference(store, recipe, base=base, device_type=device_type)
-    taken = import_embeddings(Store(folder), store, pool, encoder)
+    source = Store(folder)
+    if source.exists(RECORD):
+        taken, others = import_embeddings(source, store, pool, encoder), "of other names or sizes"
+    else:
+        taken, others = _by_pair(source, store, pool, encoder, device_type), "not all of whose pairs were found"
     found = [there for _, there in progress.over(taken, len(pool.shards), title="import", unit="shard")]
     yield f"{store.url}: embeddings of {counted(sum(found), 'shard')} of {len(found):,} are in place"
     if missing := len(found) - sum(found):
-        yield f"{counted(missing, 'shard')} of other names or sizes: the next round embeds these"
+        yield f"{counted(missing, 'shard')} {others}: the next round embeds these"
+
+
+def _by_pair(
+    source: Store, store: Store, pool: Pool, encoder: EncoderSpec, device_type: DeviceType
+) -> Iterator[tuple[Shard, bool]]:
+    """As `import_embeddings`, out of a folder that another tool left."""
+    with store.local_scratch() as scratch:
+        layout = Layout(source, scratch, columns=pool.columns, embed_dim=encoder.embed_dim)
+        loaded = load_encoder(store, encoder, torch.device(device_type))
+        yield from take_shards(layout, pool.shards, loaded, store, at_once=os.cpu_count() or 1)

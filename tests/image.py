@@ -1,0 +1,107 @@
+"""`make image`: build the image without an engine, on a base of Debian's packages, and run a round in it.
+
+    python tests/image.py FOLDER [--base IMAGE]
+
+Needs root, Debian's `buildah` and `debootstrap`, its archive, the package index, and 30 GB; half an hour. The container
+that runs the round has no network.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from wheel import HOUSE, RECIPE
+
+PACKAGES = "python3,python3-venv,ca-certificates"
+CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
+"""This machine's, which the base gets: whoever builds behind a proxy of their own has its certificate there."""
+ROUND = """\
+set -eu
+python -m curate.jobs.drawn_pool pool --rows 96 --shards 2
+curate --version
+curate check recipe.toml --no-measure
+curate round recipe.toml
+curate report root --to report.html
+test -s report.html
+id -u
+"""
+
+
+def run(*command: str | Path, quiet: bool = True) -> str:
+    """Output of a command, which must succeed."""
+    done = subprocess.run(
+        list(map(str, command)), cwd=HOUSE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if not quiet or done.returncode:
+        print(done.stdout[-6000:], flush=True)
+    if done.returncode:
+        raise SystemExit(f"{command}: ended with {done.returncode}")
+    return done.stdout
+
+
+def make_base(folder: Path) -> str:
+    """An image of Debian's packages; its name."""
+    root = folder / "debian"
+    run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", root)
+    shutil.copy(CERTIFICATES, root / str(CERTIFICATES).lstrip("/"))
+    container = run("buildah", "from", "scratch").splitlines()[-1]
+    run("buildah", "add", container, root, "/")
+    # pip and uv bring authorities of their own; those of the machine are the ones that count.
+    trust = f"SSL_CERT_FILE={CERTIFICATES}", f"PIP_CERT={CERTIFICATES}"
+    run("buildah", "config", *(f"--env={one}" for one in trust), container)
+    run("buildah", "commit", "--rm", container, "localhost/curate-base")
+    shutil.rmtree(root)
+    return "localhost/curate-base"
+
+
+def use(folder: Path) -> None:
+    """A round in a container, as its own user and without a network."""
+    (folder / "recipe.toml").write_text(RECIPE)
+    shutil.copy(HOUSE / "jobs/recipes/demo-clip.json", folder)
+    container = run("buildah", "from", "localhost/curate").splitlines()[-1]
+    try:
+        for name in ("recipe.toml", "demo-clip.json"):
+            run("buildah", "copy", "--chown", "curate", container, folder / name, "/home/curate/")
+        network = ("--network", "none", "--env", "OMP_NUM_THREADS=1")
+        run("buildah", "run", *network, container, "--", "sh", "-c", ROUND, quiet=False)
+    finally:
+        run("buildah", "rm", container)
+
+
+def main() -> None:
+    """Build, use, say how large it is."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--base", help="an image that is there already, in place of Debian's packages")
+    asked = parser.parse_args()
+    if os.geteuid():
+        parser.error("expected root, which debootstrap and buildah need here")
+    folder = asked.folder.resolve()
+    folder.mkdir(parents=True)
+    begun = time.monotonic()
+    base = asked.base or make_base(folder)
+    made = time.monotonic()
+    run(
+        "buildah",
+        "bud",
+        "--network",
+        "host",
+        "--layers",
+        "--build-arg",
+        f"BASE={base}",
+        "--tag",
+        "localhost/curate",
+        ".",
+    )
+    built = time.monotonic()
+    use(folder)
+    sizes = {one["names"][0]: one["size"] for one in json.loads(run("buildah", "images", "--json")) if one.get("names")}
+    print(f"base {made - begun:.0f} s, image {built - made:.0f} s, a round {time.monotonic() - built:.0f} s; {sizes}")
+
+
+if __name__ == "__main__":
+    main()
