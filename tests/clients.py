@@ -3,14 +3,16 @@
     python tests/clients.py FOLDER
 
 img2dataset downloads pictures from a server on this machine into tars; `curate init`, `check` and two rounds over
-these; open_clip's trainer on two ranks, every batch one sub-batch, its losses those of our trainer. Prints each command
-and what came of it. Needs `uv` and the package index.
+these; open_clip's trainer on two ranks, every batch one sub-batch, its losses those of our trainer. clip-retrieval
+embeds a tar, and its embeddings are taken over. A Lance data set becomes Parquet as docs/formats.md has it. Prints each
+command and what came of it. Needs `uv` and the package index.
 """
 
 import functools
 import http.server
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,8 +20,10 @@ import sys
 import threading
 from pathlib import Path
 
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from curate.models.encoder import fetch_model
@@ -30,6 +34,9 @@ HOUSE = Path(__file__).parents[1]
 UV = ["uv"] if shutil.which("uv") else [sys.executable, "-m", "uv"]
 CURATE = [sys.executable, "-m", "curate.jobs.cli"]
 IMG2DATASET = "img2dataset==1.47.0"
+# Its own dependencies are not pinned: with setuptools from 70 on one of them does not start.
+CLIP_RETRIEVAL = ("clip-retrieval==2.45.0", "setuptools<70", "torch", "torchvision")
+LANCE = ("pylance==14.0.2", "pyarrow")
 ROWS, LOST = 640, 20
 SETTINGS = {
     "reference.model": "demo-clip.json",
@@ -57,6 +64,14 @@ def run(folder: Path, *command: str | Path, show: int = 1) -> str:
     return done.stdout
 
 
+def install(folder: Path, name: str, *packages: str) -> Path:
+    """A new environment with some packages; where its commands are."""
+    environment = folder / f"env-{name}"
+    run(folder, *UV, "venv", "--quiet", "--python", "3.11", environment)
+    run(folder, *UV, "pip", "install", "--quiet", "--python", environment / "bin/python", *packages)
+    return environment / "bin"
+
+
 def serve(folder: Path) -> str:
     """A server of the files of a folder, until this process ends."""
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
@@ -75,8 +90,7 @@ def download(folder: Path) -> None:
     url = serve(folder / "www")
     urls = [f"{url}/{row['key']}.jpg" for row in rows]
     pq.write_table(pa.table({"url": urls, "caption": [row["caption"] for row in rows]}), folder / "urls.parquet")
-    run(folder, *UV, "venv", "--quiet", "--python", "3.11", folder / "client")
-    run(folder, *UV, "pip", "install", "--quiet", "--python", folder / "client/bin/python", IMG2DATASET)
+    client = install(folder, "img2dataset", IMG2DATASET)
     said = {"url_list": "urls.parquet", "input_format": "parquet", "url_col": "url", "caption_col": "caption"}
     how = {
         "output_format": "webdataset",
@@ -86,7 +100,7 @@ def download(folder: Path) -> None:
     }
     few = {"processes_count": "1", "thread_count": "8", "enable_wandb": "False", "retries": "0"}
     options = [f"--{name}={value}" for name, value in (said | how | few).items()]
-    run(folder, folder / "client/bin/img2dataset", *options, show=0)
+    run(folder, client / "img2dataset", *options, show=0)
     print("   ", " ".join(sorted(path.name for path in (folder / "tars").iterdir())))
 
 
@@ -132,6 +146,46 @@ def train_by_open_clip(folder: Path) -> None:
     assert apart < 1e-5
 
 
+def embed_by_clip_retrieval(folder: Path) -> None:
+    """A tar embedded there with a ViT-B-32 of random weights, and taken over here, with all of its shards in place."""
+    client = install(folder, "clip-retrieval", *CLIP_RETRIEVAL)
+    torch.save(open_clip.create_model("ViT-B-32").state_dict(), folder / "vitb32.pt")
+    how = {
+        "input_dataset": "tars/00000.tar",
+        "output_folder": "embeddings",
+        "input_format": "webdataset",
+        "clip_model": f"open_clip:ViT-B-32/{folder}/vitb32.pt",
+        "enable_metadata": "False",
+        "enable_wandb": "False",
+        "num_prepro_workers": "1",
+        "batch_size": "16",
+    }
+    run(folder, client / "clip-retrieval", "inference", *(f"--{name}={value}" for name, value in how.items()), show=0)
+    model = {"model": "ViT-B-32", "pretrained": "vitb32.pt", "trusted": "true"}
+    sets = [part for name, value in model.items() for part in ("--set", f"reference.{name}={value}")]
+    other = ("--set", "root=root-b32", "--set", "pool.path=tars/00000.tar", "--set", "pool.uid=key")
+    said = run(folder, *CURATE, "embeddings", "import", "recipe.toml", "embeddings", *sets, *other)
+    assert "embeddings of 1 shard of 1 are in place" in said
+
+
+def convert_from_lance(folder: Path) -> None:
+    """Lance to Parquet, by the lines of the page."""
+    client = install(folder, "lance", *LANCE)
+    (code,) = re.findall(r"```python\n(import lance\n.*?)```", (HOUSE / "docs/formats.md").read_text(), re.DOTALL)
+    (folder / "lance").mkdir()
+    write = "import glob, lance, pyarrow.parquet as pq\nrows = pq.read_table(glob.glob('../drawn/*'))\n"
+    run(
+        folder / "lance",
+        client / "python",
+        "-c",
+        write + "lance.write_dataset(rows, 'pool.lance', max_rows_per_file=200)",
+    )
+    run(folder / "lance", client / "python", "-c", code)
+    found = pq.read_table(sorted((folder / "lance").glob("*.parquet")))
+    assert found.equals(pq.read_table(folder / "drawn"))
+    print(f"    {len(found)} rows, as they were")
+
+
 def main() -> None:
     """One after the other."""
     folder = Path(sys.argv[1]).resolve()
@@ -139,6 +193,8 @@ def main() -> None:
     download(folder)
     curate_rounds(folder)
     train_by_open_clip(folder)
+    embed_by_clip_retrieval(folder)
+    convert_from_lance(folder)
 
 
 if __name__ == "__main__":

@@ -639,6 +639,8 @@ def test_symlinks_list_every_real_file_once(tmp_path: Path) -> None:
     ("name", "way_out"),
     [
         ("00000.tar.gz", "unpack it"),
+        ("0001.lance", "write its rows as Parquet"),
+        ("shard.00000.mds", "write its samples as Parquet or tars"),
         ("red.JPG", "pictures alone are no pool: write a metadata.csv beside them"),
         ("urls.csv", "name the file itself, if its rows name pictures"),
         ("cache-1a2b.arrow", "name a single file"),

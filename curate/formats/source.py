@@ -20,6 +20,8 @@ from curate.storage import FileInfo
 _PICTURES = "write a metadata.csv beside them with the columns file_name and caption"
 OTHER_FORMATS = {
     ".gz": "unpack it",
+    ".lance": "write its rows as Parquet, which docs/formats.md has in five lines",
+    ".mds": "write its samples as Parquet or tars",
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), f"pictures alone are no pool: {_PICTURES}"),
     **dict.fromkeys(LISTED, "name the file itself, if its rows name pictures"),
     ".json": "write it as JSON lines, metadata.jsonl, if it names pictures",
