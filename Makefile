@@ -43,7 +43,7 @@ clients: $(READY)  ## img2dataset before it, open_clip's trainer after it: the r
 
 image: $(READY)  ## the image without an engine, on a base of Debian's packages, and a round in it; root, buildah, debootstrap
 	rm -rf out/image
-	$(BIN)/python tests/image.py out/image
+	$(BIN)/python -m tests.image out/image
 
 sbom: $(READY)  ## what the image holds, for whoever must know: CycloneDX, from the lock
 	mkdir -p out

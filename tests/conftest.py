@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 RAY = ("acceleration", "cluster", "crops", "dedup", "devices", "embed", "faults", "index", "round")
 """Files with tests that share a Ray: where pytest runs in several processes, one of these runs them all."""
-FIRST = (*RAY, "submit", "train_ranks", "environment", "encoder")
+FIRST = (*RAY, "own_ray", "submit", "train_ranks", "environment", "encoder")
 """Files that take longest, so that no process works alone at the end."""
 
 

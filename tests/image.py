@@ -1,6 +1,6 @@
 """`make image`: build the image without an engine, on a base of Debian's packages, and run a round in it.
 
-    python tests/image.py FOLDER [--base IMAGE]
+    python -m tests.image FOLDER [--base IMAGE]
 
 Needs root, Debian's `buildah` and `debootstrap`, its archive, the package index, and 30 GB. Steps run in a chroot,
 which a machine without cgroups of its own allows as well.
@@ -14,7 +14,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from wheel import HOUSE, RECIPE
+from tests.wheel import HOUSE, RECIPE
 
 PACKAGES = "python3,python3-venv,ca-certificates"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")

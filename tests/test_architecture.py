@@ -26,7 +26,7 @@ ROOMS = {
     ],
     "models": ["spec", "hub", "weights", "resolution", "create", "crop", "causal", "encoder", "learners", "publish"],
     # the steps of a round, each after the files that it exchanges with others
-    "embed": ["decode", "files", "room", "pieces", "loader", "shard", "run"],
+    "embed": ["decode", "files", "room", "pieces", "loader", "shard", "run", "layouts", "taking"],
     "dedup": ["files", "grouping", "forests", "neighbours"],
     "select": ["topics", "windows", "index", "files", "standing", "draw", "load"],
     "rounds": [

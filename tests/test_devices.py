@@ -1,10 +1,6 @@
 """What is computed on: GPUs that Ray gave, that come later, or that are left alone; and the memory that tasks need."""
 
 import os
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import loky
 import numpy as np
@@ -19,27 +15,6 @@ from curate.pipelines.cluster import Devices, run_tasks
 from curate.pipelines.embed import ACTOR_BYTES, _workers
 from curate.recipe import EncoderSection, ResourcesSection
 from curate.select.draw import Scale, embeddings_of
-from tests import own_ray
-
-
-@pytest.mark.parametrize(
-    "run",
-    [*own_ray.RUNS, *(pytest.param(run, marks=pytest.mark.exhaustive) for run in own_ray.LONG_RUNS)],
-    ids=lambda run: run.__name__,
-)
-def test_in_a_ray_of_its_own(run: Callable[[], None]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", f"from tests import own_ray; own_ray.{run.__name__}()"],
-        cwd=Path(__file__).parents[1],
-        env={name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    if run is own_ray.a_worker_that_dies:
-        assert (done.stdout, done.stderr) == ("", "")  # off a terminal, where no bar is drawn
 
 
 def test_cpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

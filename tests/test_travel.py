@@ -102,7 +102,9 @@ def test_a_damaged_export_is_told(world: Path, tmp_path: Path, exported: Path) -
     with pytest.raises(DamagedError):
         list(import_all(recipe(world, tmp_path / "second", path=str(elsewhere(world, tmp_path))), world, str(exported)))
     (exported / "embeddings.json").unlink()
-    with pytest.raises(UserError, match=r"expected embeddings\.json, as curate embeddings"):
+    with pytest.raises(
+        UserError, match=r"export: expected embeddings\.json of curate embeddings export, .*; found none"
+    ):
         list(import_all(recipe(world, tmp_path / "second", path=str(world / "parquet")), world, str(exported)))
 
 
