@@ -13,7 +13,7 @@ test: $(READY)  ## what CI runs: lint, types, tests; eight to fifteen minutes on
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not exhaustive and not gpu"
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not exhaustive and not gpu"
 
 test-all: $(READY)  ## and every case of what those tests sample
 	$(BIN)/python -m pytest -m "not gpu"

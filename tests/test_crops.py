@@ -63,6 +63,7 @@ def test_the_step_writes_the_same_bytes_with_them(store: Store, pool: Pool, enco
     assert store.local_path(names[0]).stat().st_ino == kept  # what was done stays
 
 
+@pytest.mark.exhaustive  # each row that kills starts an actor anew, which takes its time
 @pytest.mark.parametrize("croppers", [Hostile()], indirect=True)
 def test_a_row_that_kills_one_costs_itself(store: Store, pool: Pool, encoder: Encoder, croppers: Croppers) -> None:
     pool = with_sizes(pool, {(0, 30): (99, 32), (2, 79): (99, 32)})

@@ -120,6 +120,13 @@ def literal(
     return left
 
 
+RULES = [
+    ("components", None),
+    ("greedy", 0.9),
+    *(pytest.param(*rule, marks=pytest.mark.exhaustive) for rule in (("components", 0.9), ("greedy", None))),
+]
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pools have cells and several tasks."""
@@ -137,8 +144,7 @@ def pairs_left(shards: Mapping[str, Sequence[Row]], dropped: Collection[tuple[st
     return {row["uid"] for name, rows in shards.items() for i, row in enumerate(rows) if (name, i) not in dropped}
 
 
-@pytest.mark.parametrize("rule", ["components", "greedy"])
-@pytest.mark.parametrize("caption", [None, 0.9])
+@pytest.mark.parametrize(("rule", "caption"), RULES)
 def test_what_leaves_is_what_all_cosines_say(
     ray_local: None, small: None, store: Store, rule: Any, caption: float | None
 ) -> None:
@@ -157,7 +163,7 @@ def test_what_leaves_is_what_all_cosines_say(
         assert (why["representative_shard"], why["representative_row"]) not in dropped
 
 
-@pytest.mark.parametrize("rule", ["components", "greedy"])
+@pytest.mark.parametrize("rule", [pytest.param("components", marks=pytest.mark.exhaustive), "greedy"])
 def test_no_order_of_shards_matters(ray_local: None, small: None, tmp_path: Path, rule: Any) -> None:
     rows, section = planted(3000), DedupSection(threshold=0.97, groups=rule)
     shards = cut(rows, 4)
@@ -170,7 +176,7 @@ def test_no_order_of_shards_matters(ray_local: None, small: None, tmp_path: Path
     assert 2000 < len(left[0]) < 2700
 
 
-@pytest.mark.parametrize("rule", ["components", "greedy"])
+@pytest.mark.parametrize("rule", ["components", pytest.param("greedy", marks=pytest.mark.exhaustive)])
 def test_two_halves_decided_anew_are_the_whole(ray_local: None, small: None, tmp_path: Path, rule: Any) -> None:
     section = DedupSection(threshold=0.97, groups=rule, earlier="anew")
     rows = planted(4000)
@@ -236,8 +242,7 @@ def test_what_an_earlier_deduplication_found_is_missed(ray_local: None, small: N
         dedup_pool(store, grown, SPEC, section)
 
 
-@pytest.mark.parametrize("rule", ["components", "greedy"])
-@pytest.mark.parametrize("caption", [None, 0.9])
+@pytest.mark.parametrize(("rule", "caption"), RULES)
 def test_decisions_stand_through_three_pools(
     ray_local: None, small: None, store: Store, rule: Any, caption: float | None
 ) -> None:

@@ -38,7 +38,11 @@ def peak_bytes() -> int:
 
 @pytest.mark.parametrize(
     ("b", "how"),
-    [(96, {}), (192, {"micro_batch": 96}), (768, {"micro_batch": 384, "grad_checkpointing": True})],
+    [
+        pytest.param(96, {}, marks=pytest.mark.exhaustive),
+        pytest.param(192, {"micro_batch": 96}, marks=pytest.mark.exhaustive),
+        (768, {"micro_batch": 384, "grad_checkpointing": True}),
+    ],
 )
 def test_what_is_stated_is_what_is_held(tmp_path: Path, b: int, how: dict[str, Any]) -> None:
     settings = TrainSection(**how)

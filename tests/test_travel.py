@@ -102,9 +102,7 @@ def test_a_damaged_export_is_told(world: Path, tmp_path: Path, exported: Path) -
     with pytest.raises(DamagedError):
         list(import_all(recipe(world, tmp_path / "second", path=str(elsewhere(world, tmp_path))), world, str(exported)))
     (exported / "embeddings.json").unlink()
-    with pytest.raises(
-        UserError, match=r"export: expected embeddings\.json of .*; found none of them"
-    ):
+    with pytest.raises(UserError, match=r"export: expected embeddings\.json of .*; found none of them"):
         list(import_all(recipe(world, tmp_path / "second", path=str(world / "parquet")), world, str(exported)))
 
 
