@@ -1,8 +1,8 @@
 # One image for driver and workers, with or without GPUs: torch's Linux wheels bring their own CUDA.
 #   docker build -t curate .
 #   docker run --rm curate curate --help
-# A base of your own needs Python 3.11 to 3.13 with venv: --build-arg BASE=registry/python:3.12. `make image` builds on
-# Debian's, without an engine.
+# A base of your own, --build-arg BASE=registry/python:3.12, needs glibc, useradd, and Python 3.11 to 3.13 with venv.
+# `make image` builds on Debian's, without an engine.
 ARG BASE=python:3.12-slim
 FROM ${BASE}
 

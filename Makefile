@@ -37,7 +37,7 @@ wheels: $(READY)  ## sdist and wheel, each extra in an empty environment on each
 	rm -rf out/wheels
 	$(BIN)/python tests/wheel.py out/wheels
 
-clients: $(READY)  ## img2dataset before it, open_clip's trainer after it: the real ones, on this machine
+clients: $(READY)  ## img2dataset, clip-retrieval and Lance before it, open_clip's trainer after it: the real ones
 	rm -rf out/clients
 	$(BIN)/python -m tests.clients out/clients
 

@@ -233,7 +233,7 @@ class Travel(StrEnum):
 def embeddings(
     way: Annotated[Travel, typer.Argument(help="export: out of a root; import: into that of a recipe")],
     what: Annotated[str, typer.Argument(help="root of a curation, or TOML file", metavar="ROOT|RECIPE")],
-    folder: Annotated[str, typer.Argument(help="the export: a folder or s3://bucket/prefix")],
+    folder: Annotated[str, typer.Argument(help="of the embeddings: a folder or s3://bucket/prefix")],
     overrides: SetOption = None,
 ) -> None:
     """Take a reference's embeddings to another root of the same pool; or clip-retrieval's or DataComp's into a root."""

@@ -1,9 +1,9 @@
 """`curate embeddings`: a reference's embeddings, out of one root and into another."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import loky
 import torch
 
 from curate.embed.layouts import Layout
@@ -47,13 +47,15 @@ def import_all(recipe: Recipe, base: Path, folder: str) -> Iterator[str]:
     encoder = store_reference(store, recipe, base=base, device_type=device_type)
     source = Store(folder)
     if source.exists(RECORD):
-        taken, others = import_embeddings(source, store, pool, encoder), "of other names or sizes"
+        taken = import_embeddings(source, store, pool, encoder)
+        left = "of other names or sizes"
     else:
-        taken, others = _by_pair(source, store, pool, encoder, device_type), "not all of whose pairs were found"
+        taken = _by_pair(source, store, pool, encoder, device_type)
+        left = "that could not be read, or not all of whose pairs were found"
     found = [there for _, there in progress.over(taken, len(pool.shards), title="import", unit="shard")]
     yield f"{store.url}: embeddings of {counted(sum(found), 'shard')} of {len(found):,} are in place"
     if missing := len(found) - sum(found):
-        yield f"{counted(missing, 'shard')} {others}: the next round embeds these"
+        yield f"{counted(missing, 'shard')} {left}: the next round embeds these"
 
 
 def _by_pair(
@@ -63,4 +65,4 @@ def _by_pair(
     with store.local_scratch() as scratch:
         layout = Layout(source, scratch, columns=pool.columns, embed_dim=encoder.embed_dim)
         loaded = load_encoder(store, encoder, torch.device(device_type))
-        yield from take_shards(layout, pool.shards, loaded, store, at_once=os.cpu_count() or 1)
+        yield from take_shards(layout, pool.shards, loaded, store, at_once=loky.cpu_count())

@@ -28,7 +28,7 @@ curate check recipe.toml --no-measure
 curate round recipe.toml
 curate report root --to report.html
 test -s report.html
-id -u
+test "$(id -u)" != 0
 """
 
 

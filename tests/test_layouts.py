@@ -1,6 +1,7 @@
 """Embeddings that other tools left: the file that an embedding run would have written, or one clear line."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from curate.embed.decode import WORKER_CRASH, Decoded, Row, decode_row
 from curate.embed.files import vectors
+from curate.embed.layouts import Layout
 from curate.embed.run import embed_shard
+from curate.embed.taking import take_shard
 from curate.errors import UserError
 from curate.jobs.travel import import_all
 from curate.models.encoder import load_encoder
@@ -119,8 +123,60 @@ def test_other_pairs_leave_their_shard_to_the_round(world: Path, embedded: list[
     datacomp(tmp_path / "theirs", pairs.set_column(1, "caption", pa.array(captions)), zimg, ztxt)
     assert imported(recipe(world, tmp_path / "root"), world, tmp_path / "theirs") == [
         f"{tmp_path}/root: embeddings of 1 shard of 2 are in place",
-        "1 shard not all of whose pairs were found: the next round embeds these",
+        "1 shard that could not be read, or not all of whose pairs were found: the next round embeds these",
     ]
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_vectors_of_other_pairs_are_refused(
+    world: Path, embedded: list[pa.Table], tmp_path: Path, write: Write
+) -> None:
+    """A shard of a few rows is looked at in more than one place."""
+    pairs, zimg, ztxt = pairs_and_vectors(world, embedded)
+    middle = {uid for table in embedded for uid in usable_uids(table)[len(usable_uids(table)) // 2 :][:1]}
+    others = [row for row, key in enumerate(pairs["key"].to_pylist()) if key not in middle]
+    zimg[others] = np.roll(zimg[others], 1, axis=0)
+    write(tmp_path / "theirs", pairs, zimg, ztxt)
+    with pytest.raises(UserError, match=r"a cosine of 0.999 at least to what it makes of rows \d+, \d+, \d+, \d+ of"):
+        imported(recipe(world, tmp_path / "root"), world, tmp_path / "theirs")
+
+
+def usable_uids(table: pa.Table) -> list[str]:
+    return [row["uid"] for row in table.select(["uid", "status"]).to_pylist() if row["status"] == "ok"]
+
+
+def test_vectors_that_are_none_are_what_they_would_be_of_ours(
+    world: Path, embedded: list[pa.Table], tmp_path: Path
+) -> None:
+    pairs, zimg, ztxt = pairs_and_vectors(world, embedded)
+    zimg[::3], ztxt[1::3] = 0, np.nan
+    datacomp(tmp_path / "theirs", pairs, zimg, ztxt)
+    imported(recipe(world, tmp_path / "root"), world, tmp_path / "theirs")
+    files = sorted((tmp_path / "root/embeddings").rglob("*.parquet"))
+    found = Counter(pa.concat_tables(pq.read_table(path, columns=["status"]) for path in files)["status"].to_pylist())
+    assert (found["embedding_zero"], found["embedding_nonfinite"]) == (len(zimg[::3]), len(zimg[1::3]))
+
+
+def test_nothing_is_written_once_nobody_waits_or_if_a_decoder_ended(
+    world: Path, embedded: list[pa.Table], tmp_path: Path
+) -> None:
+    datacomp(tmp_path / "theirs", *pairs_and_vectors(world, embedded))
+    made = recipe(world, tmp_path / "root")
+    store = Store(made.root)
+    pool = take_inventory(made.pool)
+    encoder = load_encoder(store, store_reference(store, made, base=world, device_type="cpu"), CPU)
+    layout = Layout(Store(str(tmp_path / "theirs")), tmp_path / "scratch", columns=pool.columns, embed_dim=16)
+
+    def decode(rows: Sequence[Row]) -> list[Decoded]:
+        return [decode_row(row, {}) for row in rows]
+
+    def decode_and_end(rows: Sequence[Row]) -> list[Decoded]:
+        return [*decode(rows[:-1]), Decoded(status=WORKER_CRASH, error="a decoder ended with exit status 1")]
+
+    assert not take_shard(layout, pool.shards[0], encoder, store, decode, lambda: True)
+    assert not take_shard(layout, pool.shards[0], encoder, store, decode_and_end)
+    assert not store.list("embeddings")
+    assert take_shard(layout, pool.shards[0], encoder, store, decode)
 
 
 def test_what_is_no_layout_is_told(world: Path, embedded: list[pa.Table], tmp_path: Path) -> None:
@@ -162,6 +218,32 @@ def test_what_is_no_layout_is_told(world: Path, embedded: list[pa.Table], tmp_pa
         datacomp,
         r"expected embeddings\.json .* clip-retrieval or DataComp's \*\.npz; found none",
         lambda folder: (folder / "0a1b.npz").unlink(),
+    )
+    for data in (b"\x93NUMPY\x01\x00", b"", b"garbage" * 99):
+        refused(
+            clip_retrieval,
+            r"img_emb_0\.npy, text_emb/text_emb_0\.npy: expected NumPy's arrays, found damage \(.*\); fetch it again",
+            lambda folder, data=data: (folder / "img_emb/img_emb_0.npy").write_bytes(data),  # type: ignore[misc]
+        )
+    refused(
+        clip_retrieval,
+        r"found \[\d+, 16\] of <U3; name the",
+        lambda folder: np.save(folder / "text_emb/text_emb_1.npy", np.full((len(pairs) - len(pairs) // 2, 16), "1.0")),
+    )
+    refused(
+        datacomp,
+        r"0a1b\.npz: expected NumPy's arrays, found damage",
+        lambda folder: (folder / "0a1b.npz").write_bytes((folder / "0a1b.npz").read_bytes()[:-30]),
+    )
+    refused(
+        datacomp,
+        r"0a1b\.parquet: expected a Parquet file, found damage \(.*\); fetch it again",
+        lambda folder: (folder / "0a1b.parquet").write_bytes(b"PAR1"),
+    )
+    refused(
+        datacomp,
+        r"0a1b\.parquet: expected texts in column text, found list<.*>; write it as such",
+        lambda folder: pq.write_table(pa.table({"uid": ["a"], "text": [["b"]]}), folder / "0a1b.parquet"),
     )
     write_tiny(tmp_path, "wide.json", embed_dim=40)
     wide = made.model_copy(update={"reference": EncoderSection(model=str(tmp_path / "wide.json"))})

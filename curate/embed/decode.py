@@ -11,6 +11,7 @@ import functools
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -189,6 +190,7 @@ class Apart:
 
 def _decode_for(pipe: Connection, crops: Mapping[str, Crop]) -> None:
     """The child: answers each row of what it is sent, until nobody sends any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for whoever started it, and no fault of the row
     pipe.send("ready")
     with contextlib.suppress(EOFError):
         while True:

@@ -7,10 +7,12 @@ Line i of a table is row i of its arrays, [n, D]. Neither says which model made 
 takes some over has to embed some of the pairs anew, and compare.
 """
 
+import functools
 import re
 import shutil
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from curate.embed.files import content_hash, halves, uid_texts
-from curate.errors import UserError
+from curate.embed.files import CONTENT_BYTES, content_hash, halves, uid_texts
+from curate.errors import DamagedError, UserError
+from curate.messages import one_line
 from curate.parquet import open_table
+from curate.pool.column_types import is_caption, is_uid
 from curate.pool.columns import Columns
 from curate.pool.shards import caption_bytes
 from curate.storage import Store
@@ -34,13 +38,18 @@ EXPECTED = (
 )
 COPIED_BYTES = 2**24
 """At a time."""
+OPEN_PARTS = 64
+"""At a time, of two open files each."""
+NO_KEY = bytes(CONTENT_BYTES)
+UNREADABLE = (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+"""What NumPy and zipfile raise of a file that is not what it should be."""
 
 F16 = npt.NDArray[np.float16]
 
 
 def pair_key(uid: str | None, caption: bytes | None) -> bytes:
-    """What a pair is found by: the same uid under another caption is another pair."""
-    return content_hash((uid or "").encode(), caption)
+    """What a pair is found by: the same uid under another caption is another pair. A pair without a uid has none."""
+    return NO_KEY if uid is None else content_hash(uid.encode(), caption)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,17 +61,16 @@ class Part:
 
 
 class Layout:
-    """A folder of such embeddings.
+    """A folder of such embeddings; several threads may ask it. Of pairs with one uid and one caption the first counts.
 
     Args:
         source: the folder.
-        scratch: where arrays of an object store, or of an archive, are put, each as soon as it is needed.
+        scratch: where arrays of an object store, or of an archive, are put, each as soon as it is needed, to stay.
         columns: of the pool.
         embed_dim: D; arrays of another width are another model's.
 
     Raises:
-        UserError: it is no such folder, a file of it is missing, or a table has no uids or no captions.
-        DamagedError: a table cannot be read.
+        UserError: it is no such folder, a file of it is missing or damaged, or a table has no uids or no captions.
     """
 
     def __init__(self, source: Store, scratch: Path, *, columns: Columns, embed_dim: int) -> None:
@@ -81,8 +89,9 @@ class Layout:
         found = np.concatenate(keys)
         self._order = np.argsort(found[:, 0], kind="stable")
         self._sorted = found[self._order]
-        self._open: dict[int, tuple[F16, F16]] = {}
+        self._paths: dict[int, list[Path]] = {}
         self._lock = threading.Lock()
+        self._arrays = functools.lru_cache(OPEN_PARTS)(self._opened)
 
     def vectors(self, keys: Sequence[bytes]) -> tuple[F16, npt.NDArray[np.bool_]]:
         """Embeddings of pairs.
@@ -94,78 +103,96 @@ class Layout:
             Those of pictures and of captions [2, n, D], zeros where there are none; and where there are some [n].
 
         Raises:
-            UserError: an array is not as long or as wide as it should be. Several threads may ask at a time.
+            UserError: an array is damaged, or not as long or as wide as it should be.
         """
         z = np.zeros((2, len(keys), self._embed_dim), np.float16)
         if not keys or not len(self._order):
             return z, np.zeros(len(keys), bool)
         wanted = halves(keys)
         at = np.minimum(np.searchsorted(self._sorted[:, 0], wanted[:, 0]), len(self._order) - 1)
-        there = (self._sorted[at] == wanted).all(axis=1)
+        there = (self._sorted[at] == wanted).all(axis=1) & wanted.any(axis=1)
         rows = self._order[at]
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         for number in np.unique(parts[there]).tolist():
             here = np.flatnonzero(there & (parts == number))
-            for out, array in zip(z, self._arrays(number), strict=True):
+            with self._lock:
+                arrays = self._arrays(number)
+            for out, array in zip(z, arrays, strict=True):
                 out[here] = array[rows[here] - self._starts[number]]
         return z, there
 
     def _keys(self, table: str) -> npt.NDArray[np.uint64]:
         """Keys [n, 2] of the lines of a table."""
-        with open_table(self._source, table) as parquet:
-            names = parquet.schema_arrow.names
-            uids, captions = (str(self._columns.uid), *UIDS), (self._columns.caption, *CAPTIONS)
-            uid, caption = (next((one for one in some if one in names), None) for some in (uids, captions))
-            if uid is None or caption is None:
-                raise UserError(
-                    f"{self._source.url}/{table}: expected a column of uids ({' or '.join(uids)}) and one of captions "
-                    f"({' or '.join(captions)}), found {', '.join(names)}; write the pool's own beside the embeddings"
+        where = f"{self._source.url}/{table}"
+        uids, captions = (str(self._columns.uid), *UIDS), (self._columns.caption, *CAPTIONS)
+        try:
+            with open_table(self._source, table) as parquet:
+                schema = parquet.schema_arrow
+                uid, caption = (next((one for one in some if one in schema.names), None) for some in (uids, captions))
+                if uid is None or caption is None:
+                    raise UserError(
+                        f"{where}: expected a column of uids ({' or '.join(uids)}) and one of captions "
+                        f"({' or '.join(captions)}), found {', '.join(schema.names)}; write the pool's own beside the "
+                        "embeddings"
+                    )
+                for name, allowed, kinds in ((uid, is_uid, "texts or integers"), (caption, is_caption, "texts")):
+                    if not allowed(found := schema.field(name).type):
+                        raise UserError(f"{where}: expected {kinds} in column {name}, found {found}; write it as such")
+                return halves(
+                    [
+                        pair_key(*pair)
+                        for batch in parquet.iter_batches(columns=[uid, caption])
+                        for pair in pairs_of(batch.column(uid), batch.column(caption))
+                    ]
                 )
-            return halves(
-                [
-                    pair_key(*pair)
-                    for batch in parquet.iter_batches(columns=[uid, caption])
-                    for pair in pairs_of(batch.column(uid), batch.column(caption))
-                ]
-            )
+        except DamagedError as error:
+            raise UserError(
+                f"{where}: expected a Parquet file, found damage ({error.reason}); fetch it again"
+            ) from error
 
     @property
     def url(self) -> str:
         """Of the folder, for messages."""
         return self._source.url
 
-    def _arrays(self, number: int) -> tuple[F16, F16]:
-        with self._lock:
-            return self._opened(number)
-
     def _opened(self, number: int) -> tuple[F16, F16]:
-        if number not in self._open:
-            part, rows = self._parts[number], int(self._starts[number + 1] - self._starts[number])
-            paths = [self._local(name) for name in part.files] if len(part.files) == 2 else self._extracted(*part.files)
+        """The arrays of a part, mapped into memory."""
+        part, rows = self._parts[number], int(self._starts[number + 1] - self._starts[number])
+        try:
+            paths = self._paths[number] = self._paths.get(number) or self._local(part)
             arrays = [np.load(path, mmap_mode="r") for path in paths]
-            for array in arrays:
-                if array.shape != (rows, self._embed_dim):
-                    raise UserError(
-                        f"{self._source.url}/{part.table}: expected embeddings [{rows}, {self._embed_dim}], one for "
-                        f"each line, as the recipe's reference makes them; found {list(array.shape)}; name the model "
-                        "that made them in [reference]"
-                    )
-            self._open[number] = arrays[0], arrays[1]
-        return self._open[number]
+        except UNREADABLE as error:
+            raise UserError(
+                f"{self._source.url}/{', '.join(part.files)}: expected NumPy's arrays, found damage "
+                f"({one_line(error)}); fetch it again"
+            ) from error
+        for array in arrays:
+            if array.shape != (rows, self._embed_dim) or array.dtype.kind != "f":
+                raise UserError(
+                    f"{self._source.url}/{part.table}: expected embeddings [{rows}, {self._embed_dim}], one for each "
+                    f"line, as the recipe's reference makes them; found {list(array.shape)} of {array.dtype}; name the "
+                    "model that made them in [reference]"
+                )
+        return arrays[0], arrays[1]
 
-    def _local(self, name: str) -> Path:
-        """An array where it can be mapped into memory."""
-        path = self._source.local_path(name)
-        if path is None:
-            path = self._scratch / name.replace("/", "-")
-            with self._source.open_input(name) as theirs, path.open("wb") as ours:
-                shutil.copyfileobj(theirs, ours, COPIED_BYTES)
-        return path
+    def _local(self, part: Part) -> list[Path]:
+        """The two arrays of a part as files of this machine."""
+        if len(part.files) == 1:
+            return self._extracted(*part.files)
+        paths = []
+        for name in part.files:
+            path = self._source.local_path(name)
+            if path is None:
+                path = self._scratch / name.replace("/", "-")
+                with self._source.open_input(name) as theirs, path.open("wb") as ours:
+                    shutil.copyfileobj(theirs, ours, COPIED_BYTES)
+            paths.append(path)
+        return paths
 
     def _extracted(self, name: str) -> list[Path]:
         """The two arrays of an archive that are as wide as they should be."""
         with self._source.open_input(name) as file, zipfile.ZipFile(file) as archive:
-            widths = {member: _width(archive, member) for member in archive.namelist()}
+            widths = {member: _width(archive, member) for member in archive.namelist() if member.endswith(".npy")}
             for picture in sorted(widths):
                 caption = picture.replace("_img.", "_txt.")
                 if picture.endswith("_img.npy") and widths[picture] == widths.get(caption) == self._embed_dim:
@@ -221,6 +248,8 @@ def _of_datacomp(source: Store) -> list[Part]:
 def _width(archive: zipfile.ZipFile, member: str) -> int:
     """D of an array [n, D] in an archive; 0 if it is none."""
     with archive.open(member) as file:
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, _ = read[np.lib.format.read_magic(file)](file)
+        version = np.lib.format.read_magic(file)
+        # From 2.0 on headers are longer, and written only where they must be.
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, _ = read(file)
     return shape[1] if len(shape) == 2 else 0

@@ -5,14 +5,14 @@ embedding run; of some rows the vectors are as well, for nothing else says which
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from curate.embed.decode import Apart, decode_row
+from curate.embed.decode import DECODE_TIMEOUT, WORKER_CRASH, Apart, decode_row
 from curate.embed.files import embedding_name
 from curate.embed.layouts import Layout, pair_key, pairs_of
 from curate.embed.loader import start_server
@@ -52,8 +52,8 @@ def take_shards(
         at_once: shards.
 
     Yields:
-        Each shard, and whether it is embedded now. One that could not be read, or of which a usable pair was not found,
-        is left as it is.
+        Each shard, and whether it is embedded now. One that could not be read, that ended a decoder, or of which a
+        usable pair was not found, is left as it is.
 
     Raises:
         UserError: they are by another model, or of other pictures; or as `Layout.vectors`.
@@ -61,13 +61,14 @@ def take_shards(
     """
     own = threading.local()
     made: list[Apart] = []
+    ended = threading.Event()
 
     def take(shard: Shard) -> bool:
         if not hasattr(own, "decode"):
             own.decode = Apart({}, method="forkserver")
             made.append(own.decode)
         return store.exists(embedding_name(encoder.spec.sha, shard)) or take_shard(
-            layout, shard, encoder, store, own.decode
+            layout, shard, encoder, store, own.decode, ended.is_set
         )
 
     start_server()
@@ -75,12 +76,20 @@ def take_shards(
     try:
         yield from zip(shards, threads.map(take, shards), strict=True)
     finally:
+        ended.set()
         threads.shutdown(cancel_futures=True)
         for decode in made:
             decode.close()
 
 
-def take_shard(layout: Layout, shard: Shard, encoder: Encoder, store: Store, decode: Decode) -> bool:
+def take_shard(
+    layout: Layout,
+    shard: Shard,
+    encoder: Encoder,
+    store: Store,
+    decode: Decode,
+    ended: Callable[[], bool] = lambda: False,
+) -> bool:
     """Write a shard's embedding file, if all of its usable pairs are found; says whether.
 
     Args:
@@ -89,6 +98,7 @@ def take_shard(layout: Layout, shard: Shard, encoder: Encoder, store: Store, dec
         encoder: the recipe's reference.
         store: the root.
         decode: of no crops.
+        ended: says whether nobody waits for it any more.
 
     Raises:
         UserError, InputChangedError: as `take_shards`.
@@ -97,23 +107,29 @@ def take_shard(layout: Layout, shard: Shard, encoder: Encoder, store: Store, dec
     whole = Slice(job=0, shard=shard, start=0, stop=shard.rows, rows=None, piece_rows=PIECE_ROWS, encoders=())
     names = {NAME: embedding_name(encoder.spec.sha, shard)}
     job = Job(names=names, pieces=len(whole.numbers), piece_rows=PIECE_ROWS, part_pieces=PART_PIECES)
-    taken: list[tuple[int, F16]] = []
+    # All of a shard's vectors are held, for none is written before some were looked at.
+    taken: list[tuple[npt.NDArray[np.int64], F16]] = []
     try:
         for raw in reading.raw(whole):
             piece = reading.piece(raw, decode)
-            rows, keys = _usable(raw, piece.table()["status"].to_pylist())
+            statuses = piece.table()["status"].to_pylist()
+            rows, keys = _usable(raw, statuses)
             z, there = layout.vectors(keys)
-            if not there.all():
+            # A decoder may have ended with this process, so that its row is for an embedding run to judge.
+            if ended() or not there.all() or not {WORKER_CRASH, DECODE_TIMEOUT}.isdisjoint(statuses):
                 return False
             z = _unit(z)
             job.add(piece, {NAME: (torch.from_numpy(z[0]), torch.from_numpy(z[1]))})
-            if rows:
-                taken.append((rows[len(rows) // 2], z[:, len(rows) // 2]))
+            sound = np.isfinite(z).all(axis=(0, 2)) & z.any(axis=2).all(axis=0)  # others have a status that says so
+            taken.append((np.array(rows, np.int64)[sound], z[:, sound]))
     except ShardDamagedError:
         return False
-    if taken:
-        some = [taken[at] for at in np.unique(np.linspace(0, len(taken) - 1, SAMPLED_ROWS).astype(int))]
-        _check_vectors(layout, shard, encoder, some)
+    if count := sum(len(rows) for rows, _ in taken):
+        some = np.unique(np.linspace(0, count - 1, SAMPLED_ROWS).astype(int))
+        rows, vectors = np.concatenate([rows for rows, _ in taken])[some], np.concatenate([z for _, z in taken], axis=1)
+        _check_vectors(layout, shard, encoder, rows, vectors[:, some])
+    if ended():
+        return False
     write_files(store, job, {NAME: encoder}, some=False)
     return True
 
@@ -139,16 +155,15 @@ def _unit(z: F16) -> F16:
     return unit
 
 
-def _check_vectors(layout: Layout, shard: Shard, encoder: Encoder, taken: Sequence[tuple[int, F16]]) -> None:
-    """Embed some rows, and hold the vectors that were found for them against that."""
+def _check_vectors(layout: Layout, shard: Shard, encoder: Encoder, rows: npt.NDArray[np.int64], vectors: F16) -> None:
+    """Embed some rows, and hold the vectors [2, n, D] that were found for them against that."""
     reading = reading_for({NAME: encoder})
-    rows = np.array([row for row, _ in taken])
     some = Slice(job=0, shard=shard, start=0, stop=len(rows), rows=rows, piece_rows=len(rows), encoders=(NAME,))
     (raw,) = reading.raw(some)
     piece = reading.piece(raw, lambda rows: [decode_row(row, reading.crops) for row in rows])
     with _ENCODING:
         ours = encoder.encode(piece.pixels[encoder.view], piece.texts[encoder.wording], piece.of)
-    theirs = torch.from_numpy(np.stack([z for _, z in taken], axis=1)).float()
+    theirs = torch.from_numpy(vectors).float()
     cosines = torch.stack([(z.cpu() * other).sum(dim=1) for z, other in zip(ours, theirs, strict=True)])
     if not bool((cosines >= LEAST_COSINE).all()):
         pictures, captions = cosines.min(dim=1).values.tolist()

@@ -19,8 +19,8 @@ from curate.storage import FileInfo
 
 _PICTURES = "write a metadata.csv beside them with the columns file_name and caption"
 OTHER_FORMATS = {
-    ".gz": "unpack it",
-    ".lance": "write its rows as Parquet, which docs/formats.md has in five lines",
+    **dict.fromkeys((".gz", ".zstd"), "unpack it"),
+    ".lance": "write its rows as Parquet, as docs/formats.md has it",
     ".mds": "write its samples as Parquet or tars",
     **dict.fromkeys((".jpg", ".jpeg", ".png", ".webp"), f"pictures alone are no pool: {_PICTURES}"),
     **dict.fromkeys(LISTED, "name the file itself, if its rows name pictures"),
@@ -129,7 +129,10 @@ def _is_shard(name: str) -> bool:
 
 def of_other_format(name: str) -> str | None:
     """What to do with a pool of files of this name; None where nobody keeps a pool in such files."""
-    return OTHER_FORMATS.get(os.path.splitext(name)[1].lower())
+    base = name.rpartition("/")[2]
+    if base == "index.json":  # of MDS, and no table
+        return None
+    return OTHER_FORMATS.get(os.path.splitext(base)[1].lower())
 
 
 def cache_folder() -> str:
