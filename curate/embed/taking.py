@@ -107,8 +107,7 @@ def take_shard(
     whole = Slice(job=0, shard=shard, start=0, stop=shard.rows, rows=None, piece_rows=PIECE_ROWS, encoders=())
     names = {NAME: embedding_name(encoder.spec.sha, shard)}
     job = Job(names=names, pieces=len(whole.numbers), piece_rows=PIECE_ROWS, part_pieces=PART_PIECES)
-    # All of a shard's vectors are held, for none is written before some were looked at.
-    taken: list[tuple[npt.NDArray[np.int64], F16]] = []
+    taken: list[tuple[int, bytes]] = []
     try:
         for raw in reading.raw(whole):
             piece = reading.piece(raw, decode)
@@ -119,15 +118,15 @@ def take_shard(
             if ended() or not there.all() or not {WORKER_CRASH, DECODE_TIMEOUT}.isdisjoint(statuses):
                 return False
             z = _unit(z)
+            # All of a shard's vectors are held, for none is written before some were looked at.
             job.add(piece, {NAME: (torch.from_numpy(z[0]), torch.from_numpy(z[1]))})
             sound = np.isfinite(z).all(axis=(0, 2)) & z.any(axis=2).all(axis=0)  # others have a status that says so
-            taken.append((np.array(rows, np.int64)[sound], z[:, sound]))
+            taken += [(rows[place], keys[place]) for place in np.flatnonzero(sound)]
     except ShardDamagedError:
         return False
-    if count := sum(len(rows) for rows, _ in taken):
-        some = np.unique(np.linspace(0, count - 1, SAMPLED_ROWS).astype(int))
-        rows, vectors = np.concatenate([rows for rows, _ in taken])[some], np.concatenate([z for _, z in taken], axis=1)
-        _check_vectors(layout, shard, encoder, rows, vectors[:, some])
+    if taken:
+        some = [taken[place] for place in np.unique(np.linspace(0, len(taken) - 1, SAMPLED_ROWS).astype(int))]
+        _check_vectors(layout, shard, encoder, some)
     if ended():
         return False
     write_files(store, job, {NAME: encoder}, some=False)
@@ -155,15 +154,16 @@ def _unit(z: F16) -> F16:
     return unit
 
 
-def _check_vectors(layout: Layout, shard: Shard, encoder: Encoder, rows: npt.NDArray[np.int64], vectors: F16) -> None:
-    """Embed some rows, and hold the vectors [2, n, D] that were found for them against that."""
+def _check_vectors(layout: Layout, shard: Shard, encoder: Encoder, taken: Sequence[tuple[int, bytes]]) -> None:
+    """Embed some rows, and hold the vectors that are found for their keys against that."""
     reading = reading_for({NAME: encoder})
+    rows, (vectors, _) = np.array([row for row, _ in taken]), layout.vectors([key for _, key in taken])
     some = Slice(job=0, shard=shard, start=0, stop=len(rows), rows=rows, piece_rows=len(rows), encoders=(NAME,))
     (raw,) = reading.raw(some)
     piece = reading.piece(raw, lambda rows: [decode_row(row, reading.crops) for row in rows])
     with _ENCODING:
         ours = encoder.encode(piece.pixels[encoder.view], piece.texts[encoder.wording], piece.of)
-    theirs = torch.from_numpy(vectors).float()
+    theirs = torch.from_numpy(_unit(vectors)).float()
     cosines = torch.stack([(z.cpu() * other).sum(dim=1) for z, other in zip(ours, theirs, strict=True)])
     if not bool((cosines >= LEAST_COSINE).all()):
         pictures, captions = cosines.min(dim=1).values.tolist()
