@@ -399,4 +399,6 @@ def _load(path: Path, overrides: list[str] | None) -> "Recipe":
 
 
 if __name__ == "__main__":
-    main()
+    from curate.jobs import start
+
+    start.main()

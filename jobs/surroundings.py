@@ -11,6 +11,7 @@ from curate.errors import UserError
 CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 # What a disk may be, and what helps. Not "no permission" in a store: that is told where it happens.
 DISK = {
+    errno.ENOENT: "it was there when what names it was written: put it back from a copy",
     errno.ENOSPC: "free space there",
     errno.EDQUOT: "free space there",
     errno.EROFS: "make it writable or choose another place",
@@ -50,6 +51,9 @@ def of_the_disk(error: BaseException | None) -> str | None:
         error = getattr(error, "cause", None) or error.__cause__
     full = os.strerror(errno.ENOSPC)
     found = [(cause.errno, cause.filename) for cause in chain if isinstance(cause, OSError) and cause.errno in DISK]
+    # As fsspec tells it; what Ray wraps it in is one as well, and says more.
+    gone = [str(cause) for cause in chain if isinstance(cause, FileNotFoundError) and cause.errno is None]
+    found += [(errno.ENOENT, name) for name in gone[-1:]]
     # As other libraries tell it.
     found += [(errno.ENOSPC, None) for cause in chain if full in str(cause)]
     for number, name in found[:1]:

@@ -349,3 +349,30 @@ def test_a_round_that_was_committed_by_a_command_that_was_killed(
     store.put_bytes(plan_name(1), b"begun")  # is finished, as everybody expects
     assert curate("round", recipe).stderr == where
     assert ran == [1, 0, 1]
+
+
+LEAVING = """
+import atexit, sys
+from curate.jobs import cli, start
+
+class Held:
+    def __del__(self):
+        print("the interpreter was taken down")
+
+def run():
+    atexit.register(print, "done at exit")
+    sys.modules["kept"] = Held()
+    sys.exit(STATUS)
+
+cli.main = run
+start.main()
+"""
+
+
+@pytest.mark.parametrize(("status", "expected"), [("0", 0), ("3", 3), ("None", 0), ("'a line'", 1)])
+def test_a_command_ends_before_its_interpreter_does(status: str, expected: int) -> None:
+    """Or a thread of Arrow's that lets go of memory of Python's too late would abort it."""
+    command = [sys.executable, "-c", LEAVING.replace("STATUS", status)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (expected, "done at exit\n")
+    assert done.stderr == ("a line\n" if status == "'a line'" else "")

@@ -133,6 +133,8 @@ def test_show_knows_the_home_folder_too(run: Run, tmp_path: Path, monkeypatch: p
     ("error", "expected"),
     [
         (OSError(errno.ENOSPC, "full", "/root/x"), "/root/x: No space left on device; free space there, and run"),
+        (FileNotFoundError(errno.ENOENT, "gone", "/root/x"), "/root/x: No such file or directory; it was there when"),
+        (FileNotFoundError("bucket/x"), "bucket/x: No such file or directory; it was there when what names it was"),
         (OSError(errno.EROFS, "no", "/root"), "/root: Read-only file system; make it writable or choose another place"),
         (PermissionError(errno.EACCES, "no", "/tmp/x"), "/tmp/x: Permission denied; let this user write there or"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "root, or TMPDIR = /scratch: No space left"),

@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.cells import cell_len
 
 from curate.errors import UserError
 from curate.jobs import tables
-from curate.jobs.cli import app
+from curate.jobs.cli import app, main
 from curate.jobs.drawn_pool import draw_pool
 from curate.pipelines.round import run_round
 from curate.recipe import Recipe
@@ -171,3 +173,19 @@ def test_a_pairs_picture_is_saved_as_it_lies_in_the_pool(
     empty = next(row for row in rows if not row["jpg"])
     with pytest.raises(UserError, match="expected a picture, found none in "):
         shown(capsys, root, "uid", empty["key"], "--picture", str(tmp_path / "none.jpg"))
+
+
+def test_a_file_that_is_gone_is_a_line(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (uid, *_) = chosen(root, 0)
+    other = shutil.copytree(root, tmp_path / "root")
+    for path in [*other.rglob("selected-*.parquet"), *other.rglob("curated-*.parquet")]:
+        path.unlink()
+    for verb in (["show", str(other), "uid", uid], ["export", str(other), "--to", "uids", str(tmp_path / "uids.npy")]):
+        monkeypatch.setattr(sys, "argv", ["curate", *verb])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
+        line = rf"{other}/rounds/.*\.parquet: No such file or directory; it was there .*: put it back from a copy, .*\n"
+        assert re.fullmatch(line, capsys.readouterr().err)
