@@ -41,7 +41,7 @@ def _leaving() -> Iterator[None]:
     status = [1]
 
     def leave() -> None:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError, ValueError):  # whoever read them is gone, or they are closed
                 stream.flush()
         os._exit(status[0])
