@@ -10,11 +10,10 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
-from tests.wheel import HOUSE, RECIPE
+from tests.wheel import HOUSE, RECIPE, run
 
 PACKAGES = "python3,python3-venv,ca-certificates"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -32,29 +31,22 @@ test "$(id -u)" != 0
 """
 
 
-def run(*command: str | Path, quiet: bool = True) -> str:
-    """Output of a command, which must succeed."""
-    done = subprocess.run(
-        list(map(str, command)), cwd=HOUSE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    if not quiet or done.returncode:
-        print(done.stdout[-6000:], flush=True)
-    if done.returncode:
-        raise SystemExit(f"{command}: ended with {done.returncode}")
-    return done.stdout
+def buildah(*arguments: str | Path) -> str:
+    """Output of a command of buildah's, in the repository."""
+    return run(["buildah", *arguments], HOUSE)
 
 
 def make_base(folder: Path) -> str:
     """An image of Debian's packages; its name."""
     root = folder / "debian"
-    run("debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", root)
+    run(["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", root], folder)
     shutil.copy(CERTIFICATES, root / str(CERTIFICATES).lstrip("/"))
-    container = run("buildah", "from", "scratch").splitlines()[-1]
-    run("buildah", "add", container, root, "/")
+    container = buildah("from", "scratch").strip()
+    buildah("add", container, root, "/")
     # pip and uv bring authorities of their own; those of the machine are the ones that count.
     trust = f"SSL_CERT_FILE={CERTIFICATES}", f"PIP_CERT={CERTIFICATES}"
-    run("buildah", "config", *(f"--env={one}" for one in trust), container)
-    run("buildah", "commit", "--rm", container, "localhost/curate-base")
+    buildah("config", *(f"--env={one}" for one in trust), container)
+    buildah("commit", "--rm", container, "localhost/curate-base")
     shutil.rmtree(root)
     return "localhost/curate-base"
 
@@ -63,13 +55,13 @@ def use(folder: Path) -> None:
     """A round in a container, as the image's own user."""
     (folder / "recipe.toml").write_text(RECIPE)
     shutil.copy(HOUSE / "jobs/recipes/demo-clip.json", folder)
-    container = run("buildah", "from", "localhost/curate").splitlines()[-1]
+    container = buildah("from", "localhost/curate").strip()
     try:
         for name in ("recipe.toml", "demo-clip.json"):
-            run("buildah", "copy", "--chown", "curate", container, folder / name, "/home/curate/")
-        run("buildah", "run", *CHROOT, "--env=OMP_NUM_THREADS=1", container, "--", "sh", "-c", ROUND, quiet=False)
+            buildah("copy", "--chown", "curate", container, folder / name, "/home/curate/")
+        print(buildah("run", *CHROOT, "--env=OMP_NUM_THREADS=1", container, "--", "sh", "-c", ROUND))
     finally:
-        run("buildah", "rm", container)
+        buildah("rm", container)
 
 
 def main() -> None:
@@ -85,10 +77,10 @@ def main() -> None:
     begun = time.monotonic()
     base = asked.base or make_base(folder)
     made = time.monotonic()
-    run("buildah", "bud", *CHROOT, "--layers", f"--build-arg=BASE={base}", "--tag=localhost/curate", ".")
+    buildah("bud", *CHROOT, "--layers", f"--build-arg=BASE={base}", "--tag=localhost/curate", ".")
     built = time.monotonic()
     use(folder)
-    sizes = {one["names"][0]: one["size"] for one in json.loads(run("buildah", "images", "--json")) if one.get("names")}
+    sizes = {one["names"][0]: one["size"] for one in json.loads(buildah("images", "--json")) if one.get("names")}
     print(f"base {made - begun:.0f} s, image {built - made:.0f} s, a round {time.monotonic() - built:.0f} s; {sizes}")
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch.nn.functional import normalize
 
 from curate.embed.decode import DECODE_TIMEOUT, WORKER_CRASH, Apart, decode_row
 from curate.embed.files import embedding_name
@@ -35,8 +35,6 @@ LEAST_COSINE = 0.999
 
 _ENCODING = threading.Lock()
 """An encoder has one buffer for pictures."""
-
-F16 = npt.NDArray[np.float16]
 
 
 def take_shards(
@@ -113,15 +111,15 @@ def take_shard(
             piece = reading.piece(raw, decode)
             statuses = piece.table()["status"].to_pylist()
             rows, keys = _usable(raw, statuses)
-            z, there = layout.vectors(keys)
+            found, there = layout.vectors(keys)
             # A decoder may have ended with this process, so that its row is for an embedding run to judge.
             if ended() or not there.all() or not {WORKER_CRASH, DECODE_TIMEOUT}.isdisjoint(statuses):
                 return False
-            z = _unit(z)
+            z = normalize(torch.from_numpy(found).float(), dim=-1)
             # All of a shard's vectors are held, for none is written before some were looked at.
-            job.add(piece, {NAME: (torch.from_numpy(z[0]), torch.from_numpy(z[1]))})
-            sound = np.isfinite(z).all(axis=(0, 2)) & z.any(axis=2).all(axis=0)  # others have a status that says so
-            taken += [(rows[place], keys[place]) for place in np.flatnonzero(sound)]
+            job.add(piece, {NAME: (z[0], z[1])})
+            sound = (z.isfinite().all(dim=2) & z.any(dim=2)).all(dim=0)  # others have a status that says so
+            taken += [(rows[place], keys[place]) for place in sound.nonzero().flatten().tolist()]
     except ShardDamagedError:
         return False
     if taken:
@@ -146,14 +144,6 @@ def _usable(raw: Raw, statuses: Sequence[str]) -> tuple[list[int], list[bytes]]:
     return [row for row, _ in found], [key for _, key in found]
 
 
-def _unit(z: F16) -> F16:
-    """Vectors of unit length, as they are kept here; zeros stay."""
-    wide = z.astype(np.float32)
-    length = np.linalg.norm(wide, axis=-1, keepdims=True)
-    unit: F16 = np.divide(wide, length, out=wide, where=length > 0).astype(np.float16)
-    return unit
-
-
 def _check_vectors(layout: Layout, shard: Shard, encoder: Encoder, taken: Sequence[tuple[int, bytes]]) -> None:
     """Embed some rows, and hold the vectors that are found for their keys against that."""
     reading = reading_for({NAME: encoder})
@@ -163,7 +153,7 @@ def _check_vectors(layout: Layout, shard: Shard, encoder: Encoder, taken: Sequen
     piece = reading.piece(raw, lambda rows: [decode_row(row, reading.crops) for row in rows])
     with _ENCODING:
         ours = encoder.encode(piece.pixels[encoder.view], piece.texts[encoder.wording], piece.of)
-    theirs = torch.from_numpy(_unit(vectors)).float()
+    theirs = normalize(torch.from_numpy(vectors).float(), dim=-1)
     cosines = torch.stack([(z.cpu() * other).sum(dim=1) for z, other in zip(ours, theirs, strict=True)])
     if not bool((cosines >= LEAST_COSINE).all()):
         pictures, captions = cosines.min(dim=1).values.tolist()
