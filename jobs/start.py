@@ -35,8 +35,8 @@ def _leaving() -> Iterator[None]:
     """Have the process end, with its status, once all is done that is to be done at exit, and the interpreter still up.
 
     A thread of Arrow's lets go of what it read a moment after a table is there. If that is memory of Python's, and the
-    interpreter is being taken down by then, the process aborts: one `curate show` in ten on a busy machine ended with
-    the status 134, its work done.
+    interpreter is being taken down by then, the process aborts: one `curate show` in seven on a busy machine ended with
+    the status 134, its answer given.
     """
     status = [1]
 
