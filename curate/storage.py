@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import tempfile
 import time
 import uuid
@@ -25,6 +26,9 @@ from fsspec.utils import glob_translate
 from curate import access
 from curate.access import ERRORS, explained, filesystem, is_local, open_input, persist, refusal, s3_session
 from curate.errors import CommitConflictError, CommitUnknownError, UserError
+
+COPIED_BYTES = 2**24
+"""At a time."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,11 @@ class Store:
         """Return where a name lies on a local root, for libraries that want a path; None on S3."""
         path = self._locate(name)[1]
         return Path(path) if is_local(self.url) else None
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a name into a local file; FileNotFoundError if it is absent."""
+        with self.open_input(name) as theirs, path.open("wb") as ours:
+            shutil.copyfileobj(theirs, ours, COPIED_BYTES)
 
     def put_if_absent(self, name: str, data: bytes) -> None:
         """Publish `data` under a name that nobody has published yet: the one act of publication.

@@ -9,7 +9,6 @@ number of them may go on from a checkpoint, either way.
 import hashlib
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -110,8 +109,7 @@ def load_checkpoint(store: Store, name: str) -> tuple[Progress, dict[str, torch.
     with tempfile.TemporaryDirectory() as scratch:
         path = store.local_path(name) or Path(scratch) / "checkpoint"
         if store.local_path(name) is None:
-            with store.open_input(name) as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target, 2**24)
+            store.fetch(name, path)
         try:
             with safetensors.safe_open(path, "pt") as file:
                 metadata = file.metadata()

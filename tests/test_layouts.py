@@ -58,9 +58,7 @@ def clip_retrieval(folder: Path, pairs: pa.Table, zimg: np.ndarray, ztxt: np.nda
         (folder / name).mkdir(parents=True)
     half = len(pairs) // 2
     for number, part in enumerate((slice(0, half), slice(half, None))):
-        named = pa.table(
-            {"image_path": pairs["key"][part.start : part.stop], "caption": pairs["caption"][part.start : part.stop]}
-        )
+        named = pairs[part].rename_columns(["image_path", "caption"])
         pq.write_table(named, folder / f"metadata/metadata_{number}.parquet")
         np.save(folder / f"img_emb/img_emb_{number}.npy", 2 * zimg[part])
         np.save(folder / f"text_emb/text_emb_{number}.npy", ztxt[part])

@@ -9,7 +9,6 @@ takes some over has to embed some of the pairs anew, and compare.
 
 import functools
 import re
-import shutil
 import threading
 import zipfile
 import zlib
@@ -36,8 +35,6 @@ CAPTIONS = ("caption", "text")
 EXPECTED = (
     "embeddings.json of curate embeddings export, metadata/metadata_*.parquet of clip-retrieval or DataComp's *.npz"
 )
-COPIED_BYTES = 2**24
-"""At a time."""
 OPEN_PARTS = 64
 """At a time, of two open files each."""
 NO_KEY = bytes(CONTENT_BYTES)
@@ -184,8 +181,7 @@ class Layout:
             path = self._source.local_path(name)
             if path is None:
                 path = self._scratch / name.replace("/", "-")
-                with self._source.open_input(name) as theirs, path.open("wb") as ours:
-                    shutil.copyfileobj(theirs, ours, COPIED_BYTES)
+                self._source.fetch(name, path)
             paths.append(path)
         return paths
 

@@ -21,7 +21,7 @@ from curate.embed.run import reading_for
 from curate.embed.shard import Job, write_files
 from curate.errors import ShardDamagedError, UserError
 from curate.models.encoder import Encoder
-from curate.pool.shards import Shard
+from curate.pool.shards import Shard, spread
 from curate.storage import Store
 
 NAME = "reference"
@@ -123,8 +123,7 @@ def take_shard(
     except ShardDamagedError:
         return False
     if taken:
-        some = [taken[place] for place in np.unique(np.linspace(0, len(taken) - 1, SAMPLED_ROWS).astype(int))]
-        _check_vectors(layout, shard, encoder, some)
+        _check_vectors(layout, shard, encoder, [taken[place] for place in spread(len(taken), SAMPLED_ROWS)])
     if ended():
         return False
     write_files(store, job, {NAME: encoder}, some=False)

@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import pickle
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -173,8 +172,7 @@ def fetch_model(store: Store, spec: EncoderSpec, folder: Path) -> Path:
     """Copy a model out of the root, as a folder that open_clip's `local-dir:` opens."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in store.list(spec.folder):
-        with store.open_input(name) as source, (folder / Path(name).name).open("wb") as target:
-            shutil.copyfileobj(source, target, 2**24)
+        store.fetch(name, folder / Path(name).name)
     return folder
 
 

@@ -231,6 +231,16 @@ def read_rows(shard: Shard, rows: Sequence[int], columns: Sequence[str]) -> pa.T
     return pa.Table.from_batches([none, *(batch.select(some.names) for _, batch in found)])
 
 
+def spread(rows: int, most: int) -> list[int]:
+    """Numbers of some of so many rows, evenly from the first to the last; of all of them if these are not more.
+
+    >>> spread(10, 4), spread(3, 4), spread(0, 4)
+    ([0, 3, 6, 9], [0, 1, 2], [])
+    """
+    found: list[int] = np.unique(np.linspace(0, rows - 1, min(rows, most)).astype(int)).tolist()
+    return found
+
+
 @contextlib.contextmanager
 def _opened(shard: Shard, columns: Sequence[str] | None, rows: Callable[[], int] = lambda: 0) -> Iterator[Source]:
     """A shard's file, of which these columns are read; `rows` says, for messages, how many were read."""

@@ -12,13 +12,11 @@ some of its pairs are hashed, and compared with what was embedded.
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from curate.embed.files import CONTENT_BYTES, check_schema, content_hash, damage_of, embedding_name
 from curate.errors import DamagedError, UserError
 from curate.models.spec import EncoderSpec
 from curate.parquet import open_table
-from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, load_pool, read_rows
+from curate.pool.shards import Pool, Shard, caption_bytes, image_bytes, load_pool, read_rows, spread
 from curate.rounds.committed import newest_round
 from curate.sealed import seal, unseal
 from curate.storage import Store
@@ -120,7 +118,7 @@ def _check_pairs(source: Store, file: str, shard: Shard) -> None:
         raise DamagedError(file, f"{len(table)} rows of {shard.rows}")
     contents = table["content"].to_pylist()
     read = [row for row, content in enumerate(contents) if content != bytes(CONTENT_BYTES)]
-    rows = [read[at] for at in np.unique(np.linspace(0, len(read) - 1, SAMPLED_ROWS).astype(int))] if read else []
+    rows = [read[at] for at in spread(len(read), SAMPLED_ROWS)]
     columns = shard.columns
     pairs = read_rows(shard, rows, [columns.image, columns.caption])
     images = image_bytes(pairs[columns.image].combine_chunks()).to_pylist()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curate.pool.shards import Shard, caption_bytes, read_rows
+from curate.pool.shards import Shard, caption_bytes, read_rows, spread
 
 ROWS_OF_A_SHARD = 64
 PERMUTATIONS = 99
@@ -32,7 +32,7 @@ class Likeness:
 
 def sample_captions(shard: Shard, rows: int = ROWS_OF_A_SHARD) -> list[str]:
     """Captions of some rows, evenly spaced over a shard; of all columns this one alone is read."""
-    numbers = np.unique(np.linspace(0, shard.rows - 1, min(rows, shard.rows)).astype(int)).tolist()
+    numbers = spread(shard.rows, rows)
     column = caption_bytes(read_rows(shard, numbers, [shard.columns.caption])[shard.columns.caption].combine_chunks())
     return [(caption or b"").decode(errors="replace") for caption in column.to_pylist()]
 
