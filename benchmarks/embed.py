@@ -10,15 +10,18 @@ an H100 needs for 256 pairs of ViT-B/16: 21 ms. Where decoding cannot keep up wi
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,8 +32,10 @@ from torch import Tensor
 
 from benchmarks.gpu import GFLOPS, Where, matmul_tflops
 from curate.access import filesystem
-from curate.embed.decode import decode_row
-from curate.embed.run import Embedder
+from curate.embed.decode import Watched, decode_row
+from curate.embed.pieces import Slice
+from curate.embed.room import Rooms
+from curate.embed.run import Embedder, reading_for
 from curate.jobs.drawn_pool import draw_pool
 from curate.models.encoder import Encoder, load_encoder, store_encoder
 from curate.pool.inventory import take_inventory
@@ -109,15 +114,40 @@ def make_pool(folder: Path, rows: int, shards: int, image_size: int) -> Pool:
     return take_inventory(PoolSection(path=str(folder), uid="key"))
 
 
-def bare_rate(pool: Pool, encoder: Encoder, seconds: float = 4.0) -> float:
-    """Rows that one thread decodes and crops in a second of CPU time, and does nothing else with."""
-    table = pq.read_table(pool.shards[0].path, columns=["jpg", "caption"])
-    rows = list(zip(table["jpg"].to_pylist(), table["caption"].cast("binary").to_pylist(), strict=True))
-    crops, begun, count = {encoder.view: encoder.crop}, time.thread_time(), 0
-    while time.thread_time() - begun < seconds:
-        decode_row(rows[count % len(rows)], crops)
-        count += 1
-    return count / (time.thread_time() - begun)
+def bare_rate(pool: Pool, encoder: Encoder, batch_size: int, turns: int = 8) -> tuple[float, float]:
+    """What one thread does that decodes and crops the rows of a shard, and nothing else.
+
+    Returns:
+        Rows in a second of its CPU time; and the share that this is of the CPU time of a whole piece's work: reading,
+        hashing, decoding, cropping and tokenising. Medians of turns, as cores that are shared change their speed.
+    """
+    reading, shard = reading_for({"x": encoder}), pool.shards[0]
+    table = pq.read_table(shard.path, columns=["jpg", "caption"])
+    pairs = list(zip(table["jpg"].to_pylist(), table["caption"].cast("binary").to_pylist(), strict=True))
+    some = Slice(job=0, shard=shard, start=0, stop=len(pairs), rows=None, piece_rows=batch_size, encoders=("x",))
+    rooms = Rooms(1, 1, batch_size * math.prod((3, *encoder.image_size)))
+    watched = Watched(reading.crops)
+
+    def bare() -> None:
+        for pair in pairs:
+            decode_row(pair, reading.crops)
+
+    def pieces() -> None:
+        for raw in reading.raw(some):
+            room = rooms.take(0, lambda: False)
+            assert room is not None
+            reading.piece(raw, watched, room)
+            rooms.give_back(room)
+
+    def seconds(work: Callable[[], None]) -> float:
+        begun = time.thread_time()
+        work()
+        return time.thread_time() - begun
+
+    for work in (bare, pieces):  # warm
+        work()
+    spent = [(seconds(bare), seconds(pieces)) for _ in range(turns)]
+    return len(pairs) / median(one for one, _ in spent), median(one / all_of_it for one, all_of_it in spent)
 
 
 def drive(
@@ -214,7 +244,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
         if args.pool
         else make_pool(scratch / "pool", args.rows, args.shards, args.image_size)
     )
-    bare = bare_rate(pool, encoder)
+    bare, share = bare_rate(pool, encoder, args.batch_size)
     server = None
     if args.latency_ms:
         pool, store, server = on_s3(pool, args.latency_ms)
@@ -228,6 +258,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
     found |= {
         "rows_per_s": pool.rows / took,
         "bare_rows_per_cpu_s": bare,
+        "bare_share_of_a_piece": share,
         "of_bare_per_worker": pool.rows / spent / bare if spent else np.nan,
     }
     if args.device == "cuda":
@@ -236,7 +267,7 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
         found["share_of_matmul"] = found["pairs_per_s"] * sum(GFLOPS.get(args.model, (np.nan,))) / 1000 / rate
         print(torch.cuda.get_device_name())
     for name, value in found.items():
-        print(f"{name:24s} {value:12.3f}")
+        print(f"{name:26s} {value:12.3f}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ ROOMS = {
         *("images", "column_types", "hive", "columns", "derived", "wanted"),
         *("shards", "inventory", "img2dataset", "reshard"),
     ],
-    "models": ["spec", "hub", "weights", "resolution", "create", "crop", "causal", "encoder", "learners", "publish"],
+    "models": [
+        *("spec", "hub", "weights", "resolution", "words", "create"),
+        *("crop", "causal", "encoder", "learners", "publish"),
+    ],
     # the steps of a round, each after the files that it exchanges with others
     "embed": ["decode", "files", "room", "pieces", "loader", "shard", "run", "layouts", "taking"],
     "dedup": ["files", "grouping", "forests", "neighbours"],
@@ -61,6 +64,7 @@ ONLY_IN = {
         "curate/models/encoder.py",
         "curate/models/create.py",
         "curate/models/causal.py",
+        "curate/models/words.py",
         "curate/models/publish.py",
         "curate/models/resolution.py",
         "jobs/optimize.py",

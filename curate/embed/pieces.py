@@ -253,7 +253,7 @@ class Reading:
         found = decode([(images[place], captions[place]) for place in there])
         for place, one in zip(there, found, strict=True):
             pixels.add({view: one.pixels[view] for view in views if one.status == "ok"})
-            decoded[place] = replace(one, pixels={})
+            decoded[place] = Decoded(status=one.status, error=one.error, caption=one.caption, size=one.size)
         usable = [one.caption for one in decoded if one.status == "ok"]
         captioned: dict[str, int] = {}
         of = [captioned.setdefault(caption, len(captioned)) for caption in usable]

@@ -18,6 +18,7 @@ from curate.messages import one_line
 from curate.models.hub import hub_if_it_answers, without_hub
 from curate.models.resolution import check_resolution
 from curate.models.weights import bare_weights
+from curate.models.words import remembering
 from curate.recipe import EncoderSection, LearnerSection
 from curate.seeds import derive_seed
 
@@ -112,7 +113,7 @@ def open_folder(folder: Path, *, device: torch.device | str = "cpu", loads: bool
         require_pretrained=loads,
         **changed,
     )
-    return model, config, open_clip.get_tokenizer(name)
+    return model, config, remembering(open_clip.get_tokenizer(name))
 
 
 def _tokenizer_of(config: dict[str, Any], scratch: Path) -> Any:
