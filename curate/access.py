@@ -76,6 +76,23 @@ def open_input(path: str) -> BufferedIOBase:
     return _Input(path)
 
 
+def open_for_arrow(path: str) -> Any:
+    """The same for Arrow, which reads a local file itself, in a quarter less time; raises as `open_input`.
+
+    What Arrow reads through Python is memory of Python's, of which a thread of Arrow's lets go when it will. If the
+    interpreter is being taken down by then, the process aborts: one `curate show` in seven on a busy machine did, its
+    answer given.
+    """
+    return persist(path, lambda: _native(path)) if is_local(path) else open_input(path)
+
+
+def _native(path: str) -> Any:
+    import pyarrow  # noqa: PLC0415 which a command that reads no table need not wait for
+
+    with open(path, "rb"):  # whose errors say what is wrong with which file
+        return pyarrow.OSFile(path)
+
+
 class _Input(BufferedIOBase):
     """A file that is being read: failures of the store are waited out, and told apart from damage of the file.
 

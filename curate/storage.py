@@ -24,7 +24,17 @@ from typing import Any
 from fsspec.utils import glob_translate
 
 from curate import access
-from curate.access import ERRORS, explained, filesystem, is_local, open_input, persist, refusal, s3_session
+from curate.access import (
+    ERRORS,
+    explained,
+    filesystem,
+    is_local,
+    open_for_arrow,
+    open_input,
+    persist,
+    refusal,
+    s3_session,
+)
 from curate.errors import CommitConflictError, CommitUnknownError, UserError
 
 COPIED_BYTES = 2**24
@@ -161,6 +171,11 @@ class Store:
         """Open a name for reads at random offsets; FileNotFoundError if it is absent."""
         self._locate(name)
         return open_input(f"{self.url}/{name}")
+
+    def open_for_arrow(self, name: str) -> Any:
+        """The same for Arrow, which reads a file of a local root itself."""
+        self._locate(name)
+        return open_for_arrow(f"{self.url}/{name}")
 
     def local_path(self, name: str) -> Path | None:
         """Return where a name lies on a local root, for libraries that want a path; None on S3."""

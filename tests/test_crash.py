@@ -40,7 +40,7 @@ from tests.stand_in import without_ray
 
 __all__ = ["on_s3", "s3_stages", "stages", "without_ray", "world"]
 
-READS = ("read_bytes", "read_range", "size", "list", "open_input", "modified")
+READS = ("read_bytes", "read_range", "size", "list", "open_input", "open_for_arrow", "modified")
 PUTS = ("put_if_absent", "put_bytes", "put_file")
 WRITES = (*PUTS, "delete", "local_scratch")
 

@@ -345,9 +345,9 @@ def test_row_groups_without_wanted_rows_are_not_read(store: Store, pool: Pool, e
     asked = []
     whole = pq.ParquetFile.iter_batches
 
-    def iter_batches(self: pq.ParquetFile, *, row_groups: list[int], **how: Any) -> Any:
+    def iter_batches(self: pq.ParquetFile, rows: int, *, row_groups: list[int], **how: Any) -> Any:
         asked.extend(row_groups)
-        return whole(self, row_groups=row_groups, **how)
+        return whole(self, rows, row_groups=row_groups, **how)
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
     embed_shard(shard, {"some/x": encoder}, store, EmbedSection(), rows=np.array([3, 20, 29]))

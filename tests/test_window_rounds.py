@@ -76,13 +76,13 @@ def test_a_round_touches_the_shards_of_its_window_alone(
     world: Path, embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: set[str] = set()
-    whole = access._Input.__init__
+    whole = access.open_for_arrow
 
-    def init(self: access._Input, url: str) -> None:
-        opened.add(Path(url).name)
-        whole(self, url)
+    def noted(path: str) -> Any:
+        opened.add(Path(path).name)
+        return whole(path)
 
-    monkeypatch.setattr(access._Input, "__init__", init)
+    monkeypatch.setattr(access, "open_for_arrow", noted)
     read = []
     for _ in range(2):
         opened.clear()

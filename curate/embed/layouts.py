@@ -23,10 +23,10 @@ import pyarrow as pa
 from curate.embed.files import CONTENT_BYTES, content_hash, halves, uid_texts
 from curate.errors import DamagedError, UserError
 from curate.messages import one_line
-from curate.parquet import open_table
+from curate.parquet import batches_of, open_table
 from curate.pool.column_types import is_caption, is_uid
 from curate.pool.columns import Columns
-from curate.pool.shards import caption_bytes
+from curate.pool.shards import READ_ROWS, caption_bytes
 from curate.storage import Store
 
 UIDS = ("uid", "image_path")
@@ -138,7 +138,7 @@ class Layout:
                 return halves(
                     [
                         pair_key(*pair)
-                        for batch in parquet.iter_batches(columns=[uid, caption])
+                        for batch in batches_of(parquet, READ_ROWS, [uid, caption])
                         for pair in pairs_of(batch.column(uid), batch.column(caption))
                     ]
                 )

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curate import access
+from curate.parquet import batches_of, open_parquet
 
 PARQUET = ".parquet"
 
@@ -28,11 +29,11 @@ class ParquetSource:
         self, groups: Sequence[int] | None, columns: Sequence[str] | None, batch_rows: int
     ) -> Iterator[pa.RecordBatch]:
         """As `Source` has it."""
-        yield from self._parquet.iter_batches(batch_size=batch_rows, row_groups=groups, columns=columns)
+        yield from batches_of(self._parquet, batch_rows, columns, groups)
 
 
 @contextlib.contextmanager
-def open_parquet(path: str) -> Iterator[ParquetSource]:
-    """Open a file whose pages are held against their checksums, where it has them."""
-    with access.open_input(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+def open_shard(path: str) -> Iterator[ParquetSource]:
+    """Open a file of the pool."""
+    with open_parquet(access.open_for_arrow(path)) as parquet:
         yield ParquetSource(parquet)

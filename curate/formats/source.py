@@ -13,7 +13,7 @@ import pyarrow as pa
 from curate import storage
 from curate.formats.arrow import ARROW, open_arrow
 from curate.formats.listing import LISTED, open_listing
-from curate.formats.parquet import PARQUET, open_parquet
+from curate.formats.parquet import PARQUET, open_shard
 from curate.formats.tar import TAR, open_tar
 from curate.storage import FileInfo
 
@@ -71,7 +71,7 @@ def open_source(path: str, *, index: str = "", side_car: str = "") -> contextlib
         case suffix if suffix in LISTED:
             return open_listing(path)
         case _:
-            return open_parquet(path)
+            return open_shard(path)
 
 
 def format_of(path: str) -> str:

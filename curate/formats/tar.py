@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from curate import access
 from curate.errors import UserError
+from curate.parquet import open_parquet
 from curate.storage import Store
 
 TAR = ".tar"
@@ -183,7 +184,7 @@ def keep_index(path: str, url: str, near: str) -> None:
 @functools.lru_cache(HELD_INDICES)
 def _side_car(path: str, index_path: str, index: str) -> tuple[pa.Table, Ints]:
     """The rows beside a tar, and for each the sample of its key; held by this process, for a version of the two."""
-    with access.open_input(path) as file, pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+    with open_parquet(access.open_for_arrow(path)) as parquet:
         table = parquet.read()
     if KEY not in table.schema.names:
         raise ValueError(f"the Parquet file beside it, {path}, has no column {KEY!r}")

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from curate import access
 from curate.errors import CurateError, UserError
 from curate.messages import one_line
+from curate.parquet import batches_of, open_parquet
 
 ROW_GROUP_ROWS = 256
 ROW_GROUP_BYTES = 2**26
@@ -36,7 +37,7 @@ def reshard_file(
     with _opened(url) as parquet:
         folder.mkdir(parents=True, exist_ok=True)
         shards = max(1, -(-parquet.metadata.num_rows // rows_per_shard))
-        batches = _readable(url, parquet.iter_batches(batch_size=ROW_GROUP_ROWS))
+        batches = _readable(url, batches_of(parquet, ROW_GROUP_ROWS))
         held = next(batches, None)
         for number in range(shards):
             path = folder / f"{stem}-{number:05d}.parquet"
@@ -59,8 +60,7 @@ def reshard_file(
 def _opened(url: str) -> Iterator[pq.ParquetFile]:
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(access.open_input(url))
-            parquet = stack.enter_context(pq.ParquetFile(file, page_checksum_verification=True))
+            parquet = stack.enter_context(open_parquet(access.open_for_arrow(url)))
         except (OSError, ValueError) as error:  # pyarrow's own are either
             reason = one_line(error)
             raise UserError(f"{url}: expected a Parquet file; {reason}; correct the path") from error

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from curate.errors import UserError
-from curate.parquet import open_table
+from curate.parquet import batches_of, open_table
 from curate.pool.shards import ADDED_COLUMN, caption_bytes
 from curate.pool.wanted import HALVES, halves_of
 from curate.rounds.manifest import CuratedFile, Manifest, is_expired, round_folder
@@ -249,7 +249,7 @@ def _sub_batches(store: Store, manifest: Manifest, file: CuratedFile) -> Iterato
     with open_table(store, f"{round_folder(manifest.round)}/{file.name}") as parquet:
         held: list[pa.RecordBatch] = []
         missing = b
-        for batch in parquet.iter_batches(batch_size=row_group_rows(b)):
+        for batch in batches_of(parquet, row_group_rows(b)):
             rest = batch  # of which a part may be the next sub-batch's: batches do not end where row groups do
             while rest.num_rows:
                 held.append(rest.slice(0, missing))

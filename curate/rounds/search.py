@@ -19,7 +19,7 @@ from curate.embed.files import check_schema, embedding_name, read_embeddings, ve
 from curate.errors import UserError
 from curate.models.encoder import load_encoder
 from curate.models.spec import EncoderSpec
-from curate.parquet import open_table
+from curate.parquet import batches_of, open_table
 from curate.pool.images import Dropped, clean_caption
 from curate.pool.shards import Pool, Shard, load_pool
 from curate.rounds.committed import newest_round
@@ -126,7 +126,7 @@ class Searched:
         first = 0
         with open_table(self.store, name) as parquet:
             check_schema(name, parquet.schema_arrow)
-            for batch in parquet.iter_batches(BLOCK_ROWS, columns=["uid", tower]):
+            for batch in batches_of(parquet, BLOCK_ROWS, ["uid", tower]):
                 z = torch.from_numpy(vectors(pa.chunked_array([batch[tower]]), self.reference.embed_dim)).float()
                 cosines = (z @ query).nan_to_num_(nan=NOWHERE, posinf=NOWHERE)  # rows without a sound vector
                 # All that are as near as the k-th: which of equal ones `topk` gives is not said.
