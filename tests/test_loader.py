@@ -144,7 +144,7 @@ def test_pieces_are_those_of_a_plain_loop(pool: Pool, encoder: Encoder) -> None:
     from curate.pool.images import Dropped, clean_caption, decode_image
 
     reading = reading_for({"x": encoder})
-    loader = Threads(reading, threads=2, ahead=2)
+    loader = Threads(reading, piece_bytes=9 * 3 * 32 * 32, threads=2, ahead=2)
     asked = list(slices_of(pool, 9, ("x",)))
     for some in asked:
         loader.submit(some)
@@ -170,13 +170,14 @@ def test_pieces_are_those_of_a_plain_loop(pool: Pool, encoder: Encoder) -> None:
         texts = piece.texts[encoder.wording]
         assert texts[piece.of].equal(encoder.tokenize(captions))
         assert len(texts) == len(set(captions))
+        piece.let_go()
     loader.close()
     assert loader.next() is None
 
 
 def test_a_slice_that_cannot_be_read_says_so_and_the_next_is_read(pool: Pool, encoder: Encoder) -> None:
     Path(pool.shards[0].path).unlink()
-    loader = Threads(reading_for({"x": encoder}))
+    loader = Threads(reading_for({"x": encoder}), piece_bytes=80 * 3 * 32 * 32)
     for some in list(slices_of(pool, 80, ("x",)))[:2]:
         loader.submit(some)
     failed, piece = loader.next(), loader.next()

@@ -83,25 +83,39 @@ class Threads(Queued):
 
     Args:
         reading: how.
+        piece_bytes: of the pixels of a piece, at most.
         threads: that decode.
         ahead: decoded pieces that may wait.
         decode: decodes rows; in this process, watched, if None.
     """
 
-    def __init__(self, reading: Reading, *, threads: int = 1, ahead: int = 1, decode: Decode | None = None) -> None:
+    def __init__(
+        self, reading: Reading, *, piece_bytes: int, threads: int = 1, ahead: int = 1, decode: Decode | None = None
+    ) -> None:
         super().__init__(ahead)
         self._reading = reading
         self._decode = decode or Watched(reading.crops)
         self._raw: queue.Queue[Raw | Failed] = queue.Queue(1)
-        for work in (self._read, *[self._decode_all] * threads):
-            threading.Thread(target=work, daemon=True, name=f"embed{work.__name__}").start()
+        self._rooms = Rooms(threads, ahead + AT_WORK, piece_bytes, shared=False)
+        self._start(_read_ahead, reading, self._slices, self._raw, self._closed.is_set)
+        for number in range(threads):
+            self._start(self._decode_all, number)
 
-    def _read(self) -> None:
-        _read_ahead(self._reading, self._slices, self._raw, self._closed.is_set)
+    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+        threading.Thread(target=work, args=arguments, daemon=True, name=f"embed{work.__name__}").start()
 
-    def _decode_all(self) -> None:
-        while (raw := take(self._raw, self._closed.is_set)) is not None:
-            put(self._found, _decoded(self._reading, raw, self._decode), self._closed.is_set)
+    def _decode_all(self, number: int) -> None:
+        ended = self._closed.is_set
+        while (raw := take(self._raw, ended)) is not None and (room := self._rooms.take(number, ended)) is not None:
+            found = _decoded(self._reading, raw, self._decode, room)
+            if isinstance(found, Failed):
+                self._rooms.give_back(room)
+            put(self._found, found, ended)
+
+    def close(self) -> None:
+        """As `Loader` has it."""
+        super().close()
+        self._rooms.close()
 
 
 def _read_ahead(reading: Reading, slices: Any, found: "queue.Queue[Raw | Failed]", ended: Callable[[], bool]) -> None:
@@ -115,7 +129,7 @@ def _read_ahead(reading: Reading, slices: Any, found: "queue.Queue[Raw | Failed]
             put(found, Failed(job=some.job, error=error), ended)
 
 
-def _decoded(reading: Reading, raw: Raw | Failed, decode: Decode, room: Room | None = None) -> Piece | Failed:
+def _decoded(reading: Reading, raw: Raw | Failed, decode: Decode, room: Room) -> Piece | Failed:
     if isinstance(raw, Failed):
         return raw
     try:

@@ -1,4 +1,4 @@
-"""Memory that decoding processes and the one that they decode for share, taken and given back piece by piece.
+"""Memory that those who decode and those whom they decode for share, taken and given back piece by piece.
 
 Fresh pages cost more than what is written to them: a process took 10 to 110 ms to fill 38 MB of new shared memory for
 the first time, 1.2 ms for the second, and to give it back held the other's lock for 8 ms.
@@ -18,38 +18,40 @@ POLL_S = 0.001
 
 
 class Rooms:
-    """Places for pieces: so many of each process.
+    """Places for pieces: so many of each process or thread that decodes.
 
     Args:
-        processes: that take them.
+        workers: processes, or threads of this one, that take them.
         each: places of each.
         room_bytes: of a place.
+        shared: with other processes.
     """
 
     ours: ClassVar[dict[int, "Rooms"]] = {}
     """Those that this process made, by key."""
     _keys = itertools.count()
 
-    def __init__(self, processes: int, each: int, room_bytes: int) -> None:
+    def __init__(self, workers: int, each: int, room_bytes: int, *, shared: bool = True) -> None:
         self.key = next(self._keys)
-        self._memory = shared((processes, each, room_bytes))
-        self._taken: Tensor = torch.zeros((processes, each), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        """Each is set by its process, and cleared by this one: a word of memory needs no lock."""
+        shape = workers, each, room_bytes
+        self._memory = shared_memory(shape) if shared else torch.empty(shape, dtype=torch.uint8)
+        self._taken: Tensor = torch.zeros((workers, each), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        """Each is set by its worker, and cleared by whoever made it: a word of memory needs no lock."""
         self.ours[self.key] = self
 
-    def take(self, process: int, ended: Callable[[], bool]) -> "Room | None":
-        """Wait for a free place of a process, which calls this; None once it is `ended`."""
+    def take(self, worker: int, ended: Callable[[], bool]) -> "Room | None":
+        """Wait for a free place of a worker, which calls this; None once it is `ended`."""
         while not ended():
-            for number, taken in enumerate(self._taken[process].tolist()):
+            for number, taken in enumerate(self._taken[worker].tolist()):
                 if not taken:
-                    self._taken[process, number] = 1
-                    return Room(self.key, process, number, self._memory[process, number])
+                    self._taken[worker, number] = 1
+                    return Room(self.key, worker, number, self._memory[worker, number])
             time.sleep(POLL_S)
         return None
 
     def give_back(self, room: "Room") -> None:
         """What lies in a place is no longer needed."""
-        self._taken[room.process, room.number] = 0
+        self._taken[room.worker, room.number] = 0
 
     def at(self, offset: int, shape: tuple[int, ...]) -> Tensor:
         """What lies at an offset of the memory of all places."""
@@ -65,7 +67,7 @@ class Room:
     """A place that was taken, and how much of it is used."""
 
     key: int
-    process: int
+    worker: int
     number: int
     memory: Tensor | None = None
     """uint8 [bytes]; in the process that took it."""
@@ -85,7 +87,7 @@ def offsets_of(pixels: Mapping[str, Tensor]) -> dict[str, tuple[int, tuple[int, 
     return {view: (int(tensor.storage_offset()), tuple(tensor.shape)) for view, tensor in pixels.items()}
 
 
-def shared(shape: tuple[int, ...]) -> Tensor:
+def shared_memory(shape: tuple[int, ...]) -> Tensor:
     """A uint8 tensor that other processes see; its pages come when they are written to."""
     # As `default_collate` does in a worker.
     storage = torch.UntypedStorage._new_shared(int(np.prod(shape)), device="cpu")  # type: ignore[no-untyped-call]

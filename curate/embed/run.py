@@ -92,7 +92,13 @@ class Embedder:
             )
         ahead = max(1, self._settings.chunk_rows // self._piece_rows)
         # Where shared memory has no room for processes' pieces, threads decode on their cores.
-        return Threads(reading_for(self._encoders), threads=max(threads, loaders), ahead=ahead, decode=decode)
+        return Threads(
+            reading_for(self._encoders),
+            piece_bytes=piece_bytes,
+            threads=max(threads, loaders),
+            ahead=ahead,
+            decode=decode,
+        )
 
     def embed(
         self, shard: Shard, names: Mapping[str, str], store: Store, *, rows: Rows | None = None

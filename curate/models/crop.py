@@ -47,7 +47,10 @@ class Crop:
         # [3, H, W] with the channels last in memory: in that order torch resizes without a copy.
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         for step in self.transform.transforms:
-            image = _resize(image, step) if isinstance(step, Resize) else functional.center_crop(image, list(step.size))
+            if isinstance(step, Resize):
+                image = _resize(image, step)
+            elif image.shape[1:] != step.size:
+                image = functional.center_crop(image, list(step.size))
         return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
