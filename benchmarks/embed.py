@@ -9,6 +9,7 @@ an H100 needs for 256 pairs of ViT-B/16: 21 ms. Where decoding cannot keep up wi
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from curate.embed.run import Embedder, reading_for
 from curate.jobs.drawn_pool import draw_pool
 from curate.models.encoder import Encoder, load_encoder, store_encoder
 from curate.pool.inventory import take_inventory
-from curate.pool.shards import Pool
+from curate.pool.shards import Pool, Shard
 from curate.recipe import EmbedSection, EncoderSection, PoolSection
 from curate.storage import Store
 
@@ -52,6 +53,24 @@ WARM = 4
 """Batches that are left out at the start, while the loader fills up."""
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """In place of a crop: a wait as long as decoding takes, so that few cores have many who decode."""
+
+    image_size: tuple[int, int]
+    wait_s: float
+
+    def __call__(self, picture: Any) -> Any:
+        """The same grey picture [H, W, 3] for any."""
+        time.sleep(self.wait_s)
+        return _grey(self.image_size)
+
+
+@functools.cache
+def _grey(image_size: tuple[int, int]) -> Any:
+    return np.full((*image_size, 3), 128, np.uint8)
+
+
 @dataclass
 class Driven:
     """An encoder that keeps time; a stand-in for one, if it is told how long to wait."""
@@ -59,6 +78,7 @@ class Driven:
     encoder: Encoder
     wait_s: float | None
     batch_size: int
+    crop: Any
     calls: list[tuple[float, float, float, int]] = field(default_factory=list)
     """Of each batch: begun and done, s; CPU time of the thread before it, s; pairs."""
     events: list[tuple[Any, Any]] = field(default_factory=list)
@@ -152,19 +172,23 @@ def bare_rate(pool: Pool, encoder: Encoder, batch_size: int, turns: int = 8) -> 
 
 def drive(
     pool: Pool, driven: Driven, store: Store, settings: EmbedSection, at_once: int, **how: Any
-) -> tuple[float, float]:
-    """Embed a pool as one actor does; returns seconds, and CPU seconds of its loaders, their start not counted."""
+) -> tuple[float, float, float]:
+    """Embed a pool as one actor does, with warm loaders; returns seconds, CPU seconds of this process and of them."""
     embedder = Embedder({"x": driven}, settings, **how)  # type: ignore[dict-item]
-    embedder.embed(pool.shards[0], {"x": "warm"}, store)
+
+    def embed(shards: Sequence[Shard], folder: str) -> None:
+        with ThreadPoolExecutor(at_once) as callers:
+            for asked in [callers.submit(embedder.embed, s, {"x": f"{folder}/{s.index}"}, store) for s in shards]:
+                asked.result()
+
+    embed(pool.shards[: 2 * at_once], "warm")
     driven.calls.clear()
     driven.events.clear()
-    begun, spent = time.perf_counter(), children_s()
-    with ThreadPoolExecutor(at_once) as callers:
-        for found in [callers.submit(embedder.embed, s, {"x": f"x/{s.index}"}, store) for s in pool.shards]:
-            found.result()
-    took, spent = time.perf_counter() - begun, children_s() - spent
+    begun, own, spent = time.perf_counter(), time.process_time(), children_s()
+    embed(pool.shards, "x")
+    found = time.perf_counter() - begun, time.process_time() - own, children_s() - spent
     embedder.close()
-    return took, spent
+    return found
 
 
 def children_s() -> float:
@@ -214,10 +238,12 @@ def main() -> None:
     parser.add_argument("--exact-pixels", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--wait-ms", type=float, default=21.0, help="of the stand-in, for a batch")
+    parser.add_argument("--decode-us", type=float, help="a row, which loaders wait for instead of decoding")
     parser.add_argument("--loaders", type=int, default=1, help="decoding processes; 0 decodes in a thread")
     parser.add_argument("--pool", type=Path, help="folder of shards; drawn if not given")
     parser.add_argument("--rows", type=int, default=2048, help="of a drawn shard")
     parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--at-once", type=int, default=4, help="shards")
     parser.add_argument("--image-size", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--latency-ms", type=float, default=0.0)
@@ -248,15 +274,18 @@ def measure(args: argparse.Namespace, scratch: Path) -> None:
     server = None
     if args.latency_ms:
         pool, store, server = on_s3(pool, args.latency_ms)
-    driven = Driven(encoder, None if args.model else args.wait_ms / 1000, args.batch_size)
+    crop = Waiting(encoder.image_size, args.decode_us / 1e6) if args.decode_us else encoder.crop
+    driven = Driven(encoder, None if args.model else args.wait_ms / 1000, args.batch_size, crop)
     try:
-        took, spent = drive(pool, driven, store, settings, 4, loaders=args.loaders)
+        took, own, spent = drive(pool, driven, store, settings, args.at_once, loaders=args.loaders)
     finally:
         if server is not None:
             server.kill()
     found = driven.report()
     found |= {
         "rows_per_s": pool.rows / took,
+        "process_us_per_pair": 1e6 * own / pool.rows,
+        "loaders_us_per_pair": 1e6 * spent / pool.rows,
         "bare_rows_per_cpu_s": bare,
         "bare_share_of_a_piece": share,
         "of_bare_per_worker": pool.rows / spent / bare if spent else np.nan,
