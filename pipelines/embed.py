@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import loky
+import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
@@ -49,9 +50,11 @@ ACTOR_BYTES = 3 * 2**29
 """What an actor holds beside its weights: `import open_clip` alone leaves a process at 1.3 GB."""
 LOADER_BYTES = 2**29
 """What a decoding process of an actor holds that it does not share with the others: pieces, and a row group."""
-SHARDS_AT_ONCE = 2
-"""That an actor is given: while it waits for the last rows of one and uploads, it is at the next. Beside a GPU twice
-as many, whose slices are enough for a dozen decoding processes."""
+SHARDS_AT_ONCE = 2, 32
+"""That an actor is given: two at least, for while it waits for the last rows of one and uploads, it is at the next; and
+no more than this, each of which takes a thread."""
+SLICES_EACH = 2
+"""For each who decodes: one to decode, and one to read meanwhile."""
 
 
 def missing_shards(store: Store, shards: Sequence[Shard], spec: EncoderSpec, scope: str = "") -> set[int]:
@@ -130,10 +133,12 @@ def _embed(
         return
     # Twice: while a model is loaded it is there, and its checkpoint as well.
     memory = ACTOR_BYTES + 2 * sum(store.size(f"{spec.folder}/{WEIGHTS_NAME}") or 0 for spec in encoders)
-    memory += LOADER_BYTES * loaders_of(resources, devices.gpus, largest_node("CPU"), largest_node("GPU"))
+    loaders = loaders_of(resources, devices.gpus, largest_node("CPU"), largest_node("GPU"))
+    memory += LOADER_BYTES * loaders
     workers = min(_workers(resources, devices, memory), len(items))
     _require_croppers(resources, devices, workers)
-    at_once = SHARDS_AT_ONCE * (2 if devices.gpus else 1)
+    decoders = loaders or resources.crop_actors or resources.threads
+    at_once = shards_at_once([item["rows"] for item in items], decoders, settings.chunk_rows)
     context = DataContext.get_current()
     context.enable_progress_bars = False  # ours counts rows
     context.execution_no_progress_timeout_s = NO_PROGRESS_S
@@ -174,6 +179,27 @@ def _embed(
             ) from None
     if damaged and on_bad_shard == "fail":
         raise UserError(*sorted(damaged))
+
+
+def shards_at_once(rows: Sequence[int], decoders: int, slice_rows: int) -> int:
+    """Shards that an actor is given at a time, so that all who decode for it have something to decode.
+
+    Where each shard was one slice, and 14 processes waited a millisecond a row in place of decoding, 28 shards at a time
+    gave 6,337 rows a second on two cores, which that took, and four 2,545 (`benchmarks/embed.py --decode-us`).
+
+    >>> shards_at_once([10_000] * 50, decoders=14, slice_rows=1024)
+    4
+    >>> shards_at_once([300] * 50, decoders=14, slice_rows=1024)
+    28
+
+    Args:
+        rows: that are wanted of each shard.
+        decoders: threads, processes or actors.
+        slice_rows: that one of them is given at a time, if a shard has as many.
+    """
+    slices = max(1, int(np.median(rows)) // slice_rows)
+    least, most = SHARDS_AT_ONCE
+    return min(most, max(least, -(-SLICES_EACH * decoders // slices)))
 
 
 def _short(source: str) -> str:
