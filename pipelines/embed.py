@@ -184,8 +184,8 @@ def _embed(
 def shards_at_once(rows: Sequence[int], decoders: int, slice_rows: int) -> int:
     """Shards that an actor is given at a time, so that all who decode for it have something to decode.
 
-    Where each shard was one slice, and 14 processes waited a millisecond a row in place of decoding, 28 shards at a time
-    gave 6,337 rows a second on two cores, which that took, and four 2,545 (`benchmarks/embed.py --decode-us`).
+    Where each shard was one slice, and 14 processes waited a millisecond a row in place of decoding, four shards at a
+    time gave 2,545 rows a second, and 28 gave 6,337, for which the two cores were busy (`benchmarks/embed.py`).
 
     >>> shards_at_once([10_000] * 50, decoders=14, slice_rows=1024)
     4
