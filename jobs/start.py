@@ -16,6 +16,7 @@ EXTRAS = {
 
 def main() -> None:
     """Run the command line; a library that is missing is a line with the extra that brings it, and ends the process."""
+    _open_streams()
     with _leaving():
         try:
             from curate.jobs.cli import main as run  # noqa: PLC0415 which needs an extra itself
@@ -28,6 +29,19 @@ def main() -> None:
             way_out = f"pip install 'curate-clip[{EXTRAS[library]}]'"
             print(f"curate: expected {library}, which this needs, found none installed; {way_out}", file=sys.stderr)
             sys.exit(2)
+
+
+def _open_streams() -> None:
+    """Where a standard stream is closed, as by `>&-`, have nothing read and nothing written.
+
+    Else the next file to be opened would have the stream's number, and be written to by whatever prints.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 for as long as the process lives
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -189,3 +191,13 @@ def test_a_file_that_is_gone_is_a_line(
         assert ended.value.code == 1
         line = rf"{other}/rounds/.*\.parquet: No such file or directory; it was there .*: put it back from a copy, .*\n"
         assert re.fullmatch(line, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "1 2"])
+def test_a_stream_that_is_closed_is_no_mistake(root: Path, closed: str) -> None:
+    streams = " ".join(f"{number}>&-" for number in closed.split())
+    command = shlex.join([sys.executable, "-c", "from curate.jobs.start import main; main()", "show", str(root)])
+    done = subprocess.run(f"{command} {streams}", shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert ("easy_reference" in done.stdout or "learnability" in done.stdout) == ("1" not in closed)
