@@ -59,8 +59,8 @@ ODD += [
 
 
 @functools.cache
-def tokenizer(clean: str = "lower") -> SimpleTokenizer:
-    return SimpleTokenizer(clean=clean)
+def tokenizer(clean: str = "lower", reduction_mask: str = "") -> SimpleTokenizer:
+    return SimpleTokenizer(clean=clean, reduction_mask=reduction_mask)
 
 
 @settings(max_examples=300, deadline=None)
@@ -75,6 +75,14 @@ def test_each_text_has_open_clip_s_tokens(texts: list[str], clean: str) -> None:
     kept = remembering(tokenizer(clean))
     for _ in range(2):  # the second time from memory
         assert kept(texts).tolist() == tokenizer(clean)(texts).tolist()
+
+
+def test_long_texts_end_or_are_reduced_as_open_clip_has_it() -> None:
+    texts = ["a dog", "dog " * 74, "dog " * 75, "dog " * 76, "dog " * 300, ""]
+    for kept in (tokenizer(), tokenizer(reduction_mask="simple")):
+        for length in (None, 3, 77, 80):
+            assert remembering(kept)(texts, length).equal(kept(texts, length))
+    assert remembering(tokenizer())("a dog").equal(tokenizer()("a dog"))
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
