@@ -208,6 +208,7 @@ def test_a_study_that_is_halted_goes_on_where_it_was(
     assert sum(decided.values()) == 3
 
 
+@pytest.mark.exhaustive  # to import and to draw takes half a minute; how a study goes on is seen above
 def test_time_that_is_up_is_told_and_the_same_command_goes_on(small_study: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.acceleration", str(small_study), "--out", str(tmp_path / "out")]
     halted = subprocess.run([*command, "--minutes", "0"], capture_output=True, text=True, check=False)

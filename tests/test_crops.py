@@ -51,6 +51,7 @@ def digests(store: Store, names: list[str]) -> list[str]:
     return [hashlib.sha256(store.read_bytes(name)).hexdigest() for name in names]
 
 
+@pytest.mark.exhaustive  # of two runs of actors; what one writes is seen below
 def test_the_step_writes_the_same_bytes_with_them(store: Store, pool: Pool, encoder: Encoder) -> None:
     names = [embedding_name(encoder.spec.sha, shard) for shard in pool.shards]
     embed_pool(store, pool, [encoder.spec], SIZES, ResourcesSection(workers=1), CPUS)
@@ -78,7 +79,9 @@ def test_a_row_that_kills_one_costs_itself(store: Store, pool: Pool, encoder: En
     embedder.close()
 
 
-def test_damage_is_told_in_the_same_words(store: Store, pool: Pool, encoder: Encoder, croppers: Croppers) -> None:
+def test_they_write_the_same_bytes_and_tell_of_damage_in_the_same_words(
+    store: Store, pool: Pool, encoder: Encoder, croppers: Croppers
+) -> None:
     damage_page(Path(pool.shards[1].path), "jpg")
     pool = take_inventory(PoolSection(path=str(Path(pool.shards[0].path).parent), uid="key"))
     with pytest.raises(ShardDamagedError) as here:
@@ -90,6 +93,8 @@ def test_damage_is_told_in_the_same_words(store: Store, pool: Pool, encoder: Enc
     embedder.embed(pool.shards[0], {"x": "x/0"}, store)  # they go on
     assert store.list("x") == ["x/0"]
     embedder.close()
+    embed_shard(pool.shards[0], {"y/0": encoder}, store, SIZES)
+    assert store.read_bytes("x/0") == store.read_bytes("y/0")
 
 
 def test_more_than_the_cluster_has_cpus_for_are_refused(store: Store, pool: Pool, encoder: Encoder) -> None:

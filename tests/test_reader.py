@@ -526,7 +526,7 @@ def test_a_byte_that_flips_is_found_when_asked(copied: str, committed):
     assert uids(list(CuratedReader(copied, verify=True))) == committed[1]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_flipped_bit_ends_in_one_line_or_does_no_harm(copied: str, committed, workers: int):
     path = first_file(copied, 0)
 

@@ -193,7 +193,7 @@ def test_a_file_that_is_gone_is_a_line(
         assert re.fullmatch(line, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("closed", ["0", "1", "2", "1 2"])
+@pytest.mark.parametrize("closed", ["1", "0 1 2"])
 def test_a_stream_that_is_closed_is_no_mistake(root: Path, closed: str) -> None:
     streams = " ".join(f"{number}>&-" for number in closed.split())
     command = shlex.join([sys.executable, "-c", "from curate.jobs.start import main; main()", "show", str(root)])

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,10 @@ def test_long_texts_end_or_are_reduced_as_open_clip_has_it() -> None:
     texts = ["a dog", "dog " * 74, "dog " * 75, "dog " * 76, "dog " * 300, ""]
     for kept in (tokenizer(), tokenizer(reduction_mask="simple")):
         for length in (None, 3, 77, 80):
-            assert remembering(kept)(texts, length).equal(kept(texts, length))
+            random.seed(0)  # by which "simple" cuts
+            found = remembering(kept)(texts, length)
+            random.seed(0)
+            assert found.equal(kept(texts, length))
     assert remembering(tokenizer())("a dog").equal(tokenizer()("a dog"))
 
 
@@ -90,10 +94,10 @@ def test_real_captions_have_open_clip_s_tokens() -> None:
     captions = [
         caption
         for folder in ("openstax-dev", "openstax-physics-ml", "emoji-en")
-        for caption in pq.read_table(DATA / folder, columns=["caption"])["caption"].to_pylist()
+        for caption in pq.read_table(DATA / folder, columns=["caption"])["caption"].to_pylist()[::4]
         if caption
     ]
-    assert len(captions) > 10_000
+    assert len(captions) > 4_000
     kept = remembering(tokenizer())
     assert kept(captions).equal(tokenizer()(captions))
     assert kept(captions, 20).equal(tokenizer()(captions, 20))
