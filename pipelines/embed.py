@@ -137,6 +137,8 @@ def _embed(
     memory += LOADER_BYTES * loaders
     workers = min(_workers(resources, devices, memory), len(items))
     _require_croppers(resources, devices, workers)
+    # Where each actor has a core and there are no more, threads would only take turns.
+    threads = resources.threads if devices.gpus or resources.threads > 1 or workers < free_cpus() else 0
     decoders = loaders or resources.crop_actors or resources.threads
     at_once = shards_at_once([item["rows"] for item in items], decoders, settings.chunk_rows)
     context = DataContext.get_current()
@@ -148,7 +150,7 @@ def _embed(
         warnings.filterwarnings("ignore", message="`ray_remote_args`")
         receipts = blocks.map_batches(
             EmbedShards,
-            fn_constructor_args=(store, list(encoders), list(wanted), settings, resources, on_bad_shard),
+            fn_constructor_args=(store, list(encoders), list(wanted), settings, resources, on_bad_shard, threads),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(
@@ -269,6 +271,7 @@ class EmbedShards:
         settings: EmbedSection,
         resources: ResourcesSection,
         on_bad_shard: BadShardPolicy,
+        threads: int,
     ) -> None:
         logging.getLogger().setLevel(logging.ERROR)  # open_clip narrates every load on the root logger
         self.store = store
@@ -277,13 +280,15 @@ class EmbedShards:
         self.failure: CurateError | None = None
         gc.disable()  # what is imported stays: to look through it for garbage takes a quarter of the time
         try:
-            self._load(encoders, settings, resources)
+            self._load(encoders, settings, resources, threads)
         except CurateError as error:
             self.failure = error  # raised here it would be lost: Ray tells of a constructor its traceback alone
         finally:
             gc.enable()
 
-    def _load(self, encoders: Sequence[EncoderSpec], settings: EmbedSection, resources: ResourcesSection) -> None:
+    def _load(
+        self, encoders: Sequence[EncoderSpec], settings: EmbedSection, resources: ResourcesSection, threads: int
+    ) -> None:
         from curate.embed.loader import start_server  # noqa: PLC0415
 
         where = device()
@@ -307,7 +312,7 @@ class EmbedShards:
         self.embedder = Embedder(
             self.encoders,
             settings,
-            threads=resources.threads,
+            threads=threads,
             loaders=loaders,
             # Ray starts an actor again that died, and gives it the shards that it died of.
             decode=Apart(reading.crops) if restarted() else None,

@@ -231,7 +231,7 @@ def digest(store: Store, name: str) -> str:
 
 def test_the_file_is_the_same_again_and_with_any_number_of_threads(store: Store, pool: Pool, encoder: Encoder):
     found = set()
-    for threads in (1, 1, 3, 50):
+    for threads in (0, 1, 1, 3, 50):
         embedded(store, pool, encoder, threads=threads, chunk_rows=13, batch_size=4)
         found.add(digest(store, "embeddings/x"))
     assert len(found) == 1
@@ -409,7 +409,7 @@ def test_an_actor_that_cannot_load_its_model_says_so_when_it_is_asked(tmp_path: 
     pool = drawn_pool(tmp_path / "pool", rows=2)
     spec = tiny_encoder(store, tmp_path)
     store.put_bytes(f"{spec.folder}/{WEIGHTS_NAME}", b"damaged")
-    actor = EmbedShards(store, [spec], [], EmbedSection(), ResourcesSection(), "fail")
+    actor = EmbedShards(store, [spec], [], EmbedSection(), ResourcesSection(), "fail", 1)
     item = {"shard": asdict(pool.shards[0]), "encoders": [spec.sha], "wanted": None, "rows": 2}
     with pytest.raises(UserError, match=WEIGHTS_NAME):
         list(actor(pa.Table.from_pylist([item])))
@@ -429,7 +429,7 @@ def test_an_actor_that_takes_over_does_not_embed_again_what_its_predecessor_did(
         return [store.local_path(name).stat().st_ino for name in names]
 
     def actor() -> EmbedShards:
-        return EmbedShards(store, [spec], [], EmbedSection(), ResourcesSection(), "fail")
+        return EmbedShards(store, [spec], [], EmbedSection(), ResourcesSection(), "fail", 1)
 
     whole = list(actor()(block))
     assert [receipt["rows"] for receipt in whole] == [[20]] * 3

@@ -1,8 +1,9 @@
 """Processes that decode: the same bytes as threads, whatever their number; rows that kill or hang one are named."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import curate.embed.loader
 from curate.embed.decode import DECODE_TIMEOUT, WORKER_CRASH
 from curate.embed.files import read_embeddings
-from curate.embed.loader import Processes, Threads, processes_that_fit
+from curate.embed.loader import Inline, Loader, Processes, Threads, processes_that_fit
 from curate.embed.pieces import Failed, Piece, Reading, Slice, cut_slices
 from curate.embed.run import Embedder, embed_shard, reading_for
 from curate.errors import ClusterError, ShardDamagedError
@@ -139,15 +140,16 @@ def slices_of(pool: Pool, piece_rows: int, encoders: tuple[str, ...]) -> Iterato
             )
 
 
-def test_pieces_are_those_of_a_plain_loop(pool: Pool, encoder: Encoder) -> None:
+@pytest.mark.parametrize("loader", [Inline, partial(Threads, threads=2, ahead=2)])
+def test_pieces_are_those_of_a_plain_loop(pool: Pool, encoder: Encoder, loader: Callable[..., Loader]) -> None:
     """Whose pixels, tokens and rows are made one after the other."""
     from curate.pool.images import Dropped, clean_caption, decode_image
 
     reading = reading_for({"x": encoder})
-    loader = Threads(reading, piece_bytes=9 * 3 * 32 * 32, threads=2, ahead=2)
+    made = loader(reading, piece_bytes=9 * 3 * 32 * 32)
     asked = list(slices_of(pool, 9, ("x",)))
     for some in asked:
-        loader.submit(some)
+        made.submit(some)
     expected = {}
     for shard in pool.shards:
         rows = pq.read_table(shard.path).to_pylist()
@@ -161,7 +163,7 @@ def test_pieces_are_those_of_a_plain_loop(pool: Pool, encoder: Encoder) -> None:
                     del captions[len(pixels) :]
             expected[shard.index, number] = (rows[start : start + 9], pixels, captions)
     for _ in range(len(expected)):
-        piece = loader.next()
+        piece = made.next()
         assert isinstance(piece, Piece)
         rows, pixels, captions = expected.pop((piece.job, piece.number))
         assert piece.table()["uid"].to_pylist() == [row["key"] for row in rows]
@@ -171,13 +173,16 @@ def test_pieces_are_those_of_a_plain_loop(pool: Pool, encoder: Encoder) -> None:
         assert texts[piece.of].equal(encoder.tokenize(captions))
         assert len(texts) == len(set(captions))
         piece.let_go()
-    loader.close()
-    assert loader.next() is None
+    made.close()
+    assert made.next() is None
 
 
-def test_a_slice_that_cannot_be_read_says_so_and_the_next_is_read(pool: Pool, encoder: Encoder) -> None:
+@pytest.mark.parametrize("kind", [Inline, Threads])
+def test_a_slice_that_cannot_be_read_says_so_and_the_next_is_read(
+    pool: Pool, encoder: Encoder, kind: type[Inline] | type[Threads]
+) -> None:
     Path(pool.shards[0].path).unlink()
-    loader = Threads(reading_for({"x": encoder}), piece_bytes=80 * 3 * 32 * 32)
+    loader = kind(reading_for({"x": encoder}), piece_bytes=80 * 3 * 32 * 32)
     for some in list(slices_of(pool, 80, ("x",)))[:2]:
         loader.submit(some)
     failed, piece = loader.next(), loader.next()

@@ -1,9 +1,10 @@
-"""Slices in, pieces out, in any order: by threads of this process, or by processes of a `DataLoader`.
+"""Slices in, pieces out, in any order: by the thread that asks, by others, or by processes of a `DataLoader`.
 
-`pipelines/crops.py` has a third way, by processes on other machines.
+`pipelines/crops.py` has one way more, by processes on other machines.
 
 Threads are for machines whose few cores the model needs as well: a process of its own would have to import torch, and
-would have nobody's core to run on. Beside a GPU one process decodes on each core, for threads would share one lock.
+would have nobody's core to run on; and where the model has the only core, a thread neither. Beside a GPU one process
+decodes on each core, for threads would share one lock.
 """
 
 import contextlib
@@ -50,29 +51,36 @@ class Loader(Protocol):
         """End whatever works; from any thread."""
 
 
-class Queued:
-    """A `Loader` between two queues, as far as they make it: slices wait in one, what came of them in the other.
+class Asked:
+    """What is asked of a `Loader`: slices wait in a queue until it is closed."""
+
+    def __init__(self) -> None:
+        self._closed = threading.Event()
+        self._slices: queue.Queue[Slice] = queue.Queue()
+
+    def submit(self, some: Slice) -> None:
+        """As `Loader` has it."""
+        self._slices.put(some)
+
+    def close(self) -> None:
+        """As `Loader` has it."""
+        self._closed.set()
+
+
+class Queued(Asked):
+    """A `Loader` between two queues, as far as they make it: what came of the slices waits in the other.
 
     Args:
         ahead: what may wait of what was found.
     """
 
     def __init__(self, ahead: int) -> None:
-        self._closed = threading.Event()
-        self._slices: queue.Queue[Slice] = queue.Queue()
+        super().__init__()
         self._found: queue.Queue[Piece | Failed] = queue.Queue(ahead)
-
-    def submit(self, some: Slice) -> None:
-        """As `Loader` has it."""
-        self._slices.put(some)
 
     def next(self) -> Piece | Failed | None:
         """As `Loader` has it."""
         return take(self._found, self._closed.is_set)
-
-    def close(self) -> None:
-        """As `Loader` has it."""
-        self._closed.set()
 
 
 # --- threads ---------------------------------------------------------------------------------------------------------
@@ -96,7 +104,7 @@ class Threads(Queued):
         self._reading = reading
         self._decode = decode or Watched(reading.crops)
         self._raw: queue.Queue[Raw | Failed] = queue.Queue(1)
-        self._rooms = Rooms(threads, ahead + AT_WORK, piece_bytes, shared=False)
+        self._rooms = Rooms(threads, -(-ahead // threads) + AT_WORK, piece_bytes, shared=False)
         self._start(_read_ahead, reading, self._slices, self._raw, self._closed.is_set)
         for number in range(threads):
             self._start(self._decode_all, number)
@@ -111,6 +119,43 @@ class Threads(Queued):
             if isinstance(found, Failed):
                 self._rooms.give_back(room)
             put(self._found, found, ended)
+
+    def close(self) -> None:
+        """As `Loader` has it."""
+        super().close()
+        self._rooms.close()
+
+
+class Inline(Asked):
+    """Decodes in the thread that asks for the pieces, and reads in one more: for a model that has a core to itself.
+
+    A thread that decodes would take turns with it there, and each find the cache full of what the other left. Two
+    actors on two cores embedded 19 shards of a thousand rows in 16 s with such threads, and 23 so.
+
+    Args:
+        reading: how.
+        piece_bytes: of the pixels of a piece, at most.
+        decode: as `Threads`.
+    """
+
+    def __init__(self, reading: Reading, *, piece_bytes: int, decode: Decode | None = None) -> None:
+        super().__init__()
+        self._reading = reading
+        self._decode = decode or Watched(reading.crops)
+        self._raw: queue.Queue[Raw | Failed] = queue.Queue(1)
+        self._rooms = Rooms(1, 1, piece_bytes, shared=False)
+        ahead = reading, self._slices, self._raw, self._closed.is_set
+        threading.Thread(target=_read_ahead, args=ahead, daemon=True, name="embed_read_ahead").start()
+
+    def next(self) -> Piece | Failed | None:
+        """As `Loader` has it; the piece before has been let go."""
+        ended = self._closed.is_set
+        if (raw := take(self._raw, ended)) is None or (room := self._rooms.take(0, ended)) is None:
+            return None
+        found = _decoded(self._reading, raw, self._decode, room)
+        if isinstance(found, Failed):
+            self._rooms.give_back(room)
+        return found
 
     def close(self) -> None:
         """As `Loader` has it."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from curate.embed.loader import Loader, Processes, Threads, processes_that_fit
+from curate.embed.loader import Inline, Loader, Processes, Threads, processes_that_fit
 from curate.embed.pieces import Decode, Failed, Piece, Reading, Rows, Slice, columns_read, cut_slices
 from curate.embed.shard import Job, write_files
 from curate.errors import ShardDamagedError
@@ -48,7 +48,7 @@ class Embedder:
     Args:
         encoders: by any name.
         settings: sizes.
-        threads: of this process that decode.
+        threads: of this process that decode; 0 if the one that runs the models does.
         loaders: processes that decode instead; as many of them as shared memory has room for.
         decode: decodes rows in those threads; watched if None.
         preload: modules that the decoding processes will have to import.
@@ -90,6 +90,8 @@ class Embedder:
                 pin=pin,
                 preload=preload,
             )
+        if not threads and not loaders:
+            return Inline(reading_for(self._encoders), piece_bytes=piece_bytes, decode=decode)
         ahead = max(1, self._settings.chunk_rows // self._piece_rows)
         # Where shared memory has no room for processes' pieces, threads decode on their cores.
         return Threads(
