@@ -115,10 +115,7 @@ class Threads(Queued):
     def _decode_all(self, number: int) -> None:
         ended = self._closed.is_set
         while (raw := take(self._raw, ended)) is not None and (room := self._rooms.take(number, ended)) is not None:
-            found = _decoded(self._reading, raw, self._decode, room)
-            if isinstance(found, Failed):
-                self._rooms.give_back(room)
-            put(self._found, found, ended)
+            put(self._found, _decoded(self._reading, raw, self._decode, self._rooms, room), ended)
 
     def close(self) -> None:
         """As `Loader` has it."""
@@ -152,10 +149,7 @@ class Inline(Asked):
         ended = self._closed.is_set
         if (raw := take(self._raw, ended)) is None or (room := self._rooms.take(0, ended)) is None:
             return None
-        found = _decoded(self._reading, raw, self._decode, room)
-        if isinstance(found, Failed):
-            self._rooms.give_back(room)
-        return found
+        return _decoded(self._reading, raw, self._decode, self._rooms, room)
 
     def close(self) -> None:
         """As `Loader` has it."""
@@ -174,13 +168,15 @@ def _read_ahead(reading: Reading, slices: Any, found: "queue.Queue[Raw | Failed]
             put(found, Failed(job=some.job, error=error), ended)
 
 
-def _decoded(reading: Reading, raw: Raw | Failed, decode: Decode, room: Room) -> Piece | Failed:
-    if isinstance(raw, Failed):
-        return raw
-    try:
-        return reading.piece(raw, decode, room)
-    except Exception as error:  # likewise
-        return Failed(job=raw.slice.job, error=error)
+def _decoded(reading: Reading, raw: Raw | Failed, decode: Decode, rooms: Rooms, room: Room) -> Piece | Failed:
+    """A piece in a room, which is given back if nothing comes of the piece."""
+    if not isinstance(raw, Failed):
+        try:
+            return reading.piece(raw, decode, room)
+        except Exception as error:  # likewise
+            raw = Failed(job=raw.slice.job, error=error)
+    rooms.give_back(room)
+    return raw
 
 
 def take(source: "queue.Queue[T]", ended: Callable[[], bool]) -> T | None:
@@ -414,8 +410,6 @@ class _Stream(IterableDataset[Piece | Failed]):
                 yield raw
             elif (room := self._rooms.take(info.id, ended)) is not None:
                 mark[1], mark[0] = raw.number, raw.slice.job
-                found = _decoded(self._reading, raw, decode, room)
+                found = _decoded(self._reading, raw, decode, self._rooms, room)
                 mark[0] = -1
-                if isinstance(found, Failed):
-                    self._rooms.give_back(room)
                 yield found
