@@ -20,42 +20,9 @@ from curate.models.words import WordTokenizer, remembering
 DATA = Path(__file__).parents[2] / "shared/data"
 # What cleaning, the pattern and byte pairs tell apart; put side by side in every order.
 ODD = [
-    "&",
-    "&amp;",
-    "&amp;lt;",
-    "lt",
-    ";",
-    "'s",
-    "'",
-    "s",
-    "'LL",
-    "<start_of_text>",
-    "<end_of_text>",
-    "<",
-    "_",
-    " ",
-    "\t",
-]
-ODD += [
-    "\n",
-    "\r",
-    "\x1b[36m",
-    "\x7f",
-    "\xa0",
-    "Ａ",
-    "ﬁ",
-    "“",
-    "â€™",
-    "Ã©",
-    "é",
-    "e\u0301",
-    "İ",
-    "ß",
-    "猫",
-    "🙂",
-    "9",
-    "dog",
-    "A",
+    *("&", "&amp;", "&amp;lt;", "lt", ";", "<start_of_text>", "<end_of_text>", "<", "'s", "'", "s", "'LL", "_"),
+    *(" ", "\t", "\n", "\r", "\x1b[36m", "\x7f", "\xa0"),
+    *("Ａ", "ﬁ", "“", "â€™", "Ã©", "é", "e\u0301", "İ", "ß", "猫", "🙂", "9", "dog", "A"),
 ]
 
 

@@ -103,14 +103,10 @@ class Threads(Queued):
         super().__init__(ahead)
         self._reading = reading
         self._decode = decode or Watched(reading.crops)
-        self._raw: queue.Queue[Raw | Failed] = queue.Queue(1)
+        self._raw = _reading_ahead(reading, self._slices, self._closed.is_set)
         self._rooms = Rooms(threads, -(-ahead // threads) + AT_WORK, piece_bytes, shared=False)
-        self._start(_read_ahead, reading, self._slices, self._raw, self._closed.is_set)
         for number in range(threads):
-            self._start(self._decode_all, number)
-
-    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
-        threading.Thread(target=work, args=arguments, daemon=True, name=f"embed{work.__name__}").start()
+            threading.Thread(target=self._decode_all, args=(number,), daemon=True, name="embed_decode_all").start()
 
     def _decode_all(self, number: int) -> None:
         ended = self._closed.is_set
@@ -139,10 +135,8 @@ class Inline(Asked):
         super().__init__()
         self._reading = reading
         self._decode = decode or Watched(reading.crops)
-        self._raw: queue.Queue[Raw | Failed] = queue.Queue(1)
+        self._raw = _reading_ahead(reading, self._slices, self._closed.is_set)
         self._rooms = Rooms(1, 1, piece_bytes, shared=False)
-        ahead = reading, self._slices, self._raw, self._closed.is_set
-        threading.Thread(target=_read_ahead, args=ahead, daemon=True, name="embed_read_ahead").start()
 
     def next(self) -> Piece | Failed | None:
         """As `Loader` has it; the piece before has been let go."""
@@ -155,6 +149,14 @@ class Inline(Asked):
         """As `Loader` has it."""
         super().close()
         self._rooms.close()
+
+
+def _reading_ahead(reading: Reading, slices: Any, ended: Callable[[], bool]) -> "queue.Queue[Raw | Failed]":
+    """The queue into which a thread reads the pieces of slices, one ahead, until it is `ended`."""
+    found: queue.Queue[Raw | Failed] = queue.Queue(1)
+    arguments = reading, slices, found, ended
+    threading.Thread(target=_read_ahead, args=arguments, daemon=True, name="embed_read_ahead").start()
+    return found
 
 
 def _read_ahead(reading: Reading, slices: Any, found: "queue.Queue[Raw | Failed]", ended: Callable[[], bool]) -> None:
@@ -401,9 +403,7 @@ class _Stream(IterableDataset[Piece | Failed]):
         def ended() -> bool:
             return bool(self._ended[0]) or os.getppid() != parent
 
-        raws: queue.Queue[Raw | Failed] = queue.Queue(1)
-        reader = threading.Thread(target=_read_ahead, args=(self._reading, self._slices, raws, ended), daemon=True)
-        reader.start()
+        raws = _reading_ahead(self._reading, self._slices, ended)
         decode = Watched(self._reading.crops, deadline_s=self._deadline_s)
         while (raw := take(raws, ended)) is not None:
             if isinstance(raw, Failed):

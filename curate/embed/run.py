@@ -78,12 +78,13 @@ class Embedder:
         self._thread.start()
 
     def _make_loader(self, threads: int, loaders: int, decode: Decode | None, preload: tuple[str, ...]) -> Loader:
+        reading = reading_for(self._encoders)
         sizes = {encoder.view: encoder.image_size for encoder in self._encoders.values()}
         piece_bytes = self._piece_rows * sum(3 * height * width for height, width in sizes.values())
         if processes := processes_that_fit(loaders, piece_bytes, ahead=AHEAD):
             pin = any(encoder.device.type == "cuda" for encoder in self._encoders.values())
             return Processes(
-                reading_for(self._encoders),
+                reading,
                 processes=processes,
                 piece_bytes=piece_bytes,
                 ahead=AHEAD,
@@ -91,11 +92,11 @@ class Embedder:
                 preload=preload,
             )
         if not threads and not loaders:
-            return Inline(reading_for(self._encoders), piece_bytes=piece_bytes, decode=decode)
+            return Inline(reading, piece_bytes=piece_bytes, decode=decode)
         ahead = max(1, self._settings.chunk_rows // self._piece_rows)
         # Where shared memory has no room for processes' pieces, threads decode on their cores.
         return Threads(
-            reading_for(self._encoders),
+            reading,
             piece_bytes=piece_bytes,
             threads=max(threads, loaders),
             ahead=ahead,
