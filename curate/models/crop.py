@@ -14,6 +14,7 @@ import numpy.typing as npt
 import PIL.Image
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import CenterCrop, Compose, Resize
 from torchvision.transforms.v2 import functional
 
@@ -31,7 +32,7 @@ class Crop:
     """open_clip's own, as far as it ends in an RGB picture of Pillow's."""
     exact: bool = True
     """Whether the pixels are those of `transform` to the last bit; else they may be 2 levels off, and are sooner there.
-    On a CPU without AVX2 the resize is done in floats, which is slower and as close."""
+    On a CPU without AVX2 torch resizes in a slower way, which is as close."""
 
     @cached_property
     def fast(self) -> bool:
@@ -39,37 +40,38 @@ class Crop:
         return not self.exact and all(type(step) in (Resize, CenterCrop) for step in self.transform.transforms)
 
     def __call__(self, picture: Picture) -> npt.NDArray[np.uint8]:
-        """Crop one picture; the pixels are the same in whichever form it comes."""
+        """Crop one picture; the pixels are the same in whichever form it comes, and may be part of a larger array."""
         if not self.fast:
             whole = picture if isinstance(picture, PIL.Image.Image) else PIL.Image.fromarray(picture)
             return np.array(self.transform(whole))
         pixels = np.array(picture) if isinstance(picture, PIL.Image.Image) else picture
-        # [3, H, W] with the channels last in memory: in that order torch resizes without a copy.
-        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        # [1, 3, H, W] with the channels last in memory: in that order torch resizes without a copy.
+        image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
         for step in self.transform.transforms:
             if isinstance(step, Resize):
                 image = _resize(image, step)
-            elif image.shape[1:] != step.size:
+            elif image.shape[2:] != step.size:
                 image = functional.center_crop(image, list(step.size))
-        return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        return image[0].permute(1, 2, 0).numpy()
 
 
 def _resize(image: Tensor, step: Resize) -> Tensor:
-    """Resize uint8 [3, H, W] as torchvision resizes one of Pillow's pictures.
+    """Resize uint8 [1, 3, H, W] as torchvision resizes one of Pillow's pictures.
 
     Between the pass over lines and that over columns pixels are cut to 8 bits, so that their order matters where
     bicubic weights overshoot: up to 18 levels. torch takes lines first; Pillow takes columns first where the height
     loses more than twice as many pixels as the width (since 13.0; its pull request 9549).
+    torchvision's own function for tensors calls the same one of torch, and takes 20 µs more about it.
     """
-    height, width = image.shape[1:]
+    height, width = image.shape[2:]
     if isinstance(step.size, int):  # of the shorter side
         new_height, new_width = (max(step.size, int(step.size * side / min(height, width))) for side in (height, width))
     else:
         new_height, new_width = step.size
+    way = {"mode": step.interpolation.value, "antialias": True}
     if new_height < height and height - new_height > 2 * (width - new_width):
-        image = functional.resize(image, [new_height, width], step.interpolation, antialias=True)
-    resized: Tensor = functional.resize(image, [new_height, new_width], step.interpolation, antialias=True)
-    return resized
+        image = interpolate(image, [new_height, width], **way)
+    return image if image.shape[2:] == (new_height, new_width) else interpolate(image, [new_height, new_width], **way)
 
 
 Preprocess = Callable[[PIL.Image.Image], Tensor] | Crop
