@@ -53,6 +53,8 @@ LOADER_BYTES = 2**29
 SHARDS_AT_ONCE = 2, 32
 """That an actor is given: two at least, for while it waits for the last rows of one and uploads, it is at the next; and
 no more than this, each of which takes a thread."""
+WAITED = "GPUs waited for pictures"
+"""Of the time in which there was something to embed, what they had none for: a fact that progress tells."""
 SLICES_EACH = 2
 """For each who decodes: one to decode, and one to read meanwhile."""
 
@@ -167,10 +169,14 @@ def _embed(
     names = " and ".join(_short(spec.source) for spec in encoders)
     rows = sum(item["rows"] for item in items)
     damaged: list[str] = []
+    spent = np.zeros(2)
     with progress.bar(f"embed with {names}", rows) as bar, own_errors():
         try:
             for receipt in receipts.iter_rows():
                 bar.add(**json.loads(receipt["dropped"]))
+                spent += receipt["spent_s"]
+                if devices.gpus and spent.any():  # on a CPU the models have to leave it to those who decode
+                    bar.tell(**{WAITED: f"{spent[1] / spent.sum():.0%}"})
                 bar.update(receipt["rows"])
                 if receipt["damage"]:
                     damaged.append(receipt["damage"])
@@ -351,7 +357,12 @@ class EmbedShards:
                     counts = embed_damaged(shard, encoders, self.store, error)
             dropped = {status: rows for status, rows in counts.items() if status != "ok"}
             # As text: Arrow would make of these one struct with a field for each reason that some shard has.
-            yield {"rows": [item["rows"]], "dropped": [json.dumps(dropped)], "damage": [damage]}
+            yield {
+                "rows": [item["rows"]],
+                "dropped": [json.dumps(dropped)],
+                "damage": [damage],
+                "spent_s": [self.embedder.spent()],
+            }
 
 
 def _gpus_here() -> float:

@@ -56,6 +56,11 @@ class Bar:
         if (metrics := _metrics()) is not None:
             metrics.count_done(self.title, self.unit, done, self.estimate()[1])
 
+    def tell(self, **facts: float | int | str) -> None:
+        """Say something beside what was told before."""
+        with self._lock:
+            self.facts |= facts
+
     def add(self, **counts: int) -> None:
         """Count rows that were met on the way and cannot be used, by reason."""
         with self._lock:

@@ -1,10 +1,12 @@
 """Processes that decode: the same bytes as threads, whatever their number; rows that kill or hang one are named."""
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 import curate.embed.loader
+import curate.embed.run
 from curate.embed.decode import DECODE_TIMEOUT, WORKER_CRASH
 from curate.embed.files import read_embeddings
 from curate.embed.loader import Inline, Loader, Processes, Threads, processes_that_fit
@@ -191,6 +194,41 @@ def test_a_slice_that_cannot_be_read_says_so_and_the_next_is_read(
     assert isinstance(piece, Piece)
     assert piece.job == 1
     loader.close()
+
+
+def test_how_long_the_models_waited_is_known(
+    store: Store, pool: Pool, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that moves by what is done alone: a piece is a second on its way and three at the models."""
+    clock = [0.0]
+
+    class Slow(Inline):
+        calls = 0
+
+        def next(self) -> Piece | Failed | None:
+            self.calls += 1
+            found = super().next()
+            clock[0] += 1
+            return found
+
+    encode = encoder.encode
+
+    def slowly(*args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        clock[0] += 3
+        return encode(*args)
+
+    monkeypatch.setattr(curate.embed.run, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(encoder, "encode", slowly)
+    loader = Slow(reading_for({"x": encoder}), piece_bytes=16 * 3 * 32 * 32)
+    embedder = Embedder({"x": encoder}, EmbedSection(batch_size=16, chunk_rows=16), loader=loader)
+    for number, shard in enumerate(pool.shards):  # of 80 rows, which are five pieces
+        while loader.calls <= 5 * number:  # what came before is still being noted
+            time.sleep(0.001)
+        clock[0] += 1000  # in which nobody wants anything
+        embedder.embed(shard, {"x": f"{number}"}, store)
+    embedder.close()
+    assert embedder.spent() == (3 * 15, 15)
+    assert embedder.spent() == (0, 0)
 
 
 @pytest.mark.parametrize("seed", range(5))

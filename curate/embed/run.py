@@ -11,6 +11,7 @@ next one's, so that nothing stands still between shards.
 
 import itertools
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from curate.embed.loader import Inline, Loader, Processes, Threads, processes_that_fit
-from curate.embed.pieces import Decode, Failed, Piece, Reading, Rows, Slice, columns_read, cut_slices
+from curate.embed.pieces import Decode, Piece, Reading, Rows, Slice, columns_read, cut_slices
 from curate.embed.shard import Job, write_files
 from curate.errors import ShardDamagedError
 from curate.pool.shards import Shard, read_batches, row_groups
@@ -73,6 +74,9 @@ class Embedder:
         self._numbers = itertools.count()
         self._broken: BaseException | None = None
         self._lock = threading.Lock()
+        self._wanted_since = 0.0
+        """When somebody asked for a shard while nobody else did."""
+        self._worked_s = self._waited_s = 0.0
         self._loader = loader or self._make_loader(threads, loaders, decode, preload)
         self._thread = threading.Thread(target=self._run, daemon=True, name="embed_run")
         self._thread.start()
@@ -133,6 +137,8 @@ class Embedder:
         with self._lock:
             if self._broken is not None:
                 raise self._broken
+            if not self._jobs:
+                self._wanted_since = time.perf_counter()
             self._jobs[number] = job
         try:
             for start, stop in cuts:
@@ -158,6 +164,17 @@ class Embedder:
             with self._lock:
                 del self._jobs[number]
 
+    def spent(self) -> tuple[float, float]:
+        """Seconds that the models were at work, and that they waited for pieces though somebody wanted a shard.
+
+        Both since this was called before. A GPU's queue is full where it is at work, so that their thread waits for
+        it there. Where that thread decodes as well, it does so in what counts as a wait.
+        """
+        with self._lock:
+            found = self._worked_s, self._waited_s
+            self._worked_s = self._waited_s = 0.0
+        return found
+
     def close(self) -> None:
         """End the loader and the thread."""
         self._loader.close()
@@ -166,16 +183,21 @@ class Embedder:
     def _run(self) -> None:
         """The thread of the models."""
         try:
+            done = time.perf_counter()
             while (found := self._loader.next()) is not None:
+                begun = time.perf_counter()
                 with self._lock:
                     job = self._jobs.get(found.job)
-                if isinstance(found, Failed):
-                    if job is not None:
-                        job.done.put(found.error)
-                    continue
-                if job is not None:  # it may have failed meanwhile
-                    self._step(job, found)
-                found.let_go()
+                    self._waited_s += max(0.0, begun - max(done, self._wanted_since))
+                if isinstance(found, Piece):
+                    if job is not None:  # it may have failed meanwhile
+                        self._step(job, found)
+                    found.let_go()
+                elif job is not None:
+                    job.done.put(found.error)
+                done = time.perf_counter()
+                with self._lock:
+                    self._worked_s += done - begun
         except BaseException as error:
             with self._lock:
                 self._broken = error
