@@ -17,10 +17,10 @@ import torch
 
 from curate.errors import InputChangedError, UserError
 from curate.jobs.changes import changes_since
-from curate.jobs.checkpoint import checkpoints, load_checkpoint
+from curate.jobs.checkpoint import check_kind, checkpoints, load_checkpoint
 from curate.jobs.memory import TrainerMemory, stated_ranks, trainer_memory
 from curate.jobs.sample import Sample, sample_pool
-from curate.jobs.train import check_kind, check_trainable
+from curate.jobs.train import check_trainable
 from curate.messages import counted, gathered, one_line
 from curate.models.create import create_model
 from curate.models.encoder import check_storable, load_model

@@ -22,6 +22,7 @@ from curate.errors import UserError
 from curate.jobs.sharding import laid_out, whole_on_cpu
 from curate.messages import one_line
 from curate.models.spec import EncoderSpec
+from curate.recipe import Recipe
 from curate.storage import Store
 
 FOLDER = "trainer"
@@ -125,6 +126,19 @@ def load_checkpoint(store: Store, name: str) -> tuple[Progress, dict[str, torch.
                 "before it is taken"
             ) from error
     return progress, tensors
+
+
+def check_kind(progress: Progress, recipe: Recipe, checkpoint: str) -> None:
+    """Check that a checkpoint is of the training that the recipe asks for.
+
+    Raises:
+        UserError: it was trained on the other kind of batches.
+    """
+    if progress.data != recipe.train.data:
+        raise UserError(
+            f"train.data = {recipe.train.data!r}: {checkpoint} was trained with {progress.data!r}; choose another "
+            'root, and give its model as learner.model = "local-dir:FOLDER" (curate train --save-to FOLDER)'
+        )
 
 
 def restore(tensors: dict[str, torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

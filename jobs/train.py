@@ -24,7 +24,7 @@ from torch import Tensor
 
 from curate.errors import CommitConflictError, UserError
 from curate.jobs.approximate import approximate_of
-from curate.jobs.checkpoint import FOLDER, Progress, checkpoints, load_checkpoint, restore, save_checkpoint
+from curate.jobs.checkpoint import FOLDER, Progress, check_kind, checkpoints, load_checkpoint, restore, save_checkpoint
 from curate.jobs.optimize import Trainee, learning_rate, make_optimizer, take_step
 from curate.jobs.ranks import Ranks, join_ranks
 from curate.jobs.sharding import compile_model, encoding, is_sharded, shard_weights, whole_model
@@ -156,7 +156,7 @@ class _Training:
             self.log = stack.enter_context(TrainingLog(log_folder(self.store, self.settings.logs), step=step))
         steps = self.settings.steps
         self.bar = stack.enter_context(bar("train", steps, unit="step", done=self.progress.step, shown=ranks.first))
-        self.clock = time.monotonic()
+        self.clock, self.waited_s = time.monotonic(), 0.0
         if self.progress.step == 0 and checkpoint is None:
             self._evaluate()
 
@@ -165,7 +165,7 @@ class _Training:
         self._publish_due()
         source: Generator[Batch | UniformBatch] = self._pool() if self.settings.data == "pool" else self._rounds()
         with contextlib.closing(source):
-            for batch in source:
+            while (batch := self._waited_for(source)) is not None:
                 self._step(batch)
         self._publish()
         learner = self.ranks.agree(lambda: read_learner(self.store, self.progress.learner))
@@ -177,6 +177,13 @@ class _Training:
             finished=self.progress.step == self.settings.steps,
             first=self.ranks.first,
         )
+
+    def _waited_for(self, source: Iterator[Batch | UniformBatch]) -> Batch | UniformBatch | None:
+        """The next batch, and none at the end."""
+        asked = time.monotonic()
+        batch = next(source, None)
+        self.waited_s += time.monotonic() - asked
+        return batch
 
     def _trainee(self) -> Trainee:
         """The model, ready for its first step."""
@@ -310,7 +317,8 @@ class _Training:
         if self.log is None:
             return
         now = time.monotonic()
-        rows = len(batch.texts) * self.ranks.world_size * min(self.settings.log_every, len(self.losses))
+        steps = min(self.settings.log_every, len(self.losses))
+        rows = steps * len(batch.texts) * self.ranks.world_size
         bias = getattr(self.model, "logit_bias", None)
         self.log.write(
             self.progress.step,
@@ -319,8 +327,9 @@ class _Training:
             logit_scale=self.model.logit_scale.exp().item(),
             **({} if bias is None else {"logit_bias": bias.item()}),
             rows_per_s=round(rows / max(1e-9, now - self.clock), 1),
+            data_s=round(self.waited_s / steps, 4),
         )
-        self.clock = now
+        self.clock, self.waited_s = now, 0.0
 
     def _evaluate(self) -> None:
         section = self.recipe.evaluate
@@ -402,19 +411,6 @@ def check_trainable(model: torch.nn.Module, recipe: Recipe) -> None:
         raise UserError(
             f"{where}: the sigmoid loss has a bias and this model none; add "
             '"init_logit_bias": -10 to its configuration, or set selection.loss = "softmax"'
-        )
-
-
-def check_kind(progress: Progress, recipe: Recipe, checkpoint: str) -> None:
-    """Check that a checkpoint is of the training that the recipe asks for.
-
-    Raises:
-        UserError: it was trained on the other kind of batches.
-    """
-    if progress.data != recipe.train.data:
-        raise UserError(
-            f"train.data = {recipe.train.data!r}: {checkpoint} was trained with {progress.data!r}; choose another "
-            'root, and give its model as learner.model = "local-dir:FOLDER" (curate train --save-to FOLDER)'
         )
 
 

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from curate.models.encoder import load_model
 from curate.models.learners import LearnerCheckpoint, newest_learner, read_learner, record_learner
 from curate.pool.inventory import take_inventory
 from curate.pool.shards import Pool
+from curate.reader.curated import Batch, CuratedReader
 from curate.reader.uniform import uniform_batches
 from curate.recipe import PoolSection, Recipe, TrainSection
 from curate.rounds.manifest import manifest_name
@@ -33,6 +35,8 @@ from tests.helpers import CPU, commit_round, damage_page, drawn_pool, write_tiny
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.timeout(120)
+
+LATE_S = 0.02
 
 
 @pytest.fixture(scope="module")
@@ -370,8 +374,11 @@ def test_killed_anywhere_and_started_again_equals_undisturbed(
         with pytest.raises(Killed):
             train(made, base=Path(undisturbed[0].root).parent)
     train(made, base=Path(undisturbed[0].root).parent)
-    clean = [{k: v for k, v in line.items() if k != "rows_per_s"} for line in log(undisturbed[0])]
-    assert [{k: v for k, v in line.items() if k != "rows_per_s"} for line in log(made)] == clean
+    clean, again = (
+        [{k: v for k, v in line.items() if k not in ("rows_per_s", "data_s")} for line in log(recipe)]
+        for recipe in (undisturbed[0], made)
+    )
+    assert again == clean
     assert learners(made) == learners(undisturbed[0])  # weights by their hash, and every loss
     assert len(checkpoints(Store(made.root))) == 2
 
@@ -381,6 +388,15 @@ def commit_two_rounds(made: Recipe, pool: Pool) -> None:
     commit_round(Store(made.root), pool, sub_batches(4, 3), number=1)
 
 
+class LateReader(CuratedReader):
+    """One that each batch is waited for."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            time.sleep(LATE_S)
+            yield batch
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> tuple[Recipe, Trained]:
     folder = tmp_path_factory.mktemp("undisturbed")
@@ -388,7 +404,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> tuple[R
     held_out = {"path": str(Path(pool.shards[0].path)), "every": 3}
     made = Recipe.model_validate(made.model_dump() | {"evaluate": held_out})
     commit_two_rounds(made, pool)
-    return made, train(made, base=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("curate.jobs.train.CuratedReader", LateReader)
+        return made, train(made, base=folder)
 
 
 def test_what_is_logged(undisturbed: tuple[Recipe, Trained]):
@@ -400,6 +418,7 @@ def test_what_is_logged(undisturbed: tuple[Recipe, Trained]):
         (1, i) for i in range(3)
     ]
     assert [line["learning_rate"] for line in steps] == [learning_rate(step, made.train) for step in range(1, 8)]
+    assert all(line["data_s"] >= LATE_S for line in steps)
     measured = [line for line in lines if "loss" not in line]
     assert [line["step"] for line in measured] == [0, 3, 6]
     assert all(0 <= line["image_to_text_r1"] <= line["image_to_text_r5"] <= 1 for line in measured)
