@@ -120,7 +120,9 @@ class Embedder:
         yield batch
 
 
-@pytest.mark.parametrize("error", [StoreError("no answer"), UserError("one", "two")])
+@pytest.mark.parametrize(
+    "error", [pytest.param(StoreError("no answer"), marks=pytest.mark.exhaustive), UserError("one", "two")]
+)
 def test_ray_data_adds_nothing(error: Exception) -> None:
     blocks = ray.data.from_items([{"a": 1}]).map_batches(
         Embedder, fn_constructor_args=(error,), batch_size=1, compute=ray.data.ActorPoolStrategy(size=1)

@@ -92,7 +92,9 @@ def bytes_below(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.exhaustive] if kind == "one pass" else []) for kind in KINDS]
+)
 def test_what_is_said_is_what_a_round_does(world: Path, tmp_path: Path, without_ray: None, kind: str) -> None:
     recipe = recipe_of(world, tmp_path / "root", **KINDS[kind])
     before, _, encoders = found(recipe, world, tmp_path / "a", 0)

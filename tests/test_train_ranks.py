@@ -109,7 +109,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> Callable[[str
     return trained
 
 
-@pytest.mark.parametrize(("loss", "ranks"), [("sigmoid", 2), ("sigmoid", 3), ("softmax", 2)])
+@pytest.mark.parametrize(
+    ("loss", "ranks"), [pytest.param("sigmoid", 2, marks=pytest.mark.exhaustive), ("sigmoid", 3), ("softmax", 2)]
+)
 def test_ranks_compute_what_one_process_does(alone: Alone, pool: Pool, loss: str, ranks: int) -> None:
     whole, base = alone(loss)
     made = recipe(base, pool, f"{loss}-{ranks}", loss)
