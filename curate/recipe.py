@@ -175,7 +175,7 @@ class SelectionSection(Section):
     n_chunks: int = Field(16, ge=1, validate_default=True, description="draws per sub-batch")
     loss: Loss = Field("sigmoid", description="the learner's training loss")
     # By "What was chosen by what": the best of the three from random weights, and no learner need be run to choose.
-    criterion: Criterion | Literal["auto"] = Field(
+    criterion: Literal[Criterion, "auto"] = Field(
         "easy_reference",
         description="what makes a sub-batch worth training on; auto: easy_reference while the learner is at its start, "
         "or where the reference knows little of the pool, then learnability, uniform once it knows nothing more",

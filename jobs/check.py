@@ -19,7 +19,7 @@ from curate.errors import InputChangedError, UserError
 from curate.jobs.changes import changes_since
 from curate.jobs.checkpoint import check_kind, checkpoints, load_checkpoint
 from curate.jobs.memory import TrainerMemory, stated_ranks, trainer_memory
-from curate.jobs.sample import Sample, sample_pool
+from curate.jobs.sample import Sample, ask_pool, sample_pool
 from curate.jobs.train import check_trainable
 from curate.messages import counted, gathered, one_line
 from curate.models.create import create_model
@@ -69,6 +69,8 @@ class _Found:
 
     pool: Pool
     sample: Sample
+    wanted: int
+    """Rows of the pool that the recipe wants, at most."""
     evaluation: list[Pool]
     next_round: int
     memory: TrainerMemory | None
@@ -98,7 +100,7 @@ def check_recipe(recipe: Recipe, *, base: Path, measure: bool = True, imports_s:
     # What a round has found out of the pool's files; before the first one nothing is left in the root.
     begun = store if newest >= 0 else None
     indices = None if begun is None else indices_of(begun)
-    pool = sample = None
+    pool = sample = asked = None
     with gathered(mistakes):
         pool = take_inventory(
             recipe.pool,
@@ -107,7 +109,9 @@ def check_recipe(recipe: Recipe, *, base: Path, measure: bool = True, imports_s:
             indices=indices,
         )
         sample = sample_pool(pool)
-        mistakes += _pool_mistakes(sample, pool, recipe)
+        asked = ask_pool(pool)
+        mistakes += [] if _of_trainer_alone(recipe) else asked.mistakes  # which asks for no uids
+        mistakes += _pool_mistakes(sample, asked.wanted, pool, recipe)
     evaluation: list[Pool] = []
     memory: TrainerMemory | None = None
     with gathered(mistakes):
@@ -121,11 +125,12 @@ def check_recipe(recipe: Recipe, *, base: Path, measure: bool = True, imports_s:
     if store is not None and not mistakes:
         with gathered(mistakes):
             _check_next_round(store, recipe, base, newest)
-    if mistakes or pool is None or sample is None or store is None:
+    if mistakes or pool is None or sample is None or asked is None or store is None:
         raise UserError(*mistakes)
     found = _Found(
         pool=pool,
         sample=sample,
+        wanted=asked.wanted,
         evaluation=evaluation,
         next_round=newest + 1,
         memory=memory,
@@ -169,7 +174,7 @@ def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
         yield f"train: {recipe.train.steps:,} uniform batches of {selection.sub_batch_size:,}"
         return
     size = selection.super_batch_size
-    wanted = selection.super_batches or pool.rows // size
+    wanted = selection.super_batches or found.wanted // size
     super_batches = counted(wanted, "super-batch", "super-batches")
     yield (
         f"selection: {super_batches} of {size:,} at most, {selection.method} {selection.criterion}, "
@@ -186,7 +191,7 @@ def _described(recipe: Recipe, found: _Found) -> Iterator[str]:
     if selection.is_open:
         learner = f"a sample, and {wanted * size:,} if it chooses by learnability,"
     yield (
-        f"cost: {pool.rows + seen:,} forward passes of the reference at most, once, and {learner} of the learner in "
+        f"cost: {found.wanted + seen:,} forward passes of the reference at most, once, and {learner} of the learner in "
         "each round; embeddings that exist are not made again"
     )
     yield from memory
@@ -274,16 +279,17 @@ def _leaving_no_folder(store: Store) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _pool_mistakes(sample: Sample, pool: Pool, recipe: Recipe) -> Iterator[str]:
+def _pool_mistakes(sample: Sample, wanted: int, pool: Pool, recipe: Recipe) -> Iterator[str]:
     columns, selection = pool.columns, recipe.selection
     filtered = sample.dropped[FILTERED]
     lost = sample.dropped.total() - filtered
-    if filtered and filtered == sample.rows and filtered == pool.rows:
+    if pool.rows and (not wanted or filtered == pool.rows):
         yield (
             f"pool: none of its {pool.rows:,} rows is wanted by pool.where = {recipe.pool.where!r} and pool.keep = "
             f"{recipe.pool.keep!r}; correct them"
         )
-    elif lost and lost + filtered == sample.rows:
+        return
+    if lost and lost + filtered == sample.rows:
         yield (
             f"pool: columns {columns.image!r} and {columns.caption!r}: expected pictures with captions, found that "
             f"{sample}; mend the files, or name other columns with pool.image and pool.caption"
@@ -294,16 +300,17 @@ def _pool_mistakes(sample: Sample, pool: Pool, recipe: Recipe) -> Iterator[str]:
             f"{recipe.pool.max_dropped_share} allows; see to the rows, or raise it"
         )
     least, size = selection.super_batches or 1, selection.super_batch_size
+    holds = f"the pool holds {pool.rows:,} rows" + (f", of which {wanted:,} are wanted" if wanted < pool.rows else "")
     if _of_trainer_alone(recipe):
-        if pool.rows < selection.sub_batch_size:
+        if wanted < selection.sub_batch_size:
             yield (
-                f"selection: a batch wants {selection.sub_batch_size:,} pairs, the pool holds {pool.rows:,} rows; "
-                "lower sub_batch_size, or add shards"
+                f"selection: a batch wants {selection.sub_batch_size:,} pairs, {holds}; lower sub_batch_size, or add "
+                "shards"
             )
-    elif pool.rows < least * size:
+    elif wanted < least * size:
         yield (
-            f"selection: a round wants {least * size:,} candidates ({least} super-batches of {size:,}), the pool holds "
-            f"{pool.rows:,} rows; lower sub_batch_size, filter_ratio or super_batches, or add shards"
+            f"selection: a round wants {least * size:,} candidates ({least} super-batches of {size:,}), {holds}; "
+            "lower sub_batch_size, filter_ratio or super_batches, or add shards"
         )
 
 

@@ -20,7 +20,7 @@ import typer
 
 from curate.errors import CurateError, UserError
 from curate.jobs.root_verbs import JsonOption, export, gc, report, search, show
-from curate.jobs.surroundings import expand, expand_path, in_a_folder, of_the_disk, printable
+from curate.jobs.surroundings import a_folder, expand, in_a_folder, of_the_disk, printable
 from curate.jobs.tables import dedup_tables, print_tables, round_tables
 from curate.messages import counted
 from curate.pipelines import progress
@@ -161,7 +161,7 @@ def train(
     torchrun --nproc-per-node N -m curate.jobs.cli train RECIPE
     """
     loaded = _load(recipe, overrides)
-    save_to = save_to and expand_path(save_to)
+    save_to = save_to and a_folder("--save-to", save_to)
     from curate.jobs.train import train as run  # noqa: PLC0415
     from curate.models.encoder import fetch_model  # noqa: PLC0415
     from curate.storage import Store  # noqa: PLC0415
@@ -259,10 +259,15 @@ def reshard(
     rows: Annotated[int, typer.Option(help="rows per new shard", min=1)] = 10_000,
     row_group_bytes: Annotated[int, typer.Option(help="uncompressed bytes per row group", min=1)] = 2**26,
     shuffle: Annotated[bool, typer.Option("--shuffle", help="all rows of a pool, in a random order")] = False,
-    seed: Annotated[int, typer.Option(help="with --shuffle: decides the order", min=0)] = 0,
-    address: Annotated[str, typer.Option(help="with --shuffle: Ray cluster: local, auto or ray://host:port")] = "local",
+    seed: Annotated[int | None, typer.Option(help="with --shuffle: decides the order; 0 if not given", min=0)] = None,
+    address: Annotated[
+        str | None, typer.Option(help="with --shuffle: Ray cluster: auto, ray://host:port, or local if not given")
+    ] = None,
 ) -> None:
     """Cut a Parquet file into shards with small row groups, row by row the same; or shuffle a whole pool."""
+    for option, given in (("--seed", seed), ("--address", address)):
+        if given is not None and not shuffle:
+            raise UserError(f"{option} {given}: expected with --shuffle, found without it; add it, or leave this out")
     if shuffle:
         from curate.pipelines.reshard import shuffle_pool  # noqa: PLC0415
         from curate.recipe import PoolSection  # noqa: PLC0415
@@ -272,14 +277,14 @@ def reshard(
             expand(to),
             rows_per_shard=rows,
             row_group_bytes=row_group_bytes,
-            seed=seed,
-            address=address,
+            seed=seed or 0,
+            address=address or "local",
             say=_say,
         )
         return
     from curate.pool.reshard import reshard_file  # noqa: PLC0415
 
-    for path in reshard_file(shard, expand_path(Path(to)), rows_per_shard=rows, row_group_bytes=row_group_bytes):
+    for path in reshard_file(shard, a_folder("--to", Path(to)), rows_per_shard=rows, row_group_bytes=row_group_bytes):
         print(path)
 
 

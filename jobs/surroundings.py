@@ -16,6 +16,9 @@ DISK = {
     errno.EDQUOT: "free space there",
     errno.EROFS: "make it writable or choose another place",
     errno.EACCES: "let this user write there or choose another place",
+    **dict.fromkeys(
+        (errno.EEXIST, errno.EISDIR, errno.ENOTDIR), "move away what is there, or choose another place or name"
+    ),
 }
 
 
@@ -66,11 +69,28 @@ def in_a_folder(option: str, path: Path) -> Path:
     """The path of a file that is to be written.
 
     Raises:
-        UserError: there is no folder for it.
+        UserError: there is no folder for it, or one in its place.
     """
     path = expand_path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: expected a file to write, found a folder; add the file's name")
     if not path.absolute().parent.is_dir():
         raise UserError(
             f"{option} {path}: expected it in a folder, found no {path.absolute().parent}; make it, or correct it"
         )
+    return path
+
+
+def a_folder(option: str, path: Path) -> Path:
+    """The path of a folder that is to be made, unless it is there.
+
+    Raises:
+        UserError: a file is in its place, or in that of a folder above.
+    """
+    path = expand_path(path)
+    for place in (path, *path.absolute().parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"{option} {path}: expected a folder, found the file {place}; choose another place")
+            break
     return path

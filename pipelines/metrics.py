@@ -29,10 +29,11 @@ def count_done(stage: str, unit: str, done: int, left_s: float | None) -> None:
     if not ray.is_initialized():
         return
     counter, _, left = _made()
+    tag = stage.encode("ascii", "backslashreplace").decode()  # Ray takes no others, and a model's name may have some
     if done:
-        counter.inc(done, {"stage": stage, "unit": unit})
+        counter.inc(done, {"stage": tag, "unit": unit})
     if left_s is not None:
-        left.set(left_s, {"stage": stage})
+        left.set(left_s, {"stage": tag})
 
 
 def count_rejected(reason: str, rows: int) -> None:

@@ -187,6 +187,35 @@ def test_a_pool_without_usable_pairs(folder: Path, changes: dict[str, Any], word
         assert word in line
 
 
+def test_what_is_wanted_of_a_pool_is_counted(folder: Path) -> None:
+    """Where a sample of its first rows would say something else."""
+    pq.write_table(table(n=list(range(80))), folder / "pool/0.parquet")
+    assert refused(folder, "pool.where=n > 99").startswith(
+        "pool: none of its 80 rows is wanted by pool.where = 'n > 99'"
+    )
+    assert refused(folder, "pool.where=n > 64").startswith(
+        "selection: a round wants 16 candidates (1 super-batches of 16), the pool holds 80 rows, of which 15 are wanted"
+    )
+    lines = said(folder, "pool.where=n < 48")
+    assert any(line.startswith("selection: 3 super-batches of 16 at most") for line in lines)
+    assert any(line.startswith("cost: 48 forward passes of the reference at most") for line in lines)
+
+
+def test_uids_that_tell_nothing_apart(folder: Path) -> None:
+    pq.write_table(table(key=[f"k{row}" for row in range(78)] + ["k3", "k4"]), folder / "pool/0.parquet")
+    assert refused(folder, "pool.uid=key") == (
+        f"pool.uid = 'key': 2 rows repeat a uid, such as row 78 of {folder}/pool/0.parquet that of row 3 of "
+        f"{folder}/pool/0.parquet; name a column that tells pairs apart, or none"
+    )
+    pq.write_table(table(key=[None, *(f"k{row}" for row in range(78)), None]), folder / "pool/0.parquet")
+    assert refused(folder, "pool.uid=key") == (
+        f"pool.uid = 'key': 2 rows have none, the first row 0 of {folder}/pool/0.parquet; name a column that every row "
+        "has a value in, or none"
+    )
+    pq.write_table(table(key=[None, *range(1, 80)]), folder / "pool/0.parquet")
+    assert said(folder, "pool.uid=key")
+
+
 def test_some_rows_that_cannot_be_used_are_counted(folder: Path) -> None:
     pq.write_table(table(jpg=[None, *(jpg for jpg, _ in PAIRS[1:])]), folder / "pool/0.parquet")
     assert "pool: 63 of 64 sampled rows can be used (image_empty 1)" in said(folder)

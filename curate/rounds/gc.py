@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from curate.errors import UserError
 from curate.models.learners import LearnerCheckpoint, newest_learner, read_learner
 from curate.rounds.manifest import Manifest, expire, last_round, read_manifest, round_folder, steps_folder
 from curate.rounds.plan import Plan, plan_name
@@ -63,7 +64,12 @@ def find_garbage(
         keep_rounds: how many of the newest rounds keep their rows; all if None.
         keep_learners: how many of the newest learners keep their models; all if None.
         in_use: models that stay in any case, by name: what a checkpoint of the trainer starts from.
+
+    Raises:
+        UserError: nothing is there.
     """
+    if not store.list():
+        raise UserError(f"{store.url}: expected a root, found nothing there; correct it")
     until = (time.time() if now is None else now) - grace_s
 
     def old(kind: str, name: str) -> Iterator[Garbage]:
