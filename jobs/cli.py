@@ -140,6 +140,10 @@ def dedup(
         print(json.dumps(asdict(found), indent=1))
     else:
         print_tables(dedup_tables(found, pool))
+    near, compared = sum(found.dropped.values()), found.statuses.get("ok", 0) - found.unsound
+    if loaded.dedup is not None and near > loaded.dedup.max_dropped_share * compared:
+        share = loaded.dedup.max_dropped_share
+        _note(f"a round stops here: {near:,} of {compared:,} is more than dedup.max_dropped_share = {share} allows")
     if sheet is not None:
         from curate.jobs.dedup_sheet import write_sheet  # noqa: PLC0415
 

@@ -259,6 +259,7 @@ def _check_uids(pool: Pool, found: Sequence[tuple[int, Sequence[tuple[int, int, 
         for a, a_row, b, b_row in shown
     ]
     way_out = (
-        f"pool.uid = {pool.columns.uid!r}: {total} rows repeat a uid; name a column that tells pairs apart, or none"
+        f"pool.uid = {pool.columns.uid!r}: {total} rows repeat a uid; name a column that tells pairs apart, or none, "
+        "and delete the round's folder to begin it anew"
     )
     raise UserError(*lines, way_out)

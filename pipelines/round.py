@@ -366,12 +366,13 @@ def _check_dropped(embedded: Tally, recipe: Recipe) -> None:
     if not asked:
         raise UserError(
             f"pool: none of its {embedded.rows_in:,} rows is wanted by pool.where = {recipe.pool.where!r} and "
-            f"pool.keep = {recipe.pool.keep!r}; correct them"
+            f"pool.keep = {recipe.pool.keep!r}; correct them, and delete the round's folder to begin it anew"
         )
     if lost > recipe.pool.max_dropped_share * asked:
         raise UserError(
             f"pool: {lost:,} of {asked:,} rows cannot be used ({_reasons(embedded)}), more than the share "
-            f"pool.max_dropped_share = {recipe.pool.max_dropped_share} allows; see to the rows, or raise it"
+            f"pool.max_dropped_share = {recipe.pool.max_dropped_share} allows; raise it, or see to the rows "
+            "and delete the round's folder to begin it anew"
         )
 
 

@@ -174,6 +174,32 @@ def test_dedup_without_a_section_or_with_a_sheet_nowhere(curate: Curate, recipe:
     assert "dedup: must be given; add [dedup]" in line
     (line,) = mistakes(curate("dedup", recipe, "--set", "dedup.threshold=0.9", "--sheet", "no/where/sheet.html"))
     assert line.startswith("--sheet no/where/sheet.html: expected it in a folder")
+    (line,) = mistakes(curate("dedup", recipe, "--set", "dedup.threshold=0.9", "--sheet", recipe.parent))
+    assert line == f"--sheet {recipe.parent}: expected a file to write, found a folder; add the file's name"
+
+
+@pytest.mark.parametrize("below", ["", "further/down"])
+def test_a_file_where_a_folder_is_to_be_is_told_before_any_work(curate: Curate, recipe: Path, below: str) -> None:
+    place = recipe / below
+    said = f"{place}: expected a folder, found the file {recipe}; choose another place"
+    assert mistakes(curate("train", recipe, "--save-to", place)) == [f"--save-to {said}"]
+    assert mistakes(curate("reshard", recipe.parent / "a.parquet", "--to", place)) == [f"--to {said}"]
+
+
+def test_what_is_about_shuffling_is_not_left_unheard(curate: Curate, recipe: Path) -> None:
+    (line,) = mistakes(curate("reshard", recipe.parent / "a.parquet", "--to", recipe.parent, "--seed", "0"))
+    assert line == "--seed 0: expected with --shuffle, found without it; add it, or leave this out"
+
+
+def test_a_store_where_a_file_is_is_told(curate: Curate, recipe: Path) -> None:
+    for verb in ("check", "round"):
+        ended = curate(verb, recipe, "--set", f"root={recipe}/root")
+        (line,) = ended.stderr.splitlines()
+        assert ended.returncode == 1
+        assert line.startswith(str(recipe))
+        assert line.endswith(
+            "; move away what is there, or choose another place or name, and run the same command again"
+        )
 
 
 # --- check -------------------------------------------------------------------------------------------------------

@@ -169,7 +169,10 @@ def test_sub_batches_that_do_not_end_with_a_row_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--first", "7"], "--first 7: expected a committed round, found rounds 0 to 1; correct it, or --last"),
+        (["--first", "7"], "--first 7: expected a committed round, found rounds 0 to 1; correct it"),
+        (["--last", "9"], "--last 9: expected a committed round, found rounds 0 to 1; correct it"),
+        (["--first", "1", "--last", "0"], "--first 1 --last 0: expected the first before the last; exchange them"),
+        (["--to", "uids", "/usr"], "--to uids /usr: expected a file to write, found a folder; add the file's name"),
         (["--to", "uids", "/nowhere/x.npy"], "--to uids /nowhere/x.npy: expected it in a folder"),
     ],
 )

@@ -52,6 +52,11 @@ def go_on(world: Path, root: Path) -> tuple[dict[str, str], list[list[str]]]:
     return published(str(root)), [list(batch.uids) for batch in CuratedReader(str(root))]
 
 
+def test_a_root_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere: expected a root, found nothing there; correct it"):
+        collect(tmp_path / "nowhere")
+
+
 def test_all_goes_on_as_if_nothing_had_gone(world: Path, curated: Path, tmp_path: Path) -> None:
     whole, cleaned = tmp_path / "whole", tmp_path / "cleaned"
     shutil.copytree(curated, whole)

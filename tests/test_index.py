@@ -291,7 +291,10 @@ def test_a_uid_that_two_rows_share_is_refused_with_both_places(tmp_path: Path, r
         index_pool(store, pool, SPEC, None, rows_per_bucket=rows_per_bucket)
     place, way_out = caught.value.lines
     assert place == "/pool/1.parquet: row 0: key is that of row 1 of /pool/0.parquet too"
-    assert way_out == "pool.uid = 'key': 1 rows repeat a uid; name a column that tells pairs apart, or none"
+    assert way_out == (
+        "pool.uid = 'key': 1 rows repeat a uid; name a column that tells pairs apart, or none, and delete the round's "
+        "folder to begin it anew"
+    )
     assert read_index(store, index_folder(SPEC, None, pool)) is None
 
 

@@ -16,7 +16,7 @@ from curate.pipelines import progress
 ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="critical",
          _system_config={"metrics_report_interval_ms": 200})
 port = ray.nodes()[0]["MetricsExportPort"]
-with progress.bar("embed with reference", 100) as bar:
+with progress.bar("embed with référence", 100) as bar:  # as a model may be called
     for _ in range(4):
         bar.update(20)
         bar.add(image_truncated=2)
@@ -50,7 +50,7 @@ def test_what_is_done_is_scraped() -> None:
     found = {re.match(r"\w+", line)[0]: (line, float(line.rpartition(" ")[2])) for line in lines}  # type: ignore[index]
     done, value = next(found[name] for name in found if name.startswith("ray_curate_done"))
     assert value == 80
-    assert 'stage="embed with reference"' in done
+    assert r'stage="embed with r\\xe9f\\xe9rence"' in done
     assert 'unit="row"' in done
     rejected, value = next(found[name] for name in found if name.startswith("ray_curate_rejected"))
     assert (value, 'reason="image_truncated"' in rejected) == (8, True)
