@@ -84,7 +84,9 @@ def list_files(
         is_file, pattern = persist(url, lambda: fs.info(path))["type"] == "file", re.compile("")
     except (FileNotFoundError, NotADirectoryError):
         if not glob.has_magic(path):
-            raise UserError(f"{url}: expected a file, folder or glob; found nothing; correct it") from None
+            # A relative path is of the working directory: which that is may be the mistake.
+            here = "" if "://" in url or os.path.isabs(url) else f" in {os.getcwd()}"
+            raise UserError(f"{url}: expected a file, folder or glob; found nothing{here}; correct it") from None
         is_file, pattern = False, re.compile(glob_translate(path))
         path = re.split(r"[*?[]", path, maxsplit=1)[0].rpartition("/")[0]  # the folder above the wildcards
     if is_file:

@@ -25,7 +25,7 @@ MEANS = {
     "dedup": f"near-duplicates are decided anew; {CUT}",
     "learner": "no effect once a learner is published: rounds score with the newest one in the root",
     "learner.scoring_resolution": "rounds score the learner on pictures of that size",
-    "selection.sub_batch_size": f"{CUT}; a trainer reads batches of one size: give the new size a root of its own",
+    "selection.sub_batch_size": f"{CUT}; a trainer that wants batches of one size wants a root for each",
     "selection.filter_ratio": CUT,
     "selection.super_batches": f"rounds of another length, and windows that are cut anew; {CUT}",
     "selection.window_rows": f"windows are cut anew; {CUT}",

@@ -291,8 +291,8 @@ def _pool_mistakes(sample: Sample, wanted: int, pool: Pool, recipe: Recipe) -> I
         return
     if lost and lost + filtered == sample.rows:
         yield (
-            f"pool: columns {columns.image!r} and {columns.caption!r}: expected pictures with captions, found that "
-            f"{sample}; mend the files, or name other columns with pool.image and pool.caption"
+            f"pool: columns {(columns.paths or columns.image)!r} and {columns.caption!r}: expected pictures with "
+            f"captions, found that {sample}; mend the files, or name other columns with pool.image and pool.caption"
         )
     elif not _of_trainer_alone(recipe) and lost > recipe.pool.max_dropped_share * pool.rows:  # whatever the others are
         yield (

@@ -60,7 +60,7 @@ def of_the_disk(error: BaseException | None) -> str | None:
     # As other libraries tell it.
     found += [(errno.ENOSPC, None) for cause in chain if full in str(cause)]
     for number, name in found[:1]:
-        where = name or f"root, or TMPDIR = {os.environ.get('TMPDIR', '/tmp')}"
+        where = name or f"root, TMPDIR = {os.environ.get('TMPDIR', '/tmp')}, or where the output goes"
         return f"{where}: {os.strerror(number)}; {DISK[number]}, and run the same command again"
     return None
 

@@ -36,7 +36,7 @@ def test_what_changed_and_what_that_means() -> None:
     (line,) = lines(reference={"model": "ViT-B-32", "pretrained": "b"})
     assert line.endswith('reference.pretrained "a" → "b": the reference embeds the pool anew, and a new epoch begins')
     (line,) = lines(selection={"sub_batch_size": 64})
-    assert "give the new size a root of its own" in line
+    assert "batches of one size wants a root for each" in line
     found = lines(dedup={"threshold": 0.9})
     assert any(line.startswith("changed since round 3: dedup.threshold null → 0.9: near-dup") for line in found)
 

@@ -137,7 +137,10 @@ def test_show_knows_the_home_folder_too(run: Run, tmp_path: Path, monkeypatch: p
         (FileNotFoundError("bucket/x"), "bucket/x: No such file or directory; it was there when what names it was"),
         (OSError(errno.EROFS, "no", "/root"), "/root: Read-only file system; make it writable or choose another place"),
         (PermissionError(errno.EACCES, "no", "/tmp/x"), "/tmp/x: Permission denied; let this user write there or"),
-        (RuntimeError("I/O error: No space left on device (os error 28)"), "root, or TMPDIR = /scratch: No space left"),
+        (
+            RuntimeError("I/O error: No space left on device (os error 28)"),
+            "root, TMPDIR = /scratch, or where the output goes: No space left",
+        ),
     ],
 )
 @pytest.mark.parametrize("in_ray", [False, True])

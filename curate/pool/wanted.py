@@ -201,6 +201,8 @@ def read_uids(url: str) -> tuple[npt.NDArray[Any], str]:
     fs, path = access.filesystem(url)
     try:
         data = access.persist(url, lambda: fs.cat_file(path))
+        if not data.startswith(np.lib.format.MAGIC_PREFIX):  # which `np.load` would take for a pickle
+            raise ValueError("found another kind of file")
         uids: npt.NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"pool.keep = {url!r}: expected a NumPy file of uids; found nothing; correct it") from None
