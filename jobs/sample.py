@@ -133,7 +133,7 @@ def _ask(shard: Shard, *, skip: bool) -> tuple[int, npt.NDArray[np.int64]]:
 
 def _mistaken(pool: Pool, uids: Sequence[npt.NDArray[np.int64]]) -> Iterator[str]:
     """What is wrong with the hashes of uids, by shard."""
-    every, begins = np.concatenate(uids), np.cumsum([0, *map(len, uids)])
+    every, begins = np.concatenate([np.empty(0, np.int64), *uids]), np.cumsum([0, *map(len, uids)])
 
     def place(at: int) -> tuple[int, str]:
         shard = int(np.searchsorted(begins, at, side="right")) - 1

@@ -169,6 +169,16 @@ def test_a_crop_is_the_same_in_whichever_form_the_picture_comes() -> None:
         assert pixels_of(decode_for(data, [crop]), crop).equal(torch.from_numpy(crop(decode_image(data))))
 
 
+def test_pixels_that_wait_for_their_batch_hold_no_more_than_themselves() -> None:
+    """Of a panorama the whole of what was resized would be many times as large."""
+    out = io.BytesIO()
+    Image.new("RGB", (960, 64), (9, 99, 200)).save(out, "JPEG")
+    for crop in crops(size=32):
+        pixels = pixels_of(decode_for(out.getvalue(), [crop]), crop)
+        assert pixels.shape == (32, 32, 3)
+        assert pixels.untyped_storage().nbytes() == 32 * 32 * 3
+
+
 def test_a_row_for_both_kinds_of_crops() -> None:
     data = jpeg("baseline")
     exact, fast = crops(size=32)

@@ -40,7 +40,10 @@ class Crop:
         return not self.exact and all(type(step) in (Resize, CenterCrop) for step in self.transform.transforms)
 
     def __call__(self, picture: Picture) -> npt.NDArray[np.uint8]:
-        """Crop one picture; the pixels are the same in whichever form it comes, and may be part of a larger array."""
+        """Crop one picture; the pixels are the same in whichever form it comes.
+
+        They may be a view of a larger array: whoever keeps them copies them.
+        """
         if not self.fast:
             whole = picture if isinstance(picture, PIL.Image.Image) else PIL.Image.fromarray(picture)
             return np.array(self.transform(whole))
@@ -92,6 +95,6 @@ def decode_for(data: bytes | None, functions: Iterable[object]) -> Picture:
 def pixels_of(picture: Picture, preprocess: Preprocess) -> Tensor:
     """What `preprocess` makes of a picture that was decoded for it; of a crop uint8 [H, W, 3]."""
     if isinstance(preprocess, Crop):
-        return torch.from_numpy(preprocess(picture))
+        return torch.from_numpy(np.ascontiguousarray(preprocess(picture)))  # many wait for their batch
     assert isinstance(picture, PIL.Image.Image), "decode_for(data, [preprocess])"
     return preprocess(picture)
