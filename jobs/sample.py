@@ -149,7 +149,8 @@ def _mistaken(pool: Pool, uids: Sequence[npt.NDArray[np.int64]]) -> Iterator[str
     order = np.argsort(every, kind="stable")
     again = np.flatnonzero((every[order[1:]] == every[order[:-1]]) & (every[order[1:]] != 0))
     if len(again):
-        (row, path), (first, other) = place(int(order[again[0] + 1])), place(int(order[again[0]]))
+        earliest = again[np.argmin(order[again + 1])]  # hashes differ from process to process, and their order too
+        (row, path), (first, other) = place(int(order[earliest + 1])), place(int(order[earliest]))
         yield (
             f"{where}: {len(again):,} rows repeat a uid, such as row {row} of {path} that of row {first} of {other}; "
             "name a column that tells pairs apart, or none"
