@@ -118,12 +118,13 @@ def export(
     store = Store(expand(root))
     rounds = committed_rounds(store)
     newest = rounds[-1].round
-    for option, number in (("--first", first), ("--last", newest if last is None else last)):
+    last = newest if last is None else last
+    for option, number in (("--first", first), ("--last", last)):
         if number > newest:
             raise UserError(f"{option} {number}: expected a committed round, found rounds 0 to {newest}; correct it")
-    if last is not None and first > last:
+    if first > last:
         raise UserError(f"--first {first} --last {last}: expected the first before the last; exchange them")
-    chosen = [manifest for manifest in rounds if first <= manifest.round <= (newest if last is None else last)]
+    chosen = [manifest for manifest in rounds if first <= manifest.round <= last]
     form, target = to
     if form is Target.uids:
         found = to_uids(store, chosen, path := in_a_folder("--to uids", Path(target)))

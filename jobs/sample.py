@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.embed.files import DAMAGED_SHARD, content_hash, uid_texts, uids_of
-from curate.embed.pieces import before_decoding, columns_read
+from curate.embed.pieces import FILTER_ROWS, before_decoding, columns_read
 from curate.errors import InputChangedError, ShardDamagedError, UserError
 from curate.pipelines import progress
 from curate.pool.images import Dropped, clean_caption, decode_image
@@ -22,7 +22,6 @@ SAMPLED_ROWS = 64
 """Of each: read from its first row group, and decoded."""
 ASKED_ROWS = 1_000_000
 """Of a pool up to this size each row is asked whether it is wanted, and for its uid: seconds, of columns."""
-READ_ROWS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +118,7 @@ def _ask(shard: Shard, *, skip: bool) -> tuple[int, npt.NDArray[np.int64]]:
     names = [*columns.where_columns, *([columns.uid] if columns.uid else [])]
     wanted, hashes = 0, [np.empty(0, np.int64)]
     try:
-        for batch in read_batches(shard, names, batch_rows=READ_ROWS):
+        for batch in read_batches(shard, names, batch_rows=FILTER_ROWS):
             uids = uid_texts(batch.column(columns.uid)) if columns.uid else None
             wanted += int(wanted_rows(columns, batch, uids).sum())
             hashes.append(np.array([0 if uid is None else hash(uid) or 1 for uid in uids or ()], np.int64))
